@@ -1,0 +1,60 @@
+"""What SimMatch remembers between steps: the labelled bank and the prior of distribution alignment, all as buffers."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LabelBank(nn.Module):
+    """One teacher embedding and one label for every labelled image (paper, section 3.4).
+
+    z [K, D]: unit rows, random until written. labels [K]: known from the labelled list. A row's index is the image's
+    place in that list.
+    """
+
+    def __init__(self, labels: Tensor, dim: int):
+        super().__init__()
+        self.register_buffer("z", F.normalize(torch.randn(len(labels), dim), dim=1))    # [K, D]
+        self.register_buffer("labels", labels.clone().long())                           # [K]
+
+    @torch.no_grad()
+    def write(self, index: Tensor, z: Tensor, y: Tensor) -> None:
+        """bank[index] = z, labels[index] = y, for the labelled images of all ranks: index, y [n]; z [n, D].
+
+        Where an index stands more than once, its last row wins, on every device and rank.
+        """
+        place = torch.arange(len(index), device=index.device)                 # [n]
+        last = ((index[:, None] == index) * place).amax(dim=1)                # [n]
+        self.z[index] = z[last].to(self.z.dtype)
+        self.labels[index] = y[last]
+
+
+class DistributionAlignment(nn.Module):
+    """Divides the teacher's predictions by their recent mean (ReMixMatch, arXiv 1911.09785), over a ring of steps.
+
+    ring [256, C]: one global-batch mean a row, zeros at the start. Zero rows only scale the mean of the ring, and
+    renormalising takes that out again.
+    """
+
+    def __init__(self, num_classes: int, length: int = 256):
+        super().__init__()
+        self.register_buffer("ring", torch.zeros(length, num_classes))                  # [256, C]
+        self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))                   # [1]
+
+    def forward(self, log_p: Tensor, mean: Tensor) -> Tensor:
+        """log p [n, C] -> log of p / prior, each row renormalised [n, C]. Writes nothing.
+
+        mean [C]: of p over the global batch; it counts in the prior as if it were in the ring already.
+        """
+        prior = self._with(mean).mean(dim=0)                                            # [C]
+        tiny = torch.finfo(prior.dtype).tiny    # a class that p underflows on has a prior of 0: keep its log finite
+        return torch.log_softmax(log_p - prior.clamp_min(tiny).log(), dim=1)            # [n, C]
+
+    @torch.no_grad()
+    def write(self, mean: Tensor) -> None:
+        """Put this step's mean of p over the global batch, [C], into the ring."""
+        self.ring.copy_(self._with(mean))
+        self.ptr.copy_((self.ptr + 1) % len(self.ring))
+
+    def _with(self, mean: Tensor) -> Tensor:
+        here = torch.arange(len(self.ring), device=self.ptr.device) == self.ptr         # [256]
+        return torch.where(here[:, None], mean.to(self.ring.dtype), self.ring)          # [256, C]

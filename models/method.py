@@ -1,0 +1,52 @@
+"""The contract between the one training loop and every method."""
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from models.ema import Teacher
+
+
+class Batch(NamedTuple):
+    """What one rank sees in one step: B labelled images, and two views of mu·B unlabelled ones."""
+    x: Tensor           # weak views of labelled images             [B, c, h, w], float
+    y: Tensor           # their labels                              [B], int64
+    index: Tensor       # their places in the labelled list         [B], int64
+    u_weak: Tensor      # weak views of unlabelled images           [muB, c, h, w], float
+    u_strong: Tensor    # strong views of the same images           [muB, c, h, w], float
+
+
+class Fresh(NamedTuple):
+    """What a step computed that `update` writes and the log reads; no gradient. A method fills what it has."""
+    z: Optional[Tensor] = None          # teacher's embedding of the labelled images    [B, D]
+    y: Optional[Tensor] = None          # their labels                                  [B]
+    index: Optional[Tensor] = None      # their rows in the bank                        [B]
+    prior: Optional[Tensor] = None      # mean of p over the global batch               [C]
+    pseudo: Optional[Tensor] = None     # pseudo-labels                                 [muB, C]
+    mask: Optional[Tensor] = None       # 1 where a pseudo-label is confident, else 0   [muB]
+
+
+def precise(x: Tensor) -> Tensor:
+    """`x` in float32 at least: probabilities are summed over a thousand classes, for which bf16 and fp16 are too coarse."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Method(nn.Module):
+    """A student, its teacher, and what a method keeps besides. One state_dict is the whole truth."""
+
+    def __init__(self, network: nn.Module, ema_m: float, eman: bool):
+        super().__init__()
+        self.student = network
+        self.teacher = Teacher(network, ema_m, eman)
+
+    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+        """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or teacher.
+
+        student: self.student, or its data-parallel wrapper: the forward that gradients flow through.
+        step: from 0, over the whole training. bank_ready: False in the first epoch, which shows every labelled image.
+        """
+        raise NotImplementedError
+
+    def update(self, fresh: Fresh) -> None:
+        """The one writer, called once after the optimizer step."""
+        self.teacher.update(self.student)

@@ -1,0 +1,81 @@
+"""SimMatch (arXiv 2203.06915): pseudo-labels that agree by class and by similarity to labelled images."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.memory import DistributionAlignment, LabelBank
+from models.method import Batch, Fresh, Method, precise
+from util import dist_utils
+
+
+class SimMatch(Method):
+    """Section 3 of the paper, in its order and symbols."""
+
+    def __init__(self, network: nn.Module, labels: Tensor, num_classes: int, dim: int, *, lambda_u: float,
+                 lambda_in: float, threshold: float, st: float, tt: float, c_smooth: float, DA: bool, ema_m: float,
+                 eman: bool):
+        """labels [K]: of the labelled list, in its order."""
+        super().__init__(network, ema_m, eman)
+        self.bank = LabelBank(labels, dim)
+        self.align = DistributionAlignment(num_classes) if DA else None
+        self.lambda_u, self.lambda_in, self.threshold = lambda_u, lambda_in, threshold
+        self.st, self.tt, self.c_smooth = st, tt, c_smooth
+
+    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+        n_x = len(batch.x)
+        logits, z = map(precise, student(torch.cat([batch.x, batch.u_strong])))         # [B+muB, C], [B+muB, D]
+        logits_x, logits_us, z_us = logits[:n_x], logits[n_x:], z[n_x:]     # [B, C], [muB, C], [muB, D]
+        with torch.no_grad():
+            logits_t, z_t = map(precise, self.teacher(torch.cat([batch.x, batch.u_weak]), step))    # shapes as above
+            log_p = torch.log_softmax(logits_t[n_x:], dim=1)                # [muB, C]
+            prior = dist_utils.all_mean(log_p.exp().mean(dim=0))            # [C]
+            if self.align is not None:
+                log_p = self.align(log_p, prior)                            # [muB, C]
+            p = log_p.exp()                                                 # [muB, C]
+
+        loss_in = z_us.new_zeros(())
+        if bank_ready:
+            labels = self.bank.labels                                       # [K]
+            with torch.no_grad():
+                log_q_w = torch.log_softmax(z_t[n_x:] @ self.bank.z.T / self.tt, dim=1)     # [muB, K]
+                q_hat = unfold(log_q_w, log_p, labels).exp()                # [muB, K]
+                p = self.c_smooth * p + (1 - self.c_smooth) * aggregate(log_q_w, labels, p.shape[1])    # [muB, C]
+            log_q_s = torch.log_softmax(z_us @ self.bank.z.T / self.st, dim=1)  # [muB, K]
+            loss_in = cross_entropy(q_hat, log_q_s).mean()
+
+        mask = (p.amax(dim=1) >= self.threshold).to(p.dtype)                # [muB]
+        loss_u = (mask * cross_entropy(p, torch.log_softmax(logits_us, dim=1))).mean()
+        terms = {"loss_x": F.cross_entropy(logits_x, batch.y),
+                 "loss_u": self.lambda_u * loss_u,
+                 "loss_in": self.lambda_in * loss_in}
+        return terms, Fresh(z_t[:n_x], batch.y, batch.index, prior, p, mask)
+
+    def update(self, fresh: Fresh) -> None:
+        gather = dist_utils.all_gather
+        self.bank.write(gather(fresh.index), gather(fresh.z), gather(fresh.y))
+        if self.align is not None:
+            self.align.write(fresh.prior)
+        super().update(fresh)
+
+
+def unfold(log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+    """Calibrate instance similarities by class predictions (section 3.3): q̂_ij ∝ q_ij · p_i[label_j], in logs.
+
+    log_q [n, K], log_p [n, C], labels [K] -> [n, K], each row the log of a distribution.
+    """
+    return torch.log_softmax(log_q + log_p[:, labels], dim=1)
+
+
+def aggregate(log_q: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Sum instance similarities within each class (section 3.3): a_i[c] = Σ_{j: label_j = c} q_ij.
+
+    log_q [n, K], labels [K] -> [n, C], each row a distribution.
+    """
+    q = log_q.exp()                                                         # [n, K]
+    return q.new_zeros(len(q), num_classes).index_add_(1, labels, q)
+
+
+def cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
+    """H(p_i, q_i) of two distributions, in nats: p [n, C], log q [n, C], finite -> [n]."""
+    return -(p * log_q).sum(dim=1)
+

@@ -1,0 +1,16 @@
+"""The labelled loss alone: what the labels are worth without any unlabelled image."""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.method import Batch, Fresh, Method, precise
+
+
+class Supervised(Method):
+    """Cross-entropy on the labelled images; the teacher is for evaluation only."""
+
+    def __init__(self, network: nn.Module, *, ema_m: float):
+        super().__init__(network, ema_m, eman=True)
+
+    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+        logits, _ = student(batch.x)                                        # [B, C]
+        return {"loss_x": F.cross_entropy(precise(logits), batch.y)}, Fresh()

@@ -1,0 +1,144 @@
+"""Train SimMatch, FixMatch or a supervised baseline: python train_semi.py --config configs/digits.yaml [--field value …]"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dataset import build_data
+from dataset.loader import Data, Stream, batches, test_batches
+from models import Batch, Method, build_method
+from util import checkpoint, dist_utils
+from util.config import FREE, Config, parse, to_dict, to_yaml
+from util.errors import UserError, run
+from util.log import Log, prepare
+from util.metrics import Meter, evaluate
+from util.schedule import learning_rate
+
+
+def main() -> None:
+    config = parse(sys.argv[1:], __doc__)
+    device = dist_utils.dist_init(config.device)
+    rank, world = dist_utils.rank(), dist_utils.world_size()
+
+    data = build_data(config)
+    stream = Stream(data, config.batch_size, config.mu, config.seed, rank, world)
+    if stream.steps_per_epoch == 0:
+        raise UserError(f"one step takes {stream.n_u * world} unlabelled images, but there are {len(data.unlabelled)}: "
+                        "lower --batch-size or --mu")
+    total = config.epochs * stream.steps_per_epoch
+
+    torch.manual_seed(config.seed)
+    try:
+        method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labelled])).to(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    optimizer = torch.optim.SGD(method.student.parameters(), lr=config.lr, momentum=config.momentum,
+                                nesterov=config.nesterov, weight_decay=config.wd)
+
+    out = Path(config.output_dir)
+    start, best = resume(out / "last.pth", config, data, method, optimizer)
+    if rank == 0:
+        prepare(out, to_yaml(config))
+    student = dist_utils.parallel(method.student)
+    log = Log(out, start, total, active=rank == 0)
+    describe(log, config, data, stream, method, device, start, total)
+
+    meter, clock, clock_step = Meter(), time.monotonic(), start
+    loader = batches(stream, start, total, config.workers, pin_memory=device.type == "cuda")
+    for step, (tensors, hidden) in enumerate(loader, start):
+        lr = learning_rate(step, lr=config.lr, steps_per_epoch=stream.steps_per_epoch, epochs=config.epochs,
+                           warmup_epoch=config.warmup_epoch, cos=config.cos, schedule=config.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = Batch(*(t.to(device, non_blocking=True) for t in tensors))
+
+        terms, fresh = method.losses(batch, student, step=step, bank_ready=stream.bank_ready(step))
+        loss = sum(terms.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.update(fresh)
+        meter.add(step, terms, fresh.pseudo, fresh.mask, hidden)
+
+        done, epoch = step + 1, step // stream.steps_per_epoch + 1
+        at_end_of_epoch = done % stream.steps_per_epoch == 0
+        evaluate_now = at_end_of_epoch and (epoch % config.eval_freq == 0 or done == total)
+        if done % config.print_freq == 0 or evaluate_now:
+            values = meter.read()       # stops here if a loss was not finite, before anything is saved
+            seconds = time.monotonic() - clock
+            speed = (done - clock_step) * (stream.n_x + stream.n_u) * world / seconds
+            log.train(done, epoch, config.epochs, {**values, "lr": lr, "images_per_s": round(speed, 1)})
+            clock, clock_step = time.monotonic(), done
+        if evaluate_now:
+            scores = accuracies(method, data, rank, world, device)
+            log.eval(done, epoch, scores)
+            state = {"config": to_dict(config), "step": done, "split": data.split, "classes": data.classes,
+                     "method": method.state_dict(), "optimizer": optimizer.state_dict()}
+            better = scores["student_top1"] > best["student_top1"]
+            if better:
+                best = {"step": done, **scores}
+            if rank == 0:               # best first: a run killed between the two repeats this epoch and writes it again
+                for name in ("best.pth", "last.pth") if better else ("last.pth",):
+                    checkpoint.save(out / name, {**state, "best": best})
+            clock = time.monotonic()
+
+    log.say(f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}")
+    log.close()
+    dist_utils.dist_end()
+
+
+def resume(path: Path, config: Config, data: Data, method: Method, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
+    """Continue from `path` if it exists: (steps done, best scores so far).
+
+    1. The same command continues; nothing has to be said.
+    2. What the run computes must be the same: every field but FREE, and the labelled split. Anything else is refused.
+    3. Everything is restored from the one file: weights, bank, prior, teacher, optimizer, best score. The order of the
+       data and all views follow from the step.
+    """
+    if not path.exists():
+        return 0, {"step": 0, "student_top1": -1.0}
+    state = checkpoint.load(path)
+    now = to_dict(config)
+    changed = [f"{key} was {state['config'].get(key)!r} and is now {now[key]!r}" for key in now
+               if key not in FREE and state["config"].get(key) != now[key]]
+    if state["split"] != data.split:
+        changed.append(f"the split was {state['split']!r} and is now {data.split!r}")
+    if changed:
+        raise UserError(f"{path} belongs to another run ({'; '.join(changed[:3])}): choose another --output-dir, "
+                        "or move that file away to start anew")
+    checkpoint.load_module(method, state["method"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["best"]
+
+
+def accuracies(method: Method, data: Data, rank: int, world: int, device: torch.device) -> dict[str, float]:
+    """student_top1, student_top5, teacher_top1, teacher_top5 on the test images, in percent."""
+    method.eval()
+    scores = {}
+    for name, network in (("student", method.student), ("teacher", method.teacher.net)):
+        dist_utils.broadcast_buffers(network)
+        result = evaluate(network, test_batches(data, rank, world), len(data.classes), device)
+        scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
+    method.train()
+    return scores
+
+
+def describe(log: Log, config: Config, data: Data, stream: Stream, method: Method, device: torch.device, start: int,
+             total: int) -> None:
+    """Say once what follows from the settings."""
+    world, millions = stream.world, sum(p.numel() for p in method.student.parameters()) / 1e6
+    log.say(f"{config.method} on {data.split}: {len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, "
+            f"{len(data.test_labels)} test images, {len(data.classes)} classes")
+    log.say(f"{config.backbone}, {millions:.2f} M parameters, on {world} x {device.type}")
+    log.say(f"{stream.n_x * world} + {stream.n_u * world} images a step, {stream.steps_per_epoch} steps an epoch, "
+            f"{config.epochs} epochs = {total} steps; lr {config.lr} after {config.warmup_epoch} epochs of warm-up")
+    if start:
+        finished = "it is finished" if start == total else f"{total - start} steps to go"
+        log.say(f"continues from {Path(config.output_dir) / 'last.pth'} at step {start}: {finished}")
+    else:
+        log.say(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, last.pth, best.pth")
+
+
+if __name__ == "__main__":
+    run(main)

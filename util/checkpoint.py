@@ -1,0 +1,71 @@
+"""Checkpoints: written whole or not at all, read without running any code that a file may hold."""
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from util.errors import UserError
+
+FORMAT = 1
+KEYS = ("format", "config", "step", "best", "split", "classes", "method", "optimizer")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (the KEYS but format) to `path`: into a temporary file beside it, flushed, then renamed over it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:     # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {_reason(error)}; what stood there before is intact") from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state saved at `path`, on the CPU. Raises UserError when it is missing, damaged or not one of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist; train_semi.py writes best.pth and last.pth") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {_reason(error)}") from None
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
+            raise UserError(f"checkpoint {path} is refused: it holds objects that could run code, "
+                            "not only tensors and plain values") from None
+        raise UserError(f"checkpoint {path} is not a PyTorch checkpoint, or damaged") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError):
+        raise UserError(f"checkpoint {path} is damaged or cut short; take another one, such as best.pth") from None
+    missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"checkpoint {path} was not written by train_semi.py: it has no {missing[0]!r}")
+    if state["format"] != FORMAT:
+        raise UserError(f"checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}")
+    return state
+
+
+def load_module(module: nn.Module, values: dict[str, Any], path: Path) -> None:
+    """module.load_state_dict with exact keys and shapes; a UserError names the first that differ."""
+    own = module.state_dict()
+    wrong = [f"{key} is missing" for key in own if key not in values]
+    wrong += [f"{key} is unknown" for key in values if key not in own]
+    wrong += [f"{key} is {_shape(values[key])}, not {_shape(own[key])}"
+              for key in own if key in values and _shape(values[key]) != _shape(own[key])]
+    if wrong:
+        raise UserError(f"checkpoint {path} is of another network or class count: {'; '.join(wrong[:3])}"
+                        + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    module.load_state_dict(values)
+
+
+def _shape(value: Any) -> Any:
+    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -1,0 +1,185 @@
+"""One flat dataclass of settings: YAML gives values, flags override, anything unknown or of the wrong type is an error.
+
+Names and defaults are those of the published command line, so that a published command keeps its meaning here.
+"""
+import argparse
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Sequence
+
+import yaml
+
+from util.errors import UserError
+
+
+def opt(default: Any, reason: str) -> Any:
+    """A dataclass field whose `reason` is its comment in the source and its text in --help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": reason})
+    return field(default=default, metadata={"help": reason})
+
+
+@dataclass
+class Config:
+    # what runs, and where it leaves its results
+    method: str = opt("simmatch", "simmatch, fixmatch or supervised")
+    output_dir: str = opt("", "everything a run writes; empty means checkpoints/<config name>")
+    seed: int = opt(0, "decides the labelled draw, initial weights, order and views")
+    device: str = opt("auto", "auto (a GPU if there is one), cpu or cuda")
+    # data
+    dataset: str = opt("digits", "a name in dataset/__init__.py")
+    labels_per_class: int = opt(1, "labelled images of each class, drawn by seed")
+    workers: int = opt(6, "processes that load images; no effect on what is loaded")
+    batch_size: int = opt(8, "labelled images a step and rank (B)")
+    mu: int = opt(5, "unlabelled images for each labelled one")
+    # network
+    backbone: str = opt("resnet50_encoder", "a name in models/network.py")
+    cls: int = opt(1000, "number of classes (C); must agree with the data")
+    dim: int = opt(128, "length of the embedding z (D)")
+    # optimisation: SGD
+    epochs: int = opt(400, "passes over the unlabelled images")
+    lr: float = opt(0.03, "learning rate after warm-up")
+    warmup_epoch: int = opt(5, "epochs of linear warm-up")
+    cos: bool = opt(False, "cosine decay, once an epoch; otherwise --schedule")
+    schedule: list[int] = opt([120, 160], "without --cos: epochs at which the rate falls tenfold")
+    momentum: float = opt(0.9, "SGD momentum")
+    nesterov: bool = opt(False, "Nesterov's form of momentum")
+    wd: float = opt(1e-4, "weight decay, on every parameter (biases and BN too)")
+    # method (symbols of the paper)
+    lambda_u: float = opt(10.0, "weight of the unsupervised (pseudo-label) loss L_u")
+    lambda_in: float = opt(5.0, "weight of the instance similarity loss L_in")
+    threshold: float = opt(0.7, "pseudo-labels whose largest probability is below this do not count in L_u")
+    st: float = opt(0.1, "temperature of the student's similarities")
+    tt: float = opt(0.1, "temperature of the teacher's similarities")
+    c_smooth: float = opt(0.9, "share of the class prediction in the pseudo-label; the rest comes from the bank (alpha)")
+    DA: bool = opt(False, "distribution alignment of the teacher's predictions")
+    eman: bool = opt(False, "EMAN teacher (BN statistics averaged); otherwise EMA with shuffle-BN")
+    ema_m: float = opt(0.999, "momentum of the teacher (m)")
+    # what is reported, and how often
+    print_freq: int = opt(20, "steps between two train events in the log")
+    eval_freq: int = opt(1, "epochs between two evaluations, each with a checkpoint")
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# How a run is watched, not what it computes: these may change when a run is continued.
+FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq"})
+
+_POSITIVE = ("batch_size", "mu", "cls", "dim", "epochs", "lr", "st", "tt", "print_freq", "eval_freq")
+_NOT_NEGATIVE = ("seed", "labels_per_class", "workers", "warmup_epoch", "wd", "lambda_u", "lambda_in")
+_SHARE = ("momentum", "threshold", "c_smooth", "ema_m")
+
+
+def parse(argv: Sequence[str], description: str) -> Config:
+    """Config of a command line: `--config FILE` first, then every `--field value` over it."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.error = _raise
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with any of the fields below")
+    for name, f in FIELDS.items():
+        flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
+        how = {"nargs": "?", "const": "true"} if f.type is bool else {"nargs": "+"} if f.type == list[int] else {}
+        parser.add_argument(*flags, dest=name, default=None, metavar=_type_name(f.type).upper(),
+                            help=f"{f.metadata['help']} (default: {getattr(Config(), name)!r})", **how)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown(unknown[0], "on the command line"))
+    values = read_yaml(known.config)
+    for name in FIELDS:
+        if getattr(known, name) is not None:
+            values[name] = coerce(name, getattr(known, name), f"--{name.replace('_', '-')}")
+    config = Config(**values)
+    config.output_dir = config.output_dir or os.path.join("checkpoints", Path(known.config).stem)
+    return validate(config)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Checked values of a config file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}; the ones that ship are in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path}: expected lines of the form 'key: value', got a {type(values).__name__}")
+    return from_dict(values, path)
+
+
+def from_dict(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` with every key known and every value of its field's type, else a UserError naming `where`."""
+    for key in values:
+        if key not in FIELDS:
+            raise UserError(_unknown(str(key), f"in {where}"))
+    return {key: coerce(key, value, f"{where}, key {key}") for key, value in values.items()}
+
+
+def coerce(name: str, value: Any, where: str) -> Any:
+    """`value` (from YAML, or text from a flag) as the type of field `name`."""
+    kind = FIELDS[name].type
+    try:
+        if kind == list[int]:
+            if isinstance(value, list):
+                return [_scalar(int, v) for v in value]
+        else:
+            return _scalar(kind, value)
+    except ValueError:
+        pass
+    raise UserError(f"{where}: expected {_type_name(kind)}, got {value!r}")
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif kind is str or isinstance(value, str):  # YAML 1.1 reads 1e-4, with no dot, as text
+        if isinstance(value, str):
+            return kind(value)
+    elif type(value) is int or (kind is float and type(value) is float):
+        return kind(value)
+    if type(value) is kind:
+        return value
+    raise ValueError(value)
+
+
+def validate(config: Config) -> Config:
+    """Ranges that every method and data set share; the rest is checked where it is known."""
+    def must(ok: bool, name: str, rule: str) -> None:
+        if not ok:
+            raise UserError(f"{name} must be {rule}, got {getattr(config, name)!r}")
+    for name in _POSITIVE:
+        must(getattr(config, name) > 0, name, "greater than 0")
+    for name in _NOT_NEGATIVE:
+        must(getattr(config, name) >= 0, name, "0 or more")
+    for name in _SHARE:
+        must(0 <= getattr(config, name) <= 1, name, "between 0 and 1")
+    must(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+    must(not config.nesterov or config.momentum > 0, "momentum", "greater than 0 with nesterov")
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _type_name(kind: Any) -> str:
+    return "list of int" if kind == list[int] else kind.__name__
+
+
+def _unknown(key: str, where: str) -> str:
+    plain = key.lstrip("-").split("=")[0].replace("-", "_")
+    lower = {name.lower(): name for name in [*FIELDS, "config"]}
+    near = difflib.get_close_matches(plain.lower(), lower, n=1, cutoff=0.0)
+    return f"unknown key {key!r} {where}; the nearest known one is {lower[near[0]]!r}"
+
+
+def _raise(message: str) -> None:
+    raise UserError(f"{message}; --help lists every flag")

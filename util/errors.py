@@ -1,0 +1,22 @@
+"""Mistakes a user can mend end in one line on stderr and exit code 2, never in a traceback."""
+import sys
+from typing import Callable
+
+
+class UserError(Exception):
+    """One line: what is wrong, where, and what to do about it."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_last_words(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_last_words("interrupted; the same command continues from the last checkpoint", 130))
+
+
+def _last_words(line: str, code: int) -> int:
+    print(f"\n{line}" if sys.stdout.isatty() else line, file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,100 @@
+"""What a run tells: log.jsonl for programs, tb/ for TensorBoard, lines for people. Ranks other than 0 stay silent."""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+from torch.utils.tensorboard import SummaryWriter
+
+from util.errors import UserError
+
+TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s")
+
+
+def prepare(output_dir: Path, config_yaml: str) -> None:
+    """Make the output directory and write config.yaml into it. Raises UserError if that is not possible."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to output directory {output_dir}: {error.strerror}; "
+                        "choose another one with --output-dir") from None
+
+
+class Log:
+    """Events of one run. `start` is the step it continues from: later events of an earlier attempt are dropped."""
+
+    def __init__(self, output_dir: Path, start: int, total: int, active: bool):
+        self.start, self.total, self.active = start, total, active
+        self.terminal = sys.stdout.isatty()
+        self.begun: Optional[float] = None      # when the first step of this process was done
+        if not active:
+            return
+        path = output_dir / "log.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
+        temporary = path.with_name("log.jsonl.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self.file = open(path, "a", encoding="utf-8")
+        self.tb = SummaryWriter(str(output_dir / "tb"), purge_step=start + 1)
+
+    def say(self, line: str) -> None:
+        """A line for people that stays."""
+        if self.active:
+            print(f"\r\033[K{line}" if self.terminal else line, flush=True)
+
+    def train(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
+        """step: steps done; epoch: the one in progress, from 1; values: TRAIN_KEYS, as far as the method has them."""
+        values = {key: values.get(key) for key in TRAIN_KEYS}
+        self._write("train", step, {"epoch": epoch, **values})
+        if not self.active:
+            return
+        terms = " ".join(f"{key[5:]} {values[key]:.3f}" for key in TRAIN_KEYS[1:4] if values[key] is not None)
+        line = f"epoch {epoch}/{epochs}  step {step}/{self.total}  loss {values['loss']:.3f} ({terms})"
+        if values["mask"] is not None:
+            line += f"  mask {values['mask']:.2f}"
+        if values["pseudo_acc"] is not None:
+            line += f"  pseudo_acc {values['pseudo_acc']:.3f}"
+        line += f"  lr {values['lr']:.4f}  {values['images_per_s']:,.0f} images/s  ETA {self._eta(step)}"
+        if self.terminal:
+            print(f"\r\033[K{line[:os.get_terminal_size().columns - 1]}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def eval(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """values: student_top1, student_top5, teacher_top1, teacher_top5, in percent."""
+        self._write("eval", step, values)
+        self.say(f"epoch {epoch}  student {values['student_top1']:.3f} / {values['student_top5']:.3f}  "
+                 f"teacher {values['teacher_top1']:.3f} / {values['teacher_top5']:.3f}  (top-1 / top-5 %)")
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            self.tb.close()
+
+    def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        self.file.write(json.dumps({"event": event, "step": step, **values}, allow_nan=False) + "\n")
+        self.file.flush()
+        for key, value in values.items():
+            if value is not None:
+                self.tb.add_scalar(f"{event}/{key}", value, step)
+        self.tb.flush()
+
+    def _eta(self, step: int) -> str:
+        now = time.monotonic()
+        if self.begun is None:
+            self.begun, self.start = now, step
+            return "?"
+        seconds = round((self.total - step) * (now - self.begun) / (step - self.start))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a log; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

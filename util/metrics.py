@@ -1,0 +1,63 @@
+"""Accuracy over a data set, and the running means of training."""
+from typing import Callable, Iterable, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from util import dist_utils
+from util.errors import UserError
+
+
+class Accuracy(NamedTuple):
+    top1: float             # percent
+    top5: float             # percent; with fewer than five classes, of being among all of them
+    per_class: list[float]  # top-1 of each class, percent; nan for a class without images
+
+
+@torch.no_grad()
+def evaluate(network: Callable[[Tensor], tuple[Tensor, Tensor]], batches: Iterable[tuple[Tensor, Tensor]],
+             num_classes: int, device: torch.device) -> Accuracy:
+    """Accuracy of `network` (x -> logits, z; in eval mode) over the (x [n, c, h, w], y [n]) of all ranks together."""
+    counts = torch.zeros(3, num_classes, dtype=torch.float64, device=device)    # top-1, top-5, images    [3, C]
+    for x, y in batches:
+        x, y = x.to(device), y.to(device)
+        logits, _ = network(x)                                                  # [n, C]
+        best = logits.topk(min(5, num_classes), dim=1).indices                  # [n, 5]
+        hit = (best == y[:, None]).double()                                     # [n, 5]
+        for row, value in enumerate((hit[:, 0], hit.sum(dim=1), torch.ones_like(hit[:, 0]))):
+            counts[row].index_add_(0, y, value)
+    top1, top5, images = dist_utils.all_sum(counts)                             # [C] each
+    total = images.sum()
+    return Accuracy(100 * (top1.sum() / total).item(), 100 * (top5.sum() / total).item(), (100 * top1 / images).tolist())
+
+
+class Meter:
+    """Means over the steps since the last reading. Values stay on the device until then: no step waits for a GPU."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, Tensor]] = []
+        self.names: tuple[str, ...] = ()
+
+    def add(self, step: int, terms: dict[str, Tensor], pseudo: Optional[Tensor], mask: Optional[Tensor],
+            hidden: Optional[Tensor]) -> None:
+        """terms: weighted losses; pseudo [muB, C], mask [muB]: pseudo-labels; hidden [muB]: the labels they stand for."""
+        values = {name: term.detach() for name, term in terms.items()}
+        values["loss"] = sum(values.values())
+        if mask is not None:
+            values["mask"] = mask.mean()
+        if pseudo is not None and hidden is not None:
+            values["pseudo_acc"] = (pseudo.argmax(dim=1) == hidden.to(pseudo.device)).float().mean()
+        self.names = tuple(values)
+        self.rows.append((step, torch.stack([v.float() for v in values.values()])))
+
+    def read(self) -> dict[str, float]:
+        """Means by name, over steps and ranks, and forget them. A value that is not finite raises, with its step."""
+        steps = [step for step, _ in self.rows]
+        values = dist_utils.all_mean(torch.stack([row for _, row in self.rows])).cpu()      # [steps, names]
+        self.rows = []
+        for step, row in zip(steps, values):
+            for name, value in zip(self.names, row.tolist()):
+                if value != value or value in (float("inf"), float("-inf")):
+                    raise UserError(f"{name} is {value} at step {step}; training stops, and the last checkpoint stays as "
+                                    "it was: try a lower --lr, or look at the images of that step")
+        return dict(zip(self.names, values.mean(dim=0).tolist()))
