@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dataset import build_data
-from dataset.loader import test_batches
+from dataset.loader import evaluation_batches
 from models import build_method
 from util import checkpoint, dist_utils
 from util.config import Config, from_dict, validate
@@ -37,8 +37,8 @@ def main() -> None:
     method.to(device).eval()
 
     print(f"{config.method}, {config.backbone}, {data.split}; step {state['step']}; {len(data.test_labels)} test images")
-    student = evaluate(method.student, test_batches(data), len(data.classes), device)
-    teacher = evaluate(method.teacher.net, test_batches(data), len(data.classes), device)
+    student = evaluate(method.student, evaluation_batches(data), len(data.classes), device)
+    teacher = evaluate(method.teacher.net, evaluation_batches(data), len(data.classes), device)
     if args.per_class:
         for name, value in zip(data.classes, student.per_class):
             print(f"class {name}: {value:.3f}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dataset import build_data
-from dataset.loader import Data, Stream, batches, test_batches
+from dataset.loader import Data, Stream, batches, evaluation_batches
 from models import Batch, Method, build_method
 from util import checkpoint, dist_utils
 from util.config import FREE, Config, parse, to_dict, to_yaml
@@ -118,7 +118,7 @@ def accuracies(method: Method, data: Data, rank: int, world: int, device: torch.
     scores = {}
     for name, network in (("student", method.student), ("teacher", method.teacher.net)):
         dist_utils.broadcast_buffers(network)
-        result = evaluate(network, test_batches(data, rank, world), len(data.classes), device)
+        result = evaluate(network, evaluation_batches(data, rank, world), len(data.classes), device)
         scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
     method.train()
     return scores

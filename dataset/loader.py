@@ -81,7 +81,7 @@ def batches(stream: Stream, start: int, stop: int, workers: int, pin_memory: boo
     return DataLoader(stream, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin_memory)
 
 
-def test_batches(data: Data, rank: int = 0, world: int = 1, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(data: Data, rank: int = 0, world: int = 1, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
     """(x [n, c, h, w], y [n]) of this rank's share of the test images; every image is in exactly one share."""
     rows = np.arange(rank, len(data.test_labels), world)
     for chunk in np.split(rows, range(size, len(rows), size)):

@@ -5,6 +5,7 @@ Names and defaults are those of the published command line, so that a published 
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,12 +128,14 @@ def coerce(name: str, value: Any, where: str) -> Any:
                 return [_scalar(int, v) for v in value]
         else:
             return _scalar(kind, value)
-    except ValueError:
+    except (ValueError, TypeError):
         pass
     raise UserError(f"{where}: expected {_type_name(kind)}, got {value!r}")
 
 
 def _scalar(kind: type, value: Any) -> Any:
+    if kind is float and not math.isfinite(float(value)):
+        raise ValueError(value)
     if kind is bool:
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"

@@ -1,0 +1,42 @@
+"""A tiny problem for the models' tests: networks, batches and settings in float64."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import Batch
+from models.network import Network
+
+C, D, K, B, MU = 4, 6, 10, 3, 2
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 0])
+SETTINGS = dict(lambda_u=10.0, lambda_in=5.0, threshold=0.4, st=0.1, tt=0.1, c_smooth=0.9, DA=True, ema_m=0.9, eman=False)
+
+
+def network(seed=0, dtype=torch.float64):
+    """A network with convolution and BN, so that batch statistics and running statistics differ."""
+    torch.manual_seed(seed)
+    net = Network("small_encoder", channels=1, num_classes=C, dim=D)
+    net.backbone = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.fc = nn.Linear(5, C)
+    net.fc.weight.data *= 12        # predictions on both sides of the thresholds
+    net.head = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, D))
+    return net.to(dtype)
+
+
+def batch(seed, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    index = torch.randperm(K, generator=g)[:B]
+
+    def images(n):
+        return torch.randn(n, 1, 6, 6, generator=g, dtype=torch.float64).to(dtype)
+    return Batch(images(B), LABELS[index], index, images(B * MU), images(B * MU))
+
+
+class Fixed(nn.Module):
+    """Stands in for a network: returns what it is given, whatever the images."""
+
+    def __init__(self, logits, z):
+        super().__init__()
+        self.logits, self.z = nn.Parameter(logits), nn.Parameter(z)
+
+    def forward(self, x, step=None):
+        return self.logits, F.normalize(self.z.float(), dim=1).to(self.z.dtype)

@@ -1,0 +1,67 @@
+"""Both kinds of teacher."""
+import torch
+
+from models.ema import Teacher
+from tests.models import small
+
+
+def pair(eman):
+    student = small.network()
+    teacher = Teacher(student, momentum=0.9, eman=eman).train()
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 1
+        student.backbone[1].running_mean += 2
+        student.backbone[1].num_batches_tracked += 7
+    return student, teacher
+
+
+def test_the_teacher_starts_as_a_copy_without_gradient():
+    student = small.network()
+    teacher = Teacher(student, momentum=0.9, eman=False)
+    torch.testing.assert_close(teacher.net.state_dict(), student.state_dict(), rtol=0, atol=0)
+    assert not any(p.requires_grad for p in teacher.parameters()) and all(p.requires_grad for p in student.parameters())
+
+
+def test_ema_averages_parameters_only():
+    student, teacher = pair(eman=False)
+    before = {key: value.clone() for key, value in teacher.net.state_dict().items()}
+    teacher.update(student)
+    for name, p in teacher.net.named_parameters():
+        torch.testing.assert_close(p.data, 0.9 * before[name] + 0.1 * dict(student.named_parameters())[name].data)
+    for name, b in teacher.net.named_buffers():
+        assert torch.equal(b, before[name]), name
+
+
+def test_eman_averages_bn_statistics_too_and_copies_the_count():
+    student, teacher = pair(eman=True)
+    teacher.update(student)
+    bn = teacher.net.backbone[1]
+    torch.testing.assert_close(bn.running_mean, torch.full((5,), 0.2, dtype=torch.float64))
+    assert bn.num_batches_tracked == 7
+
+
+def test_ema_runs_on_batch_statistics_and_collects_its_own():
+    _, teacher = pair(eman=False)
+    bn = teacher.net.backbone[1]
+    teacher(small.batch(0).u_weak, step=0)
+    assert teacher.net.training and bn.num_batches_tracked == 1
+    alone, _ = teacher(small.batch(0).u_weak[:1], step=0)
+    among, _ = teacher(small.batch(0).u_weak, step=0)
+    assert not torch.allclose(alone[0], among[0])           # an image's output depends on its neighbours
+
+
+def test_eman_stays_in_eval_mode_when_the_method_trains():
+    _, teacher = pair(eman=True)
+    teacher.train()
+    alone, _ = teacher(small.batch(0).u_weak[:1], step=0)
+    among, _ = teacher(small.batch(0).u_weak, step=0)
+    torch.testing.assert_close(alone[0], among[0])
+    assert not teacher.net.training and teacher.net.backbone[1].num_batches_tracked == 0
+
+
+def test_evaluation_ends_with_train():
+    _, teacher = pair(eman=False)
+    teacher.eval()
+    assert not teacher.net.training
+    assert teacher.train().net.training

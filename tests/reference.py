@@ -1,0 +1,170 @@
+"""SimMatch's step the slow way: loops over ranks, images, classes and bank rows, written from the method's description.
+
+Only the networks' forward and backward are PyTorch's. The fast path must agree with this to rounding in float64.
+"""
+import copy
+import math
+
+import torch
+
+
+def softmax(values):
+    """Of a list of 0-dim tensors or floats."""
+    top = max(float(torch.as_tensor(v).detach()) for v in values)
+    powers = [torch.exp(torch.as_tensor(v, dtype=torch.float64) - top) for v in values]
+    return [p / sum(powers) for p in powers]
+
+
+def unfold(q, p, labels):
+    """Row i: q[i][j] times the class probability of bank row j's label, brought back to sum 1."""
+    out = []
+    for q_i, p_i in zip(q, p):
+        products = [q_ij * p_i[label] for q_ij, label in zip(q_i, labels)]
+        out.append([product / sum(products) for product in products])
+    return out
+
+
+def aggregate(q, labels, num_classes):
+    """Row i: for each class, the sum of q[i][j] over the bank rows of that class."""
+    out = []
+    for q_i in q:
+        a_i = [0.0] * num_classes
+        for q_ij, label in zip(q_i, labels):
+            a_i[label] = a_i[label] + q_ij
+        out.append(a_i)
+    return out
+
+
+def cross_entropy(p, q):
+    """H(p, q) of two distributions."""
+    return -sum(p_c * torch.log(torch.as_tensor(q_c, dtype=torch.float64)) for p_c, q_c in zip(p, q))
+
+
+def align(p, ring, ptr, mean):
+    """Put `mean` into the ring (a list of rows) at ptr, then divide each row of p by the ring's mean; sum 1 again."""
+    ring[ptr] = list(mean)
+    prior = [sum(row[c] for row in ring) / len(ring) for c in range(len(mean))]
+    out = []
+    for p_i in p:
+        ratios = [p_ic / prior_c for p_ic, prior_c in zip(p_i, prior)]
+        out.append([ratio / sum(ratios) for ratio in ratios])
+    return out
+
+
+def cosines(z, bank):
+    return [[sum(a * b for a, b in zip(z_i, row)) for row in bank] for z_i in z]
+
+
+class SimMatchReference:
+    """State of a whole training: student, teacher, bank, labels, ring; `step` advances it by one global step."""
+
+    def __init__(self, network, bank, labels, num_classes, *, lambda_u, lambda_in, threshold, st, tt, c_smooth, DA, ema_m,
+                 eman, lr, momentum, wd, nesterov, ring=256):
+        self.student, self.teacher = copy.deepcopy(network), copy.deepcopy(network)
+        self.teacher.requires_grad_(False)
+        self.bank, self.labels = [row.clone() for row in bank], [int(label) for label in labels]
+        self.ring, self.ptr = [[0.0] * num_classes for _ in range(ring)], 0
+        self.velocity = {}
+        self.num_classes = num_classes
+        self.h = dict(lambda_u=lambda_u, lambda_in=lambda_in, threshold=threshold, st=st, tt=tt, c_smooth=c_smooth, DA=DA,
+                      ema_m=ema_m, eman=eman, lr=lr, momentum=momentum, wd=wd, nesterov=nesterov)
+
+    def step(self, batches, step, first_epoch):
+        """batches: one (x, y, index, u_weak, u_strong) for each rank. Returns the terms, pseudo-labels and masks."""
+        h, n_x = self.h, len(batches[0][0])
+        teacher_logits, teacher_z = self._teacher_forward([torch.cat([b[0], b[3]]) for b in batches], step)
+        p = [[softmax(row) for row in logits[n_x:]] for logits in teacher_logits]               # [rank][image][class]
+        everything = [row for rank in p for row in rank]
+        mean = [sum(row[c] for row in everything) / len(everything) for c in range(self.num_classes)]
+        if h["DA"]:
+            p = [align(rank, self.ring, self.ptr, mean) for rank in p]
+            self.ptr = (self.ptr + 1) % len(self.ring)
+
+        self.student.train()
+        totals = {"loss_x": 0.0, "loss_u": 0.0, "loss_in": 0.0}
+        pseudo, masks = [], []
+        for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):
+            logits, z = self._student_forward(torch.cat([x, u_strong]), first=rank == 0)
+            target = p[rank]
+            loss_in = 0.0
+            if not first_epoch:
+                q_w = [softmax([c / h["tt"] for c in row]) for row in cosines(teacher_z[rank][n_x:], self.bank)]
+                q_hat = unfold(q_w, p[rank], self.labels)
+                share = aggregate(q_w, self.labels, self.num_classes)
+                target = [[h["c_smooth"] * p_c + (1 - h["c_smooth"]) * a_c for p_c, a_c in zip(p_i, a_i)]
+                          for p_i, a_i in zip(p[rank], share)]
+                q_s = [softmax([c / h["st"] for c in row]) for row in cosines(z[n_x:], self.bank)]
+                loss_in = sum(cross_entropy(a, b) for a, b in zip(q_hat, q_s)) / len(q_hat)
+            mask = [1.0 if max(float(v) for v in row) >= h["threshold"] else 0.0 for row in target]
+            loss_u = sum(m * cross_entropy(a, softmax(b)) for m, a, b in zip(mask, target, logits[n_x:])) / len(target)
+            loss_x = sum(-torch.log(softmax(row)[int(label)]) for row, label in zip(logits[:n_x], y)) / n_x
+            totals["loss_x"] += loss_x / len(batches)
+            totals["loss_u"] += h["lambda_u"] * loss_u / len(batches)
+            totals["loss_in"] += h["lambda_in"] * loss_in / len(batches)
+            pseudo.append([[float(v) for v in row] for row in target])
+            masks.append(mask)
+
+        for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):        # the bank of the next step
+            for j in range(n_x):
+                self.bank[int(index[j])] = teacher_z[rank][j].clone()
+                self.labels[int(index[j])] = int(y[j])
+        self._sgd(sum(totals.values()))
+        self._average()
+        return {name: float(torch.as_tensor(value).detach()) for name, value in totals.items()}, pseudo, masks
+
+    def _student_forward(self, x, first):
+        """Running statistics are the first rank's, as all ranks have after a broadcast."""
+        if first:
+            return self.student(x)
+        own = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+        return torch.func.functional_call(self.student, own, (x,))
+
+    @torch.no_grad()
+    def _teacher_forward(self, inputs, step):
+        self.teacher.train(not self.h["eman"])
+        n, world = len(inputs[0]), len(inputs)
+        if self.h["eman"] or world == 1:
+            outputs = [self.teacher(x) for x in inputs]
+            return [logits for logits, _ in outputs], [z for _, z in outputs]
+        # shuffle-BN: global image i goes to place slot[i]; places g·n … g·n+n−1 are forwarded as one BN group
+        slot = torch.randperm(world * n, generator=torch.Generator().manual_seed(step)).tolist()
+        images = torch.cat(inputs)
+        logits, z = [None] * (world * n), [None] * (world * n)
+        for group in range(world):
+            members = [i for i in range(world * n) if slot[i] // n == group]
+            kept = copy.deepcopy(dict(self.teacher.named_buffers()))
+            group_logits, group_z = self.teacher(images[members])
+            if group > 0:
+                for name, buffer in self.teacher.named_buffers():
+                    buffer.copy_(kept[name])
+            for place, i in enumerate(members):
+                logits[i], z[i] = group_logits[place], group_z[place]
+        split = [slice(r * n, (r + 1) * n) for r in range(world)]
+        return [torch.stack(logits[s]) for s in split], [torch.stack(z[s]) for s in split]
+
+    def _sgd(self, loss):
+        h = self.h
+        parameters = dict(self.student.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        with torch.no_grad():
+            for (name, p), g in zip(parameters.items(), gradients):
+                if g is None:
+                    continue
+                g = g + h["wd"] * p
+                v = self.velocity.get(name)
+                self.velocity[name] = v = g if v is None else h["momentum"] * v + g
+                p -= h["lr"] * (g + h["momentum"] * v if h["nesterov"] else v)
+
+    @torch.no_grad()
+    def _average(self):
+        m, student = self.h["ema_m"], dict(self.student.named_parameters())
+        for name, p in self.teacher.named_parameters():
+            p.copy_(m * p + (1 - m) * student[name])
+        if self.h["eman"]:
+            student = dict(self.student.named_buffers())
+            for name, b in self.teacher.named_buffers():
+                b.copy_(student[name] if "num_batches" in name else m * b + (1 - m) * student[name])
+
+
+def all_finite(values):
+    return all(math.isfinite(float(v)) for v in values)

@@ -1,0 +1,105 @@
+"""Files that are whole, files that are not, and files that are not ours."""
+import os
+import pickle
+
+import pytest
+import torch
+
+from models.network import Network
+from util import checkpoint
+from util.errors import UserError
+
+
+class Bomb:
+    """A pickle that would make a file when loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.fixture
+def state():
+    return {"config": {"seed": 1}, "step": 3, "best": {"student_top1": 1.5}, "split": "s", "classes": ["a"],
+            "method": {"w": torch.arange(1000.0)}, "optimizer": {}}
+
+
+def test_round_trip(state, tmp_path):
+    checkpoint.save(tmp_path / "a.pth", state)
+    loaded = checkpoint.load(tmp_path / "a.pth")
+    assert torch.equal(loaded.pop("method")["w"], torch.arange(1000.0))
+    assert loaded == {"format": 1, **{key: value for key, value in state.items() if key != "method"}}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_every_truncation_is_one_line(state, tmp_path):
+    checkpoint.save(tmp_path / "a.pth", state)
+    whole = (tmp_path / "a.pth").read_bytes()
+    for size in [0, 1, 2, 10, 100, *range(200, len(whole), 97), len(whole) - 1]:
+        (tmp_path / "cut.pth").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cut.pth") as error:
+            checkpoint.load(tmp_path / "cut.pth")
+        assert "\n" not in str(error.value)
+
+
+def test_code_in_a_pickle_is_not_run(state, tmp_path):
+    for name, write in (("raw", lambda o, p: p.write_bytes(pickle.dumps(o))), ("torch", torch.save)):
+        path = tmp_path / f"{name}.pth"
+        write({**state, "x": Bomb(tmp_path / "boom")}, path)
+        with pytest.raises(UserError, match="refused") as error:
+            checkpoint.load(path)
+        assert "\n" not in str(error.value) and not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"\x80\x04garbage", os.urandom(1000), b"PK\x03\x04" + bytes(100)])
+def test_not_a_checkpoint(content, tmp_path):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match="a.pth"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("value", [{"state_dict": {}}, [1, 2], torch.zeros(3), {}])
+def test_a_foreign_file_says_what_it_lacks(value, tmp_path):
+    torch.save(value, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="was not written by train_semi.py"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.load(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load(tmp_path)
+
+
+def test_another_format(state, tmp_path):
+    torch.save({**state, "format": 99}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_what_stood_there_survives_a_failed_write(state, tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    checkpoint.save(path, state)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save(path, state)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_load_module_names_what_differs(tmp_path):
+    net = Network("small_encoder", 1, 10, 8)
+    values = net.state_dict()
+    del values["head.2.bias"]
+    values["odd"] = torch.zeros(1)
+    values["fc.weight"] = torch.zeros(7, 128)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_module(net, values, tmp_path / "a.pth")
+    for part in ("head.2.bias is missing", "odd is unknown", "fc.weight is [7, 128], not [10, 128]"):
+        assert part in str(error.value)
