@@ -1,6 +1,4 @@
 """Evaluate a checkpoint: python eval.py --checkpoint checkpoints/digits/best.pth [--per-class]"""
-import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -10,12 +8,12 @@ from dataset.loader import evaluation_batches
 from models import build_method
 from util import checkpoint, dist_utils
 from util.config import Config, from_dict, validate
-from util.errors import UserError, run
+from util.errors import Parser, UserError, run
 from util.metrics import evaluate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="best.pth or last.pth of a run")
     parser.add_argument("--per-class", action="store_true", help="also print the student's top-1 of each class")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 
+from util import errors  # noqa: E402  (the repository is on the path only now)
+
 
 @pytest.fixture
 def command():
@@ -19,6 +21,28 @@ def command():
         return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=ROOT, capture_output=True, text=True,
                               timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     return call
+
+
+@pytest.fixture
+def mistake(monkeypatch, capsys):
+    """Call a script's main with flags it must refuse: exit code 2, one line on stderr with `words`, no traceback.
+
+    In this process, since a new one needs seconds to import PyTorch; tests/test_train.py starts some for real.
+    """
+    def call(main, flags, *words):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            errors.run(main)
+        one_line(stop.value.code, capsys.readouterr().err, *words)
+    return call
+
+
+def one_line(code, stderr, *words):
+    assert code == 2, (code, stderr)
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    for word in words:
+        assert word in stderr, stderr
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 Names and defaults are those of the published command line, so that a published command keeps its meaning here.
 """
-import argparse
 import dataclasses
 import difflib
 import math
@@ -13,7 +12,7 @@ from typing import Any, Sequence
 
 import yaml
 
-from util.errors import UserError
+from util.errors import Parser, UserError
 
 
 def opt(default: Any, reason: str) -> Any:
@@ -75,8 +74,7 @@ _SHARE = ("momentum", "threshold", "c_smooth", "ema_m")
 
 def parse(argv: Sequence[str], description: str) -> Config:
     """Config of a command line: `--config FILE` first, then every `--field value` over it."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.error = _raise
+    parser = Parser(description)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with any of the fields below")
     for name, f in FIELDS.items():
         flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
@@ -182,7 +180,3 @@ def _unknown(key: str, where: str) -> str:
     lower = {name.lower(): name for name in [*FIELDS, "config"]}
     near = difflib.get_close_matches(plain.lower(), lower, n=1, cutoff=0.0)
     return f"unknown key {key!r} {where}; the nearest known one is {lower[near[0]]!r}"
-
-
-def _raise(message: str) -> None:
-    raise UserError(f"{message}; --help lists every flag")

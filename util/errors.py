@@ -1,10 +1,21 @@
 """Mistakes a user can mend end in one line on stderr and exit code 2, never in a traceback."""
+import argparse
 import sys
-from typing import Callable
+from typing import Callable, NoReturn
 
 
 class UserError(Exception):
     """One line: what is wrong, where, and what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors, and whose flags are never abbreviated."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists every flag")
 
 
 def run(main: Callable[[], None]) -> None:

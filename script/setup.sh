@@ -1,0 +1,43 @@
+# Sourced by the other scripts. Goes to the repository's root and sets PYTHON to an interpreter that has everything in
+# requirements.txt (and in the files named by the caller): the active environment if it has, else .venv, made on first use.
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+cd "$ROOT" || exit 2
+export PYTHONUNBUFFERED=1
+
+has_requirements() {  # has_requirements PYTHON FILE...: every "name>=version" line is met there
+  "$1" - "${@:2}" 2>/dev/null <<'PY'
+import sys
+from importlib.metadata import version
+
+def numbers(text):
+    return [int(part) for part in text.split("+")[0].split(".") if part.isdigit()]
+
+for path in sys.argv[1:]:
+    for line in open(path):
+        name, _, least = line.strip().partition(">=")
+        if name and numbers(version(name)) < numbers(least):
+            sys.exit(1)
+PY
+}
+
+find_python() {  # find_python FILE...: sets PYTHON
+  local files=("$@") args=() active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+  if [ -n "$active" ] && has_requirements "$active/bin/python" "${files[@]}"; then
+    PYTHON=$active/bin/python
+    echo "setup: using the active environment $active"
+    return
+  fi
+  PYTHON=$ROOT/.venv/bin/python
+  if has_requirements "$PYTHON" "${files[@]}"; then
+    echo "setup: using $ROOT/.venv"
+    return
+  fi
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+    || { echo "error: python3 is missing or older than 3.10: install it, then run this again" >&2; exit 2; }
+  echo "setup: installing $(echo $(cat "${files[@]}")) into $ROOT/.venv (a few minutes, up to 6 GB)"
+  [ -x "$PYTHON" ] && "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv \
+    || { echo "error: python3 -m venv failed (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
+  for file in "${files[@]}"; do args+=(-r "$file"); done
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check "${args[@]}" \
+    || { echo "error: pip install failed; the lines above say why. Run this again to go on" >&2; exit 2; }
+}

@@ -1,0 +1,187 @@
+"""train_semi.py as a user runs it: what it writes, that seeds are honoured, that it continues, and what mistakes print."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import one_line
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_semi
+
+TRAIN = {"event", "step", "epoch", "loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s"}
+EVAL = {"event", "step", "student_top1", "student_top5", "teacher_top1", "teacher_top5"}
+
+
+def events(folder):
+    """The log, without what differs from run to run: speed."""
+    return [{key: value for key, value in json.loads(line).items() if key != "images_per_s"}
+            for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder, name="last.pth"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same_run(a, b):
+    """Bit for bit: logs, weights, bank, prior, teacher, optimizer, best score."""
+    assert events(a) == events(b)
+    first, second = weights(a), weights(b)
+    for state in (first, second):
+        for key in ("output_dir", "workers"):
+            del state["config"][key]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run of two epochs that several tests look at."""
+    folder = tmp_path_factory.mktemp("run")
+    done = subprocess.run([sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--epochs", "2", "--workers", "0",
+                           "--print-freq", "3", "--output-dir", str(folder)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_the_output_directory(finished):
+    folder, _ = finished
+    assert sorted(os.listdir(folder)) == ["best.pth", "config.yaml", "last.pth", "log.jsonl", "tb"]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["epochs"] == 2 and config["method"] == "simmatch" and config == weights(folder)["config"]
+
+
+def test_the_log_has_the_promised_keys_in_order(finished):
+    folder, _ = finished
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {event["event"] for event in log} == {"train", "eval"}
+    for event in log:
+        assert set(event) == (TRAIN if event["event"] == "train" else EVAL)
+    trains = [event for event in log if event["event"] == "train"]
+    steps = [event["step"] for event in trains]
+    assert steps == sorted(set(steps))
+    assert all(event["loss"] == pytest.approx(event["loss_x"] + event["loss_u"] + event["loss_in"], rel=1e-5) for event in trains)
+    assert [event["step"] for event in log if event["event"] == "eval"] == [max(steps) // 2, max(steps)]
+
+
+def test_tensorboard_reads_the_same_values(finished):
+    folder, _ = finished
+    reader = EventAccumulator(str(folder / "tb"))
+    reader.Reload()
+    for event in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        for key, value in event.items():
+            if key in ("event", "step"):
+                continue
+            found = [s.value for s in reader.Scalars(f"{event['event']}/{key}") if s.step == event["step"]]
+            assert found == [pytest.approx(value, rel=1e-6)]
+
+
+def test_plain_lines_when_the_output_is_a_file(finished):
+    _, done = finished
+    assert "\r" not in done.stdout and "\033" not in done.stdout
+    assert "ETA" in done.stdout and "10 labelled, 1437 unlabelled, 360 test images" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("done: best student top-1")
+
+
+def test_a_second_start_continues_and_says_so(finished, train):
+    folder, _ = finished
+    before = (folder / "log.jsonl").read_bytes()
+    again = train(folder, "--print-freq", "3")
+    assert again.returncode == 0, again.stderr
+    assert f"continues from {folder}/last.pth at step" in again.stdout and "finished" in again.stdout
+    assert (folder / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simmatch", "fixmatch", "supervised"])
+def test_same_seed_same_bits_with_any_number_of_workers(method, train, tmp_path):
+    for name, workers in (("a", "0"), ("b", "2")):
+        assert train(tmp_path / name, "--method", method, "--workers", workers).returncode == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_run(train, tmp_path):
+    for seed in "01":
+        assert train(tmp_path / seed, "--seed", seed).returncode == 0
+    assert events(tmp_path / "0") != events(tmp_path / "1")
+    assert weights(tmp_path / "0")["split"] != weights(tmp_path / "1")["split"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, flags", [("simmatch", []), ("simmatch", ["--eman"]), ("fixmatch", []), ("supervised", [])])
+def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path):
+    flags = ["--method", method, "--epochs", "4", *flags]
+    assert train(tmp_path / "whole", *flags).returncode == 0
+    command = [sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--workers", "0", "--output-dir",
+               str(tmp_path / "killed"), *flags]
+    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "last.pth").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.15)                    # into the next epoch
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    reached = weights(tmp_path / "killed")["step"]
+    again = train(tmp_path / "killed", *flags)
+    assert again.returncode == 0 and f"at step {reached}" in again.stdout
+    assert reached < weights(tmp_path / "whole")["step"]
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+DIGITS = ("--config", "configs/digits.yaml", "--workers", "0", "--epochs", "2", "--output-dir")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lamda-u", "3"], ["--lamda-u", "lambda_u"]),
+    (["--epochs", "ten"], ["--epochs", "int", "'ten'"]),
+    (["--labels-per-class", "0"], ["labels_per_class is 0", "at least 1"]),
+    (["--labels-per-class", "2000"], ["labels_per_class is 2000", "only 142"]),
+    (["--method", "simatch"], ["'simatch'", "simmatch, fixmatch, supervised"]),
+    (["--backbone", "resnet51"], ["'resnet51'", "resnet50_encoder"]),
+    (["--dataset", "mnist"], ["'mnist'", "digits"]),
+    (["--cls", "9"], ["cls is 9", "10 classes"]),
+    (["--batch-size", "300"], ["1437", "--batch-size"]),
+    (["--output-dir", "/proc/run"], ["/proc/run", "--output-dir"]),
+    (["--output-dir", "pytest.ini/run"], ["pytest.ini/run", "Not a directory"]),
+])
+def test_mistakes(flags, words, mistake, tmp_path):
+    mistake(train_semi.main, [*DIGITS, tmp_path / "run", *flags], *words)
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_a_mistake_in_a_real_process(command, tmp_path):
+    done = command("train_semi.py", "--config", tmp_path / "none.yaml")
+    one_line(done.returncode, done.stderr, "none.yaml", "No such file")
+
+
+def test_a_damaged_last_checkpoint_is_not_overwritten(mistake, tmp_path):
+    (tmp_path / "last.pth").write_bytes(b"PK\x03\x04 half a file")
+    mistake(train_semi.main, [*DIGITS, tmp_path], "last.pth", "damaged")
+    assert (tmp_path / "last.pth").read_bytes() == b"PK\x03\x04 half a file"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "fixmatch"], ["method was 'simmatch' and is now 'fixmatch'", "--output-dir"]),
+    (["--seed", "4"], ["seed was 0 and is now 4", "split"]),
+    (["--backbone", "resnet18_encoder"], ["backbone was 'small_encoder'"])])
+def test_another_run_in_the_same_directory_is_refused(finished, mistake, flags, words):
+    folder, _ = finished
+    before = [(folder / name).read_bytes() for name in ("last.pth", "config.yaml", "log.jsonl")]
+    mistake(train_semi.main, [*DIGITS, folder, *flags], *words)
+    assert before == [(folder / name).read_bytes() for name in ("last.pth", "config.yaml", "log.jsonl")]
+
+
+def test_a_non_finite_loss_names_term_and_step_and_keeps_the_checkpoint(mistake, tmp_path):
+    """A real divergence: the rate rises linearly to far too high a value, and the first epoch still goes well."""
+    flags = [*DIGITS, tmp_path, "--epochs", "40", "--print-freq", "1000", "--warmup-epoch", "1", "--lr"]
+    monster = [*flags, "0.1", "--lambda-in", "1e38"]        # counts from the second epoch on
+    mistake(train_semi.main, monster, "loss", "at step", "last checkpoint stays")
+    kept = weights(tmp_path)
+    assert kept["step"] == 10 or kept["step"] > 0
+    assert all(torch.isfinite(v).all() for v in kept["method"].values() if v.is_floating_point())

@@ -1,0 +1,105 @@
+"""Runs side by side: python -m util.report RUN_DIR… [--curves FILE.png] prints a table and draws the curves."""
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from util.config import Config, read_yaml
+from util.errors import Parser, UserError, run
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")    # distinct to colour-blind readers too
+
+
+class Run(NamedTuple):
+    name: str
+    config: Config
+    trains: list[dict[str, Any]]    # train events
+    evals: list[dict[str, Any]]     # eval events, at least one
+
+
+def read(folder: Path) -> Run:
+    """A run from its config.yaml and log.jsonl. Raises UserError if it has not been evaluated yet."""
+    try:
+        events = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{folder} is not the output directory of a run: log.jsonl: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{folder / 'log.jsonl'} is damaged: a line is not JSON") from None
+    trains, evals = ([e for e in events if e["event"] == kind] for kind in ("train", "eval"))
+    if not evals:
+        raise UserError(f"{folder} has no evaluation yet: let it train for an epoch first")
+    return Run(folder.name, Config(**read_yaml(str(folder / "config.yaml"))), trains, evals)
+
+
+def table(runs: list[Run]) -> str:
+    """Markdown: final accuracies, one row a run. (The final model's, not the best seen: the test images chose nothing.)"""
+    rows = ["| method | labels a class | steps | student top-1 % | teacher top-1 % |", "|---|---|---|---|---|"]
+    for r in runs:
+        last = r.evals[-1]
+        rows.append(f"| {r.config.method} | {r.config.labels_per_class} | {last['step']} | {last['student_top1']:.2f} | "
+                    f"{last['teacher_top1']:.2f} |")
+    return "\n".join(rows)
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """A PNG with test accuracy and pseudo-label accuracy over the steps."""
+    scale = 2                       # drawn twice as large and halved: smooth lines
+    image = Image.new("RGB", (1100 * scale, 420 * scale), "white")
+    pen = ImageDraw.Draw(image)
+    panels = (("student top-1 on the test images (%)", [[(e["step"], e["student_top1"]) for e in r.evals] for r in runs]),
+              ("pseudo-label accuracy (%)", [[(e["step"], 100 * e["pseudo_acc"]) for e in r.trains
+                                              if e["pseudo_acc"] is not None] for r in runs]))
+    for place, (title, curves) in enumerate(panels):
+        _panel(pen, scale, (60 + 550 * place, 50, 530 + 550 * place, 340), title, curves)
+    for place, r in enumerate(runs):
+        x, y = (60 + 180 * place) * scale, 390 * scale
+        pen.line((x, y, x + 24 * scale, y), fill=COLOURS[place % len(COLOURS)], width=3 * scale)
+        pen.text((x + 32 * scale, y), r.name, fill="black", font=_font(14 * scale), anchor="lm")
+    image.resize((1100, 420), Image.Resampling.LANCZOS).save(path)
+
+
+def _panel(pen: ImageDraw.ImageDraw, scale: int, box: tuple[int, int, int, int], title: str,
+           curves: list[list[tuple[float, float]]]) -> None:
+    left, top, right, bottom = (v * scale for v in box)
+    points = [point for curve in curves for point in curve]
+    most = max((x for x, _ in points), default=1)
+    least = min(10 * (min((y for _, y in points), default=0) // 10), 90)
+    pen.text((left, top - 22 * scale), title, fill="black", font=_font(15 * scale), anchor="lm")
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (right - left) * x / most, bottom - (bottom - top) * (y - least) / (100 - least)
+    for y in range(int(least), 101, 10):
+        pen.line((*at(0, y), *at(most, y)), fill="#dddddd", width=scale)
+        pen.text((left - 8 * scale, at(0, y)[1]), str(y), fill="#444444", font=_font(12 * scale), anchor="rm")
+    for part in range(5):
+        x = most * part / 4
+        pen.text((at(x, least)[0], bottom + 12 * scale), f"{x:.0f}", fill="#444444", font=_font(12 * scale), anchor="mm")
+    pen.text(((left + right) / 2, bottom + 28 * scale), "step", fill="#444444", font=_font(12 * scale), anchor="mm")
+    for place, curve in enumerate(curves):
+        if curve:
+            pen.line([at(*point) for point in curve], fill=COLOURS[place % len(COLOURS)], width=2 * scale, joint="curve")
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output directories of train_semi.py")
+    parser.add_argument("--curves", type=Path, metavar="FILE.png", help="also draw the curves")
+    args = parser.parse_args(sys.argv[1:])
+    runs = [read(folder) for folder in args.runs]
+    print(table(runs))
+    if args.curves:
+        try:
+            draw(runs, args.curves)
+        except OSError as error:
+            raise UserError(f"cannot write {args.curves}: {error.strerror}") from None
+        print(f"curves: {args.curves}")
+
+
+if __name__ == "__main__":
+    run(main)
