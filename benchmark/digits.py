@@ -1,0 +1,85 @@
+"""SimMatch, FixMatch and supervised on the digits: python benchmark/digits.py [--seeds 0 1 2 3 4] [--write README.md]
+
+Trains every method with 10 and 40 labels on every seed through train_semi.py, each as a user would start it, and prints a
+table of the final student's top-1 as mean ± standard deviation over seeds. Finished runs in --runs are read, not repeated.
+"""
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+
+from util.errors import Parser, UserError, run  # noqa: E402
+from util.report import read  # noqa: E402
+
+METHODS = {"simmatch": "SimMatch", "fixmatch": "FixMatch", "supervised": "supervised"}
+LABELS = {1: "10 labels", 4: "40 labels"}
+MARKS = "<!-- digits table: written by benchmark/digits.py -->", "<!-- end of digits table -->"
+
+
+def train(folder: Path, method: str, labels_per_class: int, seed: int) -> tuple[float, float]:
+    """(top-1 of the final student, seconds of the whole process) of one run; trains it if it is not there."""
+    seconds = folder / "seconds"
+    if not seconds.exists():
+        begun = time.monotonic()
+        done = subprocess.run([sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--method", method,
+                               "--labels-per-class", str(labels_per_class), "--seed", str(seed), "--output-dir", str(folder),
+                               "--eval-freq", "1000000"], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{folder}: {done.stderr.strip()}")
+        seconds.write_text(f"{time.monotonic() - begun:.1f}")
+    return read(folder).evals[-1]["student_top1"], float(seconds.read_text())
+
+
+def machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        cpu = (re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) or [cpu])[0]
+    return (f"{torch.get_num_threads()} cores of {cpu}, Python {platform.python_version()}, torch {torch.__version__}, "
+            f"torchvision {torchvision.__version__}, numpy {numpy.__version__}")
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=ROOT / "checkpoints" / "benchmark_digits", help="where runs are kept")
+    parser.add_argument("--write", type=Path, help="put the table between its marks in this file")
+    args = parser.parse_args()
+
+    rows, times = [], {}
+    for method in METHODS:
+        cells = []
+        for labels_per_class in LABELS:
+            scores = []
+            for seed in args.seeds:
+                folder = args.runs / f"{method}-{labels_per_class}-{seed}"
+                score, seconds = train(folder, method, labels_per_class, seed)
+                print(f"{method}, {LABELS[labels_per_class]}, seed {seed}: {score:.2f} % in {seconds:.0f} s", flush=True)
+                scores.append(score)
+                times.setdefault(method, []).append(seconds)
+            spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+            cells.append(f"{statistics.mean(scores):.1f} ± {spread:.1f}")
+        rows.append(f"| {METHODS[method]} | {' | '.join(cells)} | {statistics.median(times[method]):.0f} s |")
+    seeds = ", ".join(map(str, args.seeds))
+    table = "\n".join([f"| student top-1 % | {' | '.join(LABELS.values())} | one run |", "|---|---|---|---|", *rows, "",
+                       f"Mean ± standard deviation over seeds {seeds} (n = {len(args.seeds)}), which draw the labels, the initial "
+                       f"weights, the order and the views; last epoch; 360 test images. \"One run\" is the median time of the "
+                       f"whole command. On {machine()}."])
+    print(f"\n{table}")
+    if args.write:
+        text = args.write.read_text(encoding="utf-8")
+        before, rest = text.split(MARKS[0])
+        args.write.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
