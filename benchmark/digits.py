@@ -1,14 +1,16 @@
-"""SimMatch, FixMatch and supervised on the digits: python benchmark/digits.py [--seeds 0 1 2 3 4] [--write README.md]
+"""SimMatch, FixMatch and supervised on the digits: python benchmark/digits.py [--jobs 2] [--write README.md]
 
 Trains every method with 10 and 40 labels on every seed through train_semi.py, each as a user would start it, and prints a
 table of the final student's top-1 as mean ± standard deviation over seeds. Finished runs in --runs are read, not repeated.
 """
+import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,14 +28,15 @@ LABELS = {1: "10 labels", 4: "40 labels"}
 MARKS = "<!-- digits table: written by benchmark/digits.py -->", "<!-- end of digits table -->"
 
 
-def train(folder: Path, method: str, labels_per_class: int, seed: int) -> tuple[float, float]:
+def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: int) -> tuple[float, float]:
     """(top-1 of the final student, seconds of the whole process) of one run; trains it if it is not there."""
     seconds = folder / "seconds"
     if not seconds.exists():
         begun = time.monotonic()
         done = subprocess.run([sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--method", method,
                                "--labels-per-class", str(labels_per_class), "--seed", str(seed), "--output-dir", str(folder),
-                               "--eval-freq", "1000000"], cwd=ROOT, capture_output=True, text=True)
+                               "--eval-freq", "1000000"], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         if done.returncode:
             raise UserError(f"{folder}: {done.stderr.strip()}")
         seconds.write_text(f"{time.monotonic() - begun:.1f}")
@@ -44,7 +47,7 @@ def machine() -> str:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = (re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) or [cpu])[0]
-    return (f"{torch.get_num_threads()} cores of {cpu}, Python {platform.python_version()}, torch {torch.__version__}, "
+    return (f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}, numpy {numpy.__version__}")
 
 
@@ -52,28 +55,35 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=ROOT / "checkpoints" / "benchmark_digits", help="where runs are kept")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--write", type=Path, help="put the table between its marks in this file")
     args = parser.parse_args()
 
-    rows, times = [], {}
+    threads = max(1, os.cpu_count() // args.jobs)
+    jobs = [(method, n, seed) for method in METHODS for n in LABELS for seed in args.seeds]
+
+    def one(job: tuple[str, int, int]) -> tuple[float, float]:
+        method, n, seed = job
+        score, seconds = train(args.runs / f"{method}-{n}-{seed}", method, n, seed, threads)
+        print(f"{method}, {LABELS[n]}, seed {seed}: {score:.2f} % in {seconds:.0f} s", flush=True)
+        return score, seconds
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = dict(zip(jobs, pool.map(one, jobs)))
+
+    rows = []
     for method in METHODS:
         cells = []
-        for labels_per_class in LABELS:
-            scores = []
-            for seed in args.seeds:
-                folder = args.runs / f"{method}-{labels_per_class}-{seed}"
-                score, seconds = train(folder, method, labels_per_class, seed)
-                print(f"{method}, {LABELS[labels_per_class]}, seed {seed}: {score:.2f} % in {seconds:.0f} s", flush=True)
-                scores.append(score)
-                times.setdefault(method, []).append(seconds)
+        for n in LABELS:
+            scores = [results[method, n, seed][0] for seed in args.seeds]
             spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
             cells.append(f"{statistics.mean(scores):.1f} ± {spread:.1f}")
-        rows.append(f"| {METHODS[method]} | {' | '.join(cells)} | {statistics.median(times[method]):.0f} s |")
+        seconds = statistics.median(results[method, n, seed][1] for n in LABELS for seed in args.seeds)
+        rows.append(f"| {METHODS[method]} | {' | '.join(cells)} | {seconds:.0f} s |")
     seeds = ", ".join(map(str, args.seeds))
     table = "\n".join([f"| student top-1 % | {' | '.join(LABELS.values())} | one run |", "|---|---|---|---|", *rows, "",
                        f"Mean ± standard deviation over seeds {seeds} (n = {len(args.seeds)}), which draw the labels, the initial "
                        f"weights, the order and the views; last epoch; 360 test images. \"One run\" is the median time of the "
-                       f"whole command. On {machine()}."])
+                       f"whole command, {args.jobs} at a time, {threads} thread{'s' * (threads > 1)} each. On {machine()}."])
     print(f"\n{table}")
     if args.write:
         text = args.write.read_text(encoding="utf-8")

@@ -48,16 +48,16 @@ def test_normalisation():
 
 
 @pytest.mark.parametrize("view, numbers, nothing", [
-    (digits_weak, 3, [0.5] * 3),
-    (digits_strong, 12, [0.5] * 9 + [0.0] + [0.5] * 2)])
+    (digits_weak, 6, [0.5] * 6),
+    (digits_strong, 10, [0.5] * 6 + [0.0, 0.5, 0.5, 0.0])])
 def test_a_view_that_changes_nothing(view, numbers, nothing):
-    """No rotation, shift, scale, shear or contrast, and a patch of side 0."""
+    """No rotation, shift, stretch or shear, full ink, and a patch of side 0."""
     images = digits.build(1, 0).images[:20]
     assert len(nothing) == numbers
     torch.testing.assert_close(view(images, np.tile(nothing, (20, 1))), digits_plain(images), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("view, numbers", [(digits_weak, 3), (digits_strong, 12)])
+@pytest.mark.parametrize("view, numbers", [(digits_weak, 6), (digits_strong, 10)])
 def test_each_image_has_its_own_view(view, numbers):
     images, u = digits.build(1, 0).images[:20], np.random.default_rng(0).random((20, numbers))
     together = view(images, u)
@@ -66,12 +66,20 @@ def test_each_image_has_its_own_view(view, numbers):
     assert together.min() >= (0 - DIGITS_MEAN) / DIGITS_STD - 1e-4 and together.max() <= (16 - DIGITS_MEAN) / DIGITS_STD + 1e-4
 
 
-def test_a_shift_of_one_pixel_moves_the_ink():
-    """The second and third number of the strong view are the shift: (u − ½)·2·1.5 pixels."""
+def test_a_shift_moves_the_ink():
+    """The second and third number of a view are the shift: for the weak one (2u − 1)·½ pixels, so u = 1 is half a pixel."""
     image = np.zeros((1, 8, 8), np.uint8)
     image[0, 3, 3] = 16
-    u = np.full((1, 12), 0.5)
-    u[0, 9] = 0
-    u[0, 1] = 0.5 + 1 / 3
-    ink = digits_strong(image, u)[0, 0] * DIGITS_STD + DIGITS_MEAN
-    assert ink.argmax().item() == 3 * 8 + 2 and ink.max() == pytest.approx(16, abs=1e-3)
+    u = np.full((1, 6), 0.5)
+    u[0, 1] = 1
+    ink = digits_weak(image, u)[0, 0] * DIGITS_STD + DIGITS_MEAN
+    assert ink[3].tolist() == pytest.approx([0, 0, 8, 8, 0, 0, 0, 0], abs=1e-4)
+
+
+def test_the_patch_is_paper_and_the_ink_only_fades():
+    images = np.full((1, 8, 8), 16, np.uint8)
+    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])        # faintest ink, a patch of 3 pixels about the centre
+    ink = (digits_strong(images, u)[0, 0] * DIGITS_STD + DIGITS_MEAN).round(decimals=3)
+    expected = torch.full((8, 8), 16 * float(np.exp(-0.5)))
+    expected[3:5, 3:5] = 0
+    torch.testing.assert_close(ink, expected, rtol=0, atol=1e-2)
