@@ -7,7 +7,7 @@ find_python requirements.txt
 methods=(simmatch fixmatch supervised)
 for method in "${methods[@]}"; do
   echo; echo "demo: training $method on 10 labels"
-  "$PYTHON" train_semi.py --config configs/digits.yaml --method "$method" --print-freq 100 --eval-freq 10 \
+  "$PYTHON" train_semi.py --config configs/digits.yaml --method "$method" \
     --output-dir "checkpoints/demo/$method"
 done
 for method in "${methods[@]}"; do

@@ -49,6 +49,6 @@ def one_line(code, stderr, *words):
 def train(command):
     """A short digits training: train(output_dir, *flags)."""
     def call(output_dir, *flags, **how):
-        return command("train_semi.py", "--config", "configs/digits.yaml", "--epochs", "2", "--workers", "0",
+        return command("train_semi.py", "--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1",
                        "--output-dir", output_dir, *flags, **how)
     return call

@@ -42,7 +42,7 @@ def assert_same_run(a, b):
 def finished(tmp_path_factory):
     """One finished run of two epochs that several tests look at."""
     folder = tmp_path_factory.mktemp("run")
-    done = subprocess.run([sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--epochs", "2", "--workers", "0",
+    done = subprocess.run([sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1",
                            "--print-freq", "3", "--output-dir", str(folder)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -118,7 +118,7 @@ def test_another_seed_is_another_run(train, tmp_path):
 def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path):
     flags = ["--method", method, "--epochs", "4", *flags]
     assert train(tmp_path / "whole", *flags).returncode == 0
-    command = [sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--workers", "0", "--output-dir",
+    command = [sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--eval-freq", "1", "--output-dir",
                str(tmp_path / "killed"), *flags]
     run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -134,7 +134,7 @@ def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-DIGITS = ("--config", "configs/digits.yaml", "--workers", "0", "--epochs", "2", "--output-dir")
+DIGITS = ("--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1", "--output-dir")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -178,10 +178,8 @@ def test_another_run_in_the_same_directory_is_refused(finished, mistake, flags, 
 
 
 def test_a_non_finite_loss_names_term_and_step_and_keeps_the_checkpoint(mistake, tmp_path):
-    """A real divergence: the rate rises linearly to far too high a value, and the first epoch still goes well."""
-    flags = [*DIGITS, tmp_path, "--epochs", "40", "--print-freq", "1000", "--warmup-epoch", "1", "--lr"]
-    monster = [*flags, "0.1", "--lambda-in", "1e38"]        # counts from the second epoch on
-    mistake(train_semi.main, monster, "loss", "at step", "last checkpoint stays")
+    """A weight so large that it overflows; L_in counts from the second epoch on, so the first goes well and is saved."""
+    mistake(train_semi.main, [*DIGITS, tmp_path, "--lambda-in", "1e39"], "loss_in is inf at step 20", "last checkpoint stays")
     kept = weights(tmp_path)
-    assert kept["step"] == 10 or kept["step"] > 0
+    assert kept["step"] == 20
     assert all(torch.isfinite(v).all() for v in kept["method"].values() if v.is_floating_point())

@@ -1,0 +1,60 @@
+"""Continuing a log, and the progress line of a terminal."""
+import json
+import pty
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+from util.log import TRAIN_KEYS, Log
+
+VALUES = {**dict.fromkeys(TRAIN_KEYS, 1.0), "loss_u": None}
+
+
+def steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_events_after_the_checkpoint_are_dropped(tmp_path):
+    log = Log(tmp_path, start=0, total=50, active=True)
+    for step in (10, 20, 30):
+        log.train(step, 1, 5, VALUES)
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"event": "train", "step": 40, "lo')       # a crash in the middle of a line
+    log = Log(tmp_path, start=20, total=50, active=True)
+    assert steps(tmp_path) == [10, 20]
+    log.train(30, 1, 5, VALUES)
+    log.close()
+    assert steps(tmp_path) == [10, 20, 30]
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["loss_u"] is None
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = Log(tmp_path, start=0, total=50, active=False)
+    log.say("hello")
+    log.train(10, 1, 5, VALUES)
+    log.eval(10, 1, {"student_top1": 1.0, "student_top5": 1.0, "teacher_top1": 1.0, "teacher_top5": 1.0})
+    log.close()
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_one_line_that_is_rewritten(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from util.log import Log, TRAIN_KEYS\n"
+            "log = Log(Path(sys.argv[2]), 0, 50, True)\n"
+            "for step in (10, 20): log.train(step, 1, 5, dict.fromkeys(TRAIN_KEYS, 1.0))\n"
+            "log.say('bye')\n")
+    main, side = pty.openpty()
+    run = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path)], stdout=side)
+    os.close(side)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(main, 4096)
+        except OSError:             # how Linux says that the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    assert run.wait() == 0
+    assert shown.count(b"\r\033[K") == 3 and shown.count(b"\n") == 1 and b"ETA" in shown

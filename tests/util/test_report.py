@@ -1,0 +1,42 @@
+"""The table and the curves, from a log."""
+import json
+
+import pytest
+from PIL import Image
+
+from util import report
+from util.config import Config, to_yaml
+from util.errors import UserError
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "fast"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(Config(method="fixmatch", labels_per_class=4)))
+    events = [{"event": "train", "step": 10, "pseudo_acc": None},
+              {"event": "eval", "step": 10, "student_top1": 50.0, "student_top5": 90.0, "teacher_top1": 40.0, "teacher_top5": 80.0},
+              {"event": "train", "step": 20, "pseudo_acc": 0.75},
+              {"event": "eval", "step": 20, "student_top1": 61.25, "student_top5": 90.0, "teacher_top1": 55.5, "teacher_top5": 80.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def test_table_and_curves(run_dir, tmp_path):
+    run = report.read(run_dir)
+    assert "| fixmatch | 4 | 20 | 61.25 | 55.50 |" in report.table([run])
+    report.draw([run], tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size == (1100, 420)
+        assert len(image.getcolors(100000)) > 20        # something was drawn
+
+
+def test_folders_that_are_not_finished_runs(run_dir, tmp_path):
+    with pytest.raises(UserError, match="not the output directory"):
+        report.read(tmp_path)
+    (run_dir / "log.jsonl").write_text('{"event": "train", "step": 1}\n')
+    with pytest.raises(UserError, match="no evaluation yet"):
+        report.read(run_dir)
+    (run_dir / "log.jsonl").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        report.read(run_dir)
