@@ -1,4 +1,5 @@
 """Train SimMatch, FixMatch or a supervised baseline: python train_semi.py --config configs/digits.yaml [--field value …]"""
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,7 +38,7 @@ def main() -> None:
                                 nesterov=config.nesterov, weight_decay=config.wd)
 
     out = Path(config.output_dir)
-    start, best = resume(out / "last.pth", config, data, method, optimizer)
+    start, best = resume(out / "last.pth", config, data, world, method, optimizer)
     if rank == 0:
         prepare(out, to_yaml(config))
     student = dist_utils.parallel(method.student)
@@ -73,8 +74,9 @@ def main() -> None:
         if evaluate_now:
             scores = accuracies(method, data, rank, world, device)
             log.eval(done, epoch, scores)
-            state = {"config": to_dict(config), "step": done, "split": data.split, "classes": data.classes,
+            state = {"config": to_dict(config), "step": done, "world": world, "split": data.split, "classes": data.classes,
                      "method": method.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.must_be_finite(state["method"], done)
             better = scores["student_top1"] > best["student_top1"]
             if better:
                 best = {"step": done, **scores}
@@ -88,22 +90,25 @@ def main() -> None:
     dist_utils.dist_end()
 
 
-def resume(path: Path, config: Config, data: Data, method: Method, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
+def resume(path: Path, config: Config, data: Data, world: int, method: Method,
+           optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
     """Continue from `path` if it exists: (steps done, best scores so far).
 
     1. The same command continues; nothing has to be said.
-    2. What the run computes must be the same: every field but FREE, and the labelled split. Anything else is refused.
+    2. What the run computes must be the same: every field but FREE, the labelled split, and the number of
+       ranks, which decides what a step is. Anything else is refused.
     3. Everything is restored from the one file: weights, bank, prior, teacher, optimizer, best score. The order of the
        data and all views follow from the step.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         return 0, {"step": 0, "student_top1": -1.0}
     state = checkpoint.load(path)
     now = to_dict(config)
     changed = [f"{key} was {state['config'].get(key)!r} and is now {now[key]!r}" for key in now
                if key not in FREE and state["config"].get(key) != now[key]]
-    if state["split"] != data.split:
-        changed.append(f"the split was {state['split']!r} and is now {data.split!r}")
+    for name, before, after in (("split", state["split"], data.split), ("number of ranks", state["world"], world)):
+        if before != after:
+            changed.append(f"the {name} was {before!r} and is now {after!r}")
     if changed:
         raise UserError(f"{path} belongs to another run ({'; '.join(changed[:3])}): choose another --output-dir, "
                         "or move that file away to start anew")

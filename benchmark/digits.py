@@ -59,6 +59,11 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="put the table between its marks in this file")
     args = parser.parse_args()
 
+    if args.jobs < 1:
+        raise UserError("--jobs must be 1 or more")
+    if args.write and not all(mark in args.write.read_text(encoding="utf-8") for mark in MARKS):
+        raise UserError(f"{args.write} has no place for the table: it needs the lines {MARKS[0]} and {MARKS[1]}")
+    args.runs = args.runs.resolve()
     threads = max(1, os.cpu_count() // args.jobs)
     jobs = [(method, n, seed) for method in METHODS for n in LABELS for seed in args.seeds]
 

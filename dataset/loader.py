@@ -44,6 +44,7 @@ class Stream(Dataset):
         """batch_size: labelled images a rank and step (B); mu: unlabelled ones for each of them."""
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
+        self.known = bool((data.labels[data.unlabelled] >= 0).all())        # whether hidden labels exist, for all
         self.steps_per_epoch = len(data.unlabelled) // (self.n_u * world)
 
     def bank_ready(self, step: int) -> bool:
@@ -67,7 +68,7 @@ class Stream(Dataset):
         u_strong = self._view(data.strong, rows, epochs, VIEW_STRONG)                       # [muB, c, h, w]
 
         y, hidden = data.labels[data.labelled[index]], data.labels[rows]                    # [B], [muB]
-        hidden = torch.from_numpy(hidden) if (hidden >= 0).all() else None
+        hidden = torch.from_numpy(hidden) if self.known else None
         return (x, torch.from_numpy(y), torch.from_numpy(index), u_weak, u_strong), hidden
 
     def _view(self, view: View, rows: np.ndarray, passes: np.ndarray, purpose: int) -> Tensor:

@@ -22,6 +22,7 @@ class Teacher(nn.Module):
         self.net = copy.deepcopy(student).requires_grad_(False)
         self.momentum = momentum
         self.eman = eman
+        self.train()        # EMAN's copy must not start in the student's mode
 
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(mode and not self.eman)

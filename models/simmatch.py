@@ -28,8 +28,9 @@ class SimMatch(Method):
         with torch.no_grad():
             logits_t, z_t = map(precise, self.teacher(torch.cat([batch.x, batch.u_weak]), step))    # shapes as above
             log_p = torch.log_softmax(logits_t[n_x:], dim=1)                # [muB, C]
-            prior = dist_utils.all_mean(log_p.exp().mean(dim=0))            # [C]
+            prior = None
             if self.align is not None:
+                prior = dist_utils.all_mean(log_p.exp().mean(dim=0))        # [C]
                 log_p = self.align(log_p, prior)                            # [muB, C]
             p = log_p.exp()                                                 # [muB, C]
 

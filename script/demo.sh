@@ -16,4 +16,4 @@ for method in "${methods[@]}"; do
 done
 echo
 "$PYTHON" -m util.report "${methods[@]/#/checkpoints/demo/}" --curves checkpoints/demo/curves.png
-echo "TensorBoard: $PYTHON -m tensorboard.main --logdir $ROOT/checkpoints/demo"
+printf 'TensorBoard: %q -m tensorboard.main --logdir %q\n' "$PYTHON" "$ROOT/checkpoints/demo"

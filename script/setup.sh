@@ -1,5 +1,6 @@
 # Sourced by the other scripts. Goes to the repository's root and sets PYTHON to an interpreter that has everything in
-# requirements.txt (and in the files named by the caller): the active environment if it has, else .venv, made on first use.
+# requirements.txt (and in the files named by the caller): the active python3 if it has, else .venv, made on first use.
+unset CDPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 cd "$ROOT" || exit 2
 export PYTHONUNBUFFERED=1
@@ -21,10 +22,10 @@ PY
 }
 
 find_python() {  # find_python FILE...: sets PYTHON
-  local files=("$@") args=() active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-  if [ -n "$active" ] && has_requirements "$active/bin/python" "${files[@]}"; then
-    PYTHON=$active/bin/python
-    echo "setup: using the active environment $active"
+  local files=("$@") args=()
+  PYTHON=$(command -v python3 || command -v python)     # of the active environment, or a container's own
+  if [ -n "$PYTHON" ] && has_requirements "$PYTHON" "${files[@]}"; then
+    echo "setup: using $PYTHON, which has what is needed"
     return
   fi
   PYTHON=$ROOT/.venv/bin/python

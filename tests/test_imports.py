@@ -1,4 +1,4 @@
-"""The direction of imports (docs: README, "How it is built"), read from the source, not from what happens to be loaded."""
+"""The direction of imports (README, "What to read, in which order"), read from the source, not from what happens to be loaded."""
 import ast
 from pathlib import Path
 

@@ -10,7 +10,8 @@ from torch import nn
 from util.errors import UserError
 
 FORMAT = 1
-KEYS = ("format", "config", "step", "best", "split", "classes", "method", "optimizer")
+KEYS = {"format": int, "config": dict, "step": int, "world": int, "best": dict, "split": str, "classes": list, "method": dict,
+        "optimizer": dict}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -42,12 +43,20 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} is not a PyTorch checkpoint, or damaged") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError):
         raise UserError(f"checkpoint {path} is damaged or cut short; take another one, such as best.pth") from None
-    missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
+    missing = [key for key, kind in KEYS.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
     if missing:
-        raise UserError(f"checkpoint {path} was not written by train_semi.py: it has no {missing[0]!r}")
+        raise UserError(f"checkpoint {path} was not written by train_semi.py: it has no proper {missing[0]!r}")
     if state["format"] != FORMAT:
         raise UserError(f"checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}")
     return state
+
+
+def must_be_finite(values: dict[str, Any], step: int) -> None:
+    """Raise UserError, naming the first, if a tensor of a module's state is not finite: such a state is never saved."""
+    for name, value in values.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{name} is not finite after step {step - 1}; training stops, and the last checkpoint stays as "
+                            "it was: try a lower --lr")
 
 
 def load_module(module: nn.Module, values: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,6 @@
 """One flat dataclass of settings: YAML gives values, flags override, anything unknown or of the wrong type is an error.
 
-Names and defaults are those of the published command line, so that a published command keeps its meaning here.
+A field that the published command line has too keeps its name, default and meaning.
 """
 import dataclasses
 import difflib
@@ -100,7 +100,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}; the ones that ship are in configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         values = {}
@@ -126,7 +126,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
                 return [_scalar(int, v) for v in value]
         else:
             return _scalar(kind, value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         pass
     raise UserError(f"{where}: expected {_type_name(kind)}, got {value!r}")
 
@@ -158,6 +158,7 @@ def validate(config: Config) -> Config:
         must(getattr(config, name) >= 0, name, "0 or more")
     for name in _SHARE:
         must(0 <= getattr(config, name) <= 1, name, "between 0 and 1")
+    must(config.seed < 2**63, "seed", "less than 2**63")
     must(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     must(not config.nesterov or config.momentum > 0, "momentum", "greater than 0 with nesterov")
     return config

@@ -5,13 +5,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from util.errors import UserError
+
 
 def dist_init(device: str) -> torch.device:
     """Join the other ranks, if there are any, and choose this rank's device.
 
     device: auto, cpu or cuda. The ranks come from torchrun's environment variables; without them the process is alone.
     """
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no usable GPU here; use cpu or auto")
+    cuda = device != "cpu" and torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     if not cuda:

@@ -19,8 +19,11 @@ def prepare(output_dir: Path, config_yaml: str) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to output directory {output_dir}: {error.strerror}; "
-                        "choose another one with --output-dir") from None
+        raise _cannot_write(output_dir, error) from None
+
+
+def _cannot_write(output_dir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to output directory {output_dir}: {error.strerror}; choose another one with --output-dir")
 
 
 class Log:
@@ -32,13 +35,18 @@ class Log:
         self.begun: Optional[float] = None      # when the first step of this process was done
         if not active:
             return
-        path = output_dir / "log.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-        temporary = path.with_name("log.jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self.file = open(path, "a", encoding="utf-8")
-        self.tb = SummaryWriter(str(output_dir / "tb"), purge_step=start + 1)
+        self.path = output_dir / "log.jsonl"
+        try:
+            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
+            temporary = self.path.with_name("log.jsonl.tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+            self.file = open(self.path, "a", encoding="utf-8")
+            self.tb = SummaryWriter(str(output_dir / "tb"), purge_step=start + 1)
+        except OSError as error:
+            raise _cannot_write(output_dir, error) from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path} is damaged: a line is not one of our events; move the file away") from None
 
     def say(self, line: str) -> None:
         """A line for people that stays."""
@@ -77,8 +85,11 @@ class Log:
     def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
         if not self.active:
             return
-        self.file.write(json.dumps({"event": event, "step": step, **values}, allow_nan=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"event": event, "step": step, **values}, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are intact") from None
         for key, value in values.items():
             if value is not None:
                 self.tb.add_scalar(f"{event}/{key}", value, step)

@@ -57,7 +57,7 @@ def draw(runs: list[Run], path: Path) -> None:
         x, y = (60 + 180 * place) * scale, 390 * scale
         pen.line((x, y, x + 24 * scale, y), fill=COLOURS[place % len(COLOURS)], width=3 * scale)
         pen.text((x + 32 * scale, y), r.name, fill="black", font=_font(14 * scale), anchor="lm")
-    image.resize((1100, 420), Image.Resampling.LANCZOS).save(path)
+    image.resize((1100, 420), Image.Resampling.LANCZOS).save(path, format="PNG")
 
 
 def _panel(pen: ImageDraw.ImageDraw, scale: int, box: tuple[int, int, int, int], title: str,
@@ -83,7 +83,10 @@ def _panel(pen: ImageDraw.ImageDraw, scale: int, box: tuple[int, int, int, int],
 
 
 def _font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:               # Pillow before 10.1 has one size only
+        return ImageFont.load_default()
 
 
 def main() -> None:

@@ -60,6 +60,11 @@ def test_eman_stays_in_eval_mode_when_the_method_trains():
     assert not teacher.net.training and teacher.net.backbone[1].num_batches_tracked == 0
 
 
+def test_a_new_teacher_is_in_its_own_mode():
+    assert Teacher(small.network(), momentum=0.9, eman=False).net.training
+    assert not Teacher(small.network(), momentum=0.9, eman=True).net.training
+
+
 def test_evaluation_ends_with_train():
     _, teacher = pair(eman=False)
     teacher.eval()

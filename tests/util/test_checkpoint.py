@@ -22,7 +22,7 @@ class Bomb:
 
 @pytest.fixture
 def state():
-    return {"config": {"seed": 1}, "step": 3, "best": {"student_top1": 1.5}, "split": "s", "classes": ["a"],
+    return {"config": {"seed": 1}, "step": 3, "world": 1, "best": {"student_top1": 1.5}, "split": "s", "classes": ["a"],
             "method": {"w": torch.arange(1000.0)}, "optimizer": {}}
 
 
@@ -58,6 +58,19 @@ def test_not_a_checkpoint(content, tmp_path):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match="a.pth"):
         checkpoint.load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("key, value", [("config", 3), ("method", [1]), ("step", "3"), ("best", None)])
+def test_a_key_of_the_wrong_kind(state, key, value, tmp_path):
+    torch.save({"format": 1, **state, key: value}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"no proper '{key}'"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_a_state_that_is_not_finite_is_named():
+    checkpoint.must_be_finite({"a": torch.ones(2), "n": torch.tensor(3)}, step=7)
+    with pytest.raises(UserError, match="b is not finite after step 6"):
+        checkpoint.must_be_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}, step=7)
 
 
 @pytest.mark.parametrize("value", [{"state_dict": {}}, [1, 2], torch.zeros(3), {}])
