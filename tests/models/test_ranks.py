@@ -1,5 +1,7 @@
 """Two real gloo ranks against the loops over ranks: shuffle-BN, the prior of the global batch, bank rows of all ranks."""
 import os
+import socket
+import time
 
 import pytest
 import reference
@@ -39,12 +41,28 @@ def run_rank(rank, world, port, eman, folder):
     dist_utils.dist_end()
 
 
+def spawn(function, world, *args, seconds=120):
+    """function(rank, world, port, *args) in `world` processes; ranks that hang are ended and fail the test."""
+    port = next(p for p in range(10000 + os.getpid() % 10000, 30000) if free(p))     # below the ports that systems hand out
+    ranks = mp.spawn(function, (world, port, *args), nprocs=world, join=False)
+    deadline = time.monotonic() + seconds
+    while not ranks.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail(f"{world} ranks did not finish in {seconds} s")
+
+
+def free(port):
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) != 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("eman", [False, True])
 def test_ranks_equal_the_loops(world, eman, tmp_path):
-    port = 20000 + os.getpid() % 20000 + 2 * world + eman
-    mp.spawn(run_rank, (world, port, eman, str(tmp_path)), nprocs=world)
+    spawn(run_rank, world, eman, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
     net = small.network()
