@@ -5,18 +5,32 @@ from torch import Tensor
 
 from models.fixmatch import FixMatch
 from models.method import Batch, Fresh, Method
-from models.network import BACKBONES, Network
+from models.network import BACKBONES, Network, parameter_groups
 from models.simmatch import SimMatch
+from models.simmatch_single import SimMatchSingle
 from models.supervised import Supervised
 
 METHODS = {
     "simmatch": lambda c, network, labels: SimMatch(
-        network, labels, c.cls, c.dim, lambda_u=c.lambda_u, lambda_in=c.lambda_in, threshold=c.threshold, st=c.st,
-        tt=c.tt, c_smooth=c.c_smooth, DA=c.DA, ema_m=c.ema_m, eman=c.eman),
+        network, labels, c.cls, c.dim, bn="average" if c.eman else "shuffle", **_simmatch(c)),
+    "simmatch_single": lambda c, network, labels: SimMatchSingle(network, labels, c.cls, c.dim, **_simmatch(c)),
     "fixmatch": lambda c, network, labels: FixMatch(
         network, lambda_u=c.lambda_u, threshold=c.threshold, ema_m=c.ema_m, eman=c.eman),
     "supervised": lambda c, network, labels: Supervised(network, ema_m=c.ema_m),
 }
+
+
+def _simmatch(c: Any) -> dict[str, Any]:
+    """What both forms of SimMatch are told."""
+    return dict(lambda_u=c.lambda_u, lambda_in=c.lambda_in, threshold=c.threshold, st=c.st, tt=c.tt, c_smooth=c.c_smooth,
+                DA=c.DA, da_len=c.da_len, bank_m=c.bank_m, ema_m=c.ema_m)
+
+
+def build_network(config: Any, channels: int) -> Network:
+    """The student of a config. Raises ValueError on an unknown backbone, naming the known ones."""
+    if config.backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {config.backbone!r}; known: {', '.join(BACKBONES)}")
+    return Network(config.backbone, channels, config.cls, config.dim)
 
 
 def build_method(config: Any, channels: int, labels: Tensor) -> Method:
@@ -24,8 +38,6 @@ def build_method(config: Any, channels: int, labels: Tensor) -> Method:
 
     Raises ValueError on an unknown method or backbone, naming the known ones.
     """
-    for kind, name, known in (("method", config.method, METHODS), ("backbone", config.backbone, BACKBONES)):
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-    network = Network(config.backbone, channels, config.cls, config.dim)
-    return METHODS[config.method](config, network, labels)
+    if config.method not in METHODS:
+        raise ValueError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
+    return METHODS[config.method](config, build_network(config, channels), labels)

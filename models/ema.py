@@ -1,31 +1,39 @@
-"""The teacher: a moving average of the student, of either kind."""
+"""The teacher: a moving average of the student, of three kinds."""
 import copy
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from util import dist_utils
 
+BN = Literal["shuffle", "average", "copy"]
+
 
 class Teacher(nn.Module):
     """F_t, a network that is never trained by gradient: teacher <- m·teacher + (1 − m)·student after every step.
 
-    eman=False (`ema`, the published SimMatch recipe): parameters alone are averaged. The forward runs in train mode, on
+    bn: what becomes of BN's running statistics, and with them of the forward.
+    shuffle (`ema`, the published SimMatch recipe): parameters alone are averaged. The forward runs in train mode, on
     batch statistics, over images regrouped at random across ranks (shuffle-BN); the running statistics are those that
     this forward collects.
-    eman=True (EMAN, arXiv 2101.08482): the forward runs in eval mode, and BN's running mean and variance are averaged
-    like parameters; num_batches_tracked is copied.
+    average (EMAN, arXiv 2101.08482): the forward runs in eval mode, and the running mean and variance are averaged like
+    parameters; num_batches_tracked is copied.
+    copy (the CIFAR recipe): eval mode, and all buffers are the student's as they are. It is for evaluation only, so that
+    ranks exchange nothing in a step: the statistics are each rank's own, as the student's are.
     """
 
-    def __init__(self, student: nn.Module, momentum: float, eman: bool):
+    def __init__(self, student: nn.Module, momentum: float, bn: BN):
         super().__init__()
+        if bn not in get_args(BN):
+            raise ValueError(f"bn must be one of {get_args(BN)}, got {bn!r}")
         self.net = copy.deepcopy(student).requires_grad_(False)
         self.momentum = momentum
-        self.eman = eman
-        self.train()        # EMAN's copy must not start in the student's mode
+        self.bn = bn
+        self.train()        # a copy that runs in eval mode must not start in the student's mode
 
     def train(self, mode: bool = True) -> "Teacher":
-        return super().train(mode and not self.eman)
+        return super().train(mode and self.bn == "shuffle")
 
     @torch.no_grad()
     def forward(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -38,12 +46,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Average the student in. Under EMAN its BN statistics are rank 0's, so that all ranks keep one teacher."""
+        """Average the student in. Averaged BN statistics are rank 0's, so that all ranks keep one teacher."""
         mine, theirs = list(self.net.parameters()), list(student.parameters())
-        if self.eman:
+        if self.bn == "average":
             dist_utils.broadcast_buffers(student)
+        if self.bn != "shuffle":
             for old, new in zip(self.net.buffers(), student.buffers(), strict=True):
-                if new.is_floating_point():
+                if self.bn == "average" and new.is_floating_point():
                     mine.append(old)
                     theirs.append(new)
                 else:

@@ -14,7 +14,7 @@ class FixMatch(Method):
     """
 
     def __init__(self, network: nn.Module, *, lambda_u: float, threshold: float, ema_m: float, eman: bool):
-        super().__init__(network, ema_m, eman=True)     # no shuffle-BN here: a teacher always averages BN statistics
+        super().__init__(network, ema_m, "average")      # no shuffle-BN here: a teacher always averages BN statistics
         self.lambda_u, self.threshold, self.teacher_labels = lambda_u, threshold, eman
 
     def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:

@@ -4,7 +4,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from models.ema import Teacher
+from models.ema import BN, Teacher
 
 
 class Batch(NamedTuple):
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
 class Fresh(NamedTuple):
     """What a step computed that `update` writes and the log reads; no gradient. A method fills what it has."""
-    z: Optional[Tensor] = None          # teacher's embedding of the labelled images    [B, D]
+    z: Optional[Tensor] = None          # embedding of the labelled images, for the bank  [B, D]
     y: Optional[Tensor] = None          # their labels                                  [B]
     index: Optional[Tensor] = None      # their rows in the bank                        [B]
     prior: Optional[Tensor] = None      # mean of p over the global batch               [C]
@@ -34,10 +34,10 @@ def precise(x: Tensor) -> Tensor:
 class Method(nn.Module):
     """A student, its teacher, and what a method keeps besides. One state_dict is the whole truth."""
 
-    def __init__(self, network: nn.Module, ema_m: float, eman: bool):
+    def __init__(self, network: nn.Module, ema_m: float, bn: BN):
         super().__init__()
         self.student = network
-        self.teacher = Teacher(network, ema_m, eman)
+        self.teacher = Teacher(network, ema_m, bn)
 
     def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
         """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or teacher.

@@ -1,11 +1,21 @@
 """Backbone -> class logits, and backbone -> projection head -> unit embedding (paper, Figure 2)."""
+from functools import partial
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.resnet import RESNETS, resnet_encoder
 from models.small import small_encoder
+from models.wide_resnet import wide_resnet
 
-BACKBONES = ("small_encoder", *RESNETS)
+# name -> function of the images' channels that gives (encoder, length d of its feature)
+BACKBONES = {
+    "small_encoder": small_encoder,
+    **{name: partial(resnet_encoder, *how) for name, how in RESNETS.items()},
+    "wrn_28_2": partial(wide_resnet, 28, 2),
+    "wrn_28_8": partial(wide_resnet, 28, 8),
+}
 
 
 class Network(nn.Module):
@@ -14,11 +24,20 @@ class Network(nn.Module):
     def __init__(self, backbone: str, channels: int, num_classes: int, dim: int):
         """backbone: one of BACKBONES; channels: of the images; num_classes: C; dim: D."""
         super().__init__()
-        self.backbone, width = (small_encoder(channels) if backbone == "small_encoder"
-                                else resnet_encoder(*RESNETS[backbone], channels))
+        self.backbone, width = BACKBONES[backbone](channels)
         self.fc = nn.Linear(width, num_classes)
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         feature = self.backbone(x)                                          # [n, d]
         return self.fc(feature), F.normalize(self.head(feature), dim=1)     # [n, C], [n, D]
+
+
+def parameter_groups(module: nn.Module, wd: float, no_decay_bn: bool) -> list[dict[str, Any]]:
+    """The optimizer's groups: weight decay `wd` on every parameter, or, with no_decay_bn, on all but biases and BN."""
+    parameters = list(module.parameters())
+    if not no_decay_bn:
+        return [{"params": parameters, "weight_decay": wd}]
+    # biases, and BN's scales and shifts, are the vectors among the parameters
+    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": wd},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]

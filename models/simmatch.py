@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.ema import BN
 from models.memory import DistributionAlignment, LabelBank
 from models.method import Batch, Fresh, Method, precise
 from util import dist_utils
@@ -12,22 +13,28 @@ class SimMatch(Method):
     """Section 3 of the paper, in its order and symbols."""
 
     def __init__(self, network: nn.Module, labels: Tensor, num_classes: int, dim: int, *, lambda_u: float,
-                 lambda_in: float, threshold: float, st: float, tt: float, c_smooth: float, DA: bool, ema_m: float,
-                 eman: bool):
+                 lambda_in: float, threshold: float, st: float, tt: float, c_smooth: float, DA: bool, da_len: int,
+                 bank_m: float, ema_m: float, bn: BN):
         """labels [K]: of the labelled list, in its order."""
-        super().__init__(network, ema_m, eman)
-        self.bank = LabelBank(labels, dim)
-        self.align = DistributionAlignment(num_classes) if DA else None
+        super().__init__(network, ema_m, bn)
+        self.bank = LabelBank(labels, dim, bank_m)
+        self.align = DistributionAlignment(num_classes, da_len) if DA else None
         self.lambda_u, self.lambda_in, self.threshold = lambda_u, lambda_in, threshold
         self.st, self.tt, self.c_smooth = st, tt, c_smooth
 
-    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+    def outputs(self, batch: Batch, student: nn.Module, step: int) -> tuple[Tensor, ...]:
+        """The student's logits_x [B, C], logits_us [muB, C] and z_us [muB, D], through which gradients flow; then the
+        teacher's z_x [B, D], logits_uw [muB, C] and z_uw [muB, D], through which none do.
+        """
         n_x = len(batch.x)
         logits, z = map(precise, student(torch.cat([batch.x, batch.u_strong])))         # [B+muB, C], [B+muB, D]
-        logits_x, logits_us, z_us = logits[:n_x], logits[n_x:], z[n_x:]     # [B, C], [muB, C], [muB, D]
+        logits_t, z_t = map(precise, self.teacher(torch.cat([batch.x, batch.u_weak]), step))    # shapes as above
+        return logits[:n_x], logits[n_x:], z[n_x:], z_t[:n_x], logits_t[n_x:], z_t[n_x:]
+
+    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+        logits_x, logits_us, z_us, z_x, logits_uw, z_uw = self.outputs(batch, student, step)
         with torch.no_grad():
-            logits_t, z_t = map(precise, self.teacher(torch.cat([batch.x, batch.u_weak]), step))    # shapes as above
-            log_p = torch.log_softmax(logits_t[n_x:], dim=1)                # [muB, C]
+            log_p = torch.log_softmax(logits_uw, dim=1)                     # [muB, C]
             prior = None
             if self.align is not None:
                 prior = dist_utils.all_mean(log_p.exp().mean(dim=0))        # [C]
@@ -38,7 +45,7 @@ class SimMatch(Method):
         if bank_ready:
             labels = self.bank.labels                                       # [K]
             with torch.no_grad():
-                log_q_w = torch.log_softmax(z_t[n_x:] @ self.bank.z.T / self.tt, dim=1)     # [muB, K]
+                log_q_w = torch.log_softmax(z_uw @ self.bank.z.T / self.tt, dim=1)  # [muB, K]
                 q_hat = unfold(log_q_w, log_p, labels).exp()                # [muB, K]
                 p = self.c_smooth * p + (1 - self.c_smooth) * aggregate(log_q_w, labels, p.shape[1])    # [muB, C]
             log_q_s = torch.log_softmax(z_us @ self.bank.z.T / self.st, dim=1)  # [muB, K]
@@ -49,7 +56,7 @@ class SimMatch(Method):
         terms = {"loss_x": F.cross_entropy(logits_x, batch.y),
                  "loss_u": self.lambda_u * loss_u,
                  "loss_in": self.lambda_in * loss_in}
-        return terms, Fresh(z_t[:n_x], batch.y, batch.index, prior, p, mask)
+        return terms, Fresh(z_x, batch.y, batch.index, prior, p, mask)
 
     def update(self, fresh: Fresh) -> None:
         gather = dist_utils.all_gather

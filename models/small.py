@@ -4,8 +4,8 @@ from torch import nn
 
 
 def small_encoder(channels: int, width: int = 32) -> tuple[nn.Module, int]:
-    """(encoder, d): [n, channels, h, w] -> [n, d], four 3×3 convolutions, two of them strided, then the mean over space."""
-    widths, strides = [width, 2 * width, 2 * width, 4 * width], [1, 2, 1, 2]
+    """(encoder, d): [n, channels, h, w] -> [n, d], four 3×3 convolutions, three of them strided, then the mean over space."""
+    widths, strides = [width, 2 * width, 2 * width, 4 * width], [2, 2, 1, 2]
     layers: list[nn.Module] = []
     for w, stride in zip(widths, strides):
         layers += [nn.Conv2d(channels, w, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True)]

@@ -9,7 +9,7 @@ class Supervised(Method):
     """Cross-entropy on the labelled images; the teacher is for evaluation only."""
 
     def __init__(self, network: nn.Module, *, ema_m: float):
-        super().__init__(network, ema_m, eman=True)
+        super().__init__(network, ema_m, "average")
 
     def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
         logits, _ = student(batch.x)                                        # [B, C]

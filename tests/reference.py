@@ -56,61 +56,79 @@ def cosines(z, bank):
 
 
 class SimMatchReference:
-    """State of a whole training: student, teacher, bank, labels, ring; `step` advances it by one global step."""
+    """State of a whole training: student, teacher, bank, labels, ring; `step` advances it by one global step.
 
-    def __init__(self, network, bank, labels, num_classes, *, lambda_u, lambda_in, threshold, st, tt, c_smooth, DA, ema_m,
-                 eman, lr, momentum, wd, nesterov, ring=256):
+    Two networks, with `bn` shuffle (the EMA teacher) or average (EMAN).
+    """
+
+    def __init__(self, network, bank, labels, num_classes, *, lambda_u, lambda_in, threshold, st, tt, c_smooth, DA, da_len,
+                 bank_m, ema_m, lr, momentum, wd, nesterov, no_decay_bn=False, bn=None):
         self.student, self.teacher = copy.deepcopy(network), copy.deepcopy(network)
         self.teacher.requires_grad_(False)
         self.bank, self.labels = [row.clone() for row in bank], [int(label) for label in labels]
-        self.ring, self.ptr = [[0.0] * num_classes for _ in range(ring)], 0
+        self.ring, self.ptr = [[0.0] * num_classes for _ in range(da_len)], 0
         self.velocity = {}
         self.num_classes = num_classes
         self.h = dict(lambda_u=lambda_u, lambda_in=lambda_in, threshold=threshold, st=st, tt=tt, c_smooth=c_smooth, DA=DA,
-                      ema_m=ema_m, eman=eman, lr=lr, momentum=momentum, wd=wd, nesterov=nesterov)
+                      bank_m=bank_m, ema_m=ema_m, bn=bn, lr=lr, momentum=momentum, wd=wd, nesterov=nesterov,
+                      no_decay_bn=no_decay_bn)
 
     def step(self, batches, step, first_epoch):
         """batches: one (x, y, index, u_weak, u_strong) for each rank. Returns the terms, pseudo-labels and masks."""
         h, n_x = self.h, len(batches[0][0])
-        teacher_logits, teacher_z = self._teacher_forward([torch.cat([b[0], b[3]]) for b in batches], step)
-        p = [[softmax(row) for row in logits[n_x:]] for logits in teacher_logits]               # [rank][image][class]
+        self.student.train()
+        logits_x, logits_us, z_us, z_x, logits_uw, z_uw = self._forwards(batches, step)         # each [rank][image][…]
+        p = [[softmax(row) for row in logits] for logits in logits_uw]                          # [rank][image][class]
         everything = [row for rank in p for row in rank]
         mean = [sum(row[c] for row in everything) / len(everything) for c in range(self.num_classes)]
         if h["DA"]:
             p = [align(rank, self.ring, self.ptr, mean) for rank in p]
             self.ptr = (self.ptr + 1) % len(self.ring)
 
-        self.student.train()
         totals = {"loss_x": 0.0, "loss_u": 0.0, "loss_in": 0.0}
         pseudo, masks = [], []
         for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):
-            logits, z = self._student_forward(torch.cat([x, u_strong]), first=rank == 0)
             target = p[rank]
             loss_in = 0.0
             if not first_epoch:
-                q_w = [softmax([c / h["tt"] for c in row]) for row in cosines(teacher_z[rank][n_x:], self.bank)]
+                q_w = [softmax([c / h["tt"] for c in row]) for row in cosines(z_uw[rank], self.bank)]
                 q_hat = unfold(q_w, p[rank], self.labels)
                 share = aggregate(q_w, self.labels, self.num_classes)
                 target = [[h["c_smooth"] * p_c + (1 - h["c_smooth"]) * a_c for p_c, a_c in zip(p_i, a_i)]
                           for p_i, a_i in zip(p[rank], share)]
-                q_s = [softmax([c / h["st"] for c in row]) for row in cosines(z[n_x:], self.bank)]
+                q_s = [softmax([c / h["st"] for c in row]) for row in cosines(z_us[rank], self.bank)]
                 loss_in = sum(cross_entropy(a, b) for a, b in zip(q_hat, q_s)) / len(q_hat)
             mask = [1.0 if max(float(v) for v in row) >= h["threshold"] else 0.0 for row in target]
-            loss_u = sum(m * cross_entropy(a, softmax(b)) for m, a, b in zip(mask, target, logits[n_x:])) / len(target)
-            loss_x = sum(-torch.log(softmax(row)[int(label)]) for row, label in zip(logits[:n_x], y)) / n_x
+            loss_u = sum(m * cross_entropy(a, softmax(b)) for m, a, b in zip(mask, target, logits_us[rank])) / len(target)
+            loss_x = sum(-torch.log(softmax(row)[int(label)]) for row, label in zip(logits_x[rank], y)) / n_x
             totals["loss_x"] += loss_x / len(batches)
             totals["loss_u"] += h["lambda_u"] * loss_u / len(batches)
             totals["loss_in"] += h["lambda_in"] * loss_in / len(batches)
             pseudo.append([[float(v) for v in row] for row in target])
             masks.append(mask)
 
+        before = list(self.bank)
         for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):        # the bank of the next step
             for j in range(n_x):
-                self.bank[int(index[j])] = teacher_z[rank][j].clone()
+                self.bank[int(index[j])] = self._row(before[int(index[j])], z_x[rank][j])
                 self.labels[int(index[j])] = int(y[j])
         self._sgd(sum(totals.values()))
         self._average()
         return {name: float(torch.as_tensor(value).detach()) for name, value in totals.items()}, pseudo, masks
+
+    def _forwards(self, batches, step):
+        """logits_x, logits_us, z_us of the student; z_x, logits_uw, z_uw of the teacher. Each a list over ranks."""
+        n_x = len(batches[0][0])
+        logits_t, z_t = self._teacher_forward([torch.cat([b[0], b[3]]) for b in batches], step)
+        student = [self._student_forward(torch.cat([b[0], b[4]]), first=i == 0) for i, b in enumerate(batches)]
+        return ([logits[:n_x] for logits, _ in student], [logits[n_x:] for logits, _ in student], [z[n_x:] for _, z in student],
+                [z[:n_x] for z in z_t], [logits[n_x:] for logits in logits_t], [z[n_x:] for z in z_t])
+
+    def _row(self, old, z):
+        """What becomes of a bank row."""
+        mixed = [self.h["bank_m"] * a + (1 - self.h["bank_m"]) * b for a, b in zip(old, z)]
+        length = math.sqrt(sum(float(v) ** 2 for v in mixed))
+        return torch.stack([v / length for v in mixed])
 
     def _student_forward(self, x, first):
         """Running statistics are the first rank's, as all ranks have after a broadcast."""
@@ -121,9 +139,9 @@ class SimMatchReference:
 
     @torch.no_grad()
     def _teacher_forward(self, inputs, step):
-        self.teacher.train(not self.h["eman"])
+        self.teacher.train(self.h["bn"] == "shuffle")
         n, world = len(inputs[0]), len(inputs)
-        if self.h["eman"] or world == 1:
+        if self.h["bn"] == "average" or world == 1:
             outputs = [self.teacher(x) for x in inputs]
             return [logits for logits, _ in outputs], [z for _, z in outputs]
         # shuffle-BN: global image i goes to place slot[i]; places g·n … g·n+n−1 are forwarded as one BN group
@@ -145,12 +163,15 @@ class SimMatchReference:
     def _sgd(self, loss):
         h = self.h
         parameters = dict(self.student.named_parameters())
+        bn = {f"{name}.{kind}" for name, module in self.student.named_modules()
+              if isinstance(module, torch.nn.BatchNorm2d) for kind in ("weight", "bias")}
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         with torch.no_grad():
             for (name, p), g in zip(parameters.items(), gradients):
                 if g is None:
                     continue
-                g = g + h["wd"] * p
+                if not (h["no_decay_bn"] and (name in bn or name.endswith(".bias"))):
+                    g = g + h["wd"] * p
                 v = self.velocity.get(name)
                 self.velocity[name] = v = g if v is None else h["momentum"] * v + g
                 p -= h["lr"] * (g + h["momentum"] * v if h["nesterov"] else v)
@@ -160,11 +181,29 @@ class SimMatchReference:
         m, student = self.h["ema_m"], dict(self.student.named_parameters())
         for name, p in self.teacher.named_parameters():
             p.copy_(m * p + (1 - m) * student[name])
-        if self.h["eman"]:
+        if self.h["bn"] == "average":
             student = dict(self.student.named_buffers())
             for name, b in self.teacher.named_buffers():
                 b.copy_(student[name] if "num_batches" in name else m * b + (1 - m) * student[name])
 
 
+class SimMatchSingleReference(SimMatchReference):
+    """One network: it gives the weak views' predictions too, and the teacher, for evaluation, copies its buffers."""
+
+    def _forwards(self, batches, step):
+        n_x, n_u = len(batches[0][0]), len(batches[0][3])
+        out = [self._student_forward(torch.cat([b[0], b[3], b[4]]), first=i == 0) for i, b in enumerate(batches)]
+        return ([logits[:n_x] for logits, _ in out], [logits[n_x + n_u:] for logits, _ in out], [z[n_x + n_u:] for _, z in out],
+                [z[:n_x].detach() for _, z in out], [logits[n_x:n_x + n_u].detach() for logits, _ in out],
+                [z[n_x:n_x + n_u].detach() for _, z in out])
+
+    @torch.no_grad()
+    def _average(self):
+        """Over ranks this is the first one's teacher: the student's statistics here are the first rank's."""
+        super()._average()
+        for mine, theirs in zip(self.teacher.buffers(), self.student.buffers()):
+            mine.copy_(theirs)
+
+
 def all_finite(values):
-    return all(math.isfinite(float(v)) for v in values)
+    return all(math.isfinite(float(torch.as_tensor(v).detach())) for v in values)

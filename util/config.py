@@ -25,13 +25,25 @@ def opt(default: Any, reason: str) -> Any:
 @dataclass
 class Config:
     # what runs, and where it leaves its results
-    method: str = opt("simmatch", "simmatch, fixmatch or supervised")
+    method: str = opt("simmatch", "simmatch, simmatch_single (one network, as for CIFAR), fixmatch or supervised")
     output_dir: str = opt("", "everything a run writes; empty means checkpoints/<config name>")
     seed: int = opt(0, "decides the labelled draw, initial weights, order and views")
     device: str = opt("auto", "auto (a GPU if there is one), cpu or cuda")
     # data
     dataset: str = opt("digits", "a name in dataset/__init__.py")
-    labels_per_class: int = opt(1, "labelled images of each class, drawn by seed")
+    data: str = opt("", "folder of the images; empty: the path at the top of dataset/imagenet.py, or data/ for CIFAR")
+    unlabelled: str = opt("", "dataset folder: more images, in any nesting, that have no labels")
+    val: str = opt("", "dataset folder: the test images, in class folders; empty: data/val, or val_share")
+    val_share: float = opt(0.0, "dataset folder without test images: the share of each class that is held out as such")
+    split: str = opt("", "the labelled images: a published list (python -m dataset.splits list) or any list file")
+    labels_per_class: int = opt(0, "without split: labelled images of each class, drawn by seed")
+    anno_percent: float = opt(0.1, "without either: the share that is labelled; ImageNet's 0.01 and 0.1 are SimMatch's lists")
+    weak: str = opt("weak", "view of labelled and weak unlabelled images: a name in dataset/views.py")
+    strong: str = opt("moco", "strong view of unlabelled images: a name in dataset/views.py (moco, rand, stack, ...)")
+    image_size: int = opt(224, "pixels a side of the views of photographs; the recipes use 224")
+    device_views: str = opt("auto", "where flips, colours, blur and normalisation are done: on (the training device), "
+                                    "off (PIL, in the workers), auto (on, for a GPU)")
+    on_bad_image: str = opt("stop", "an image that cannot be read: stop the run, or skip it (another stands in)")
     workers: int = opt(6, "processes that load images; no effect on what is loaded")
     batch_size: int = opt(8, "labelled images a step and rank (B)")
     mu: int = opt(5, "unlabelled images for each labelled one")
@@ -40,14 +52,17 @@ class Config:
     cls: int = opt(1000, "number of classes (C); must agree with the data")
     dim: int = opt(128, "length of the embedding z (D)")
     # optimisation: SGD
-    epochs: int = opt(400, "passes over the unlabelled images")
+    epochs: int = opt(400, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
+    steps_per_epoch: int = opt(0, "steps that count as an epoch; 0: one pass over the unlabelled images")
     lr: float = opt(0.03, "learning rate after warm-up")
     warmup_epoch: int = opt(5, "epochs of linear warm-up")
-    cos: bool = opt(False, "cosine decay, once an epoch; otherwise --schedule")
-    schedule: list[int] = opt([120, 160], "without --cos: epochs at which the rate falls tenfold")
+    cos: bool = opt(False, "cosine decay to 0, once an epoch; otherwise --schedule")
+    cos_7_16: bool = opt(False, "FixMatch's decay, every step: lr * cos(7 pi / 16 * share of the training done)")
+    schedule: list[int] = opt([120, 160], "without --cos and --cos-7-16: epochs at which the rate falls tenfold")
     momentum: float = opt(0.9, "SGD momentum")
     nesterov: bool = opt(False, "Nesterov's form of momentum")
     wd: float = opt(1e-4, "weight decay, on every parameter (biases and BN too)")
+    no_decay_bn: bool = opt(False, "no weight decay on biases and BN, as for CIFAR")
     # method (symbols of the paper)
     lambda_u: float = opt(10.0, "weight of the unsupervised (pseudo-label) loss L_u")
     lambda_in: float = opt(5.0, "weight of the instance similarity loss L_in")
@@ -56,6 +71,8 @@ class Config:
     tt: float = opt(0.1, "temperature of the teacher's similarities")
     c_smooth: float = opt(0.9, "share of the class prediction in the pseudo-label; the rest comes from the bank (alpha)")
     DA: bool = opt(False, "distribution alignment of the teacher's predictions")
+    da_len: int = opt(256, "steps whose mean prediction counts in distribution alignment")
+    bank_m: float = opt(0.0, "share of its old row that a bank row keeps when written (temporal ensemble)")
     eman: bool = opt(False, "EMAN teacher (BN statistics averaged); otherwise EMA with shuffle-BN")
     ema_m: float = opt(0.999, "momentum of the teacher (m)")
     # what is reported, and how often
@@ -65,11 +82,11 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # How a run is watched, not what it computes: these may change when a run is continued.
-FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq"})
+FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "data", "unlabelled", "val"})
 
-_POSITIVE = ("batch_size", "mu", "cls", "dim", "epochs", "lr", "st", "tt", "print_freq", "eval_freq")
-_NOT_NEGATIVE = ("seed", "labels_per_class", "workers", "warmup_epoch", "wd", "lambda_u", "lambda_in")
-_SHARE = ("momentum", "threshold", "c_smooth", "ema_m")
+_POSITIVE = ("image_size", "batch_size", "mu", "cls", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq", "eval_freq")
+_NOT_NEGATIVE = ("seed", "labels_per_class", "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
+_SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "bank_m", "ema_m")
 
 
 def parse(argv: Sequence[str], description: str) -> Config:
@@ -160,6 +177,9 @@ def validate(config: Config) -> Config:
         must(0 <= getattr(config, name) <= 1, name, "between 0 and 1")
     must(config.seed < 2**63, "seed", "less than 2**63")
     must(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+    must(config.device_views in ("auto", "on", "off"), "device_views", "auto, on or off")
+    must(config.on_bad_image in ("stop", "skip"), "on_bad_image", "stop or skip")
+    must(not (config.cos and config.cos_7_16), "cos_7_16", "false with cos: there is one schedule")
     must(not config.nesterov or config.momentum > 0, "momentum", "greater than 0 with nesterov")
     return config
 

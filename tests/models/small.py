@@ -1,14 +1,31 @@
 """A tiny problem for the models' tests: networks, batches and settings in float64."""
+import reference
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models import Batch
 from models.network import Network
+from models.simmatch import SimMatch
+from models.simmatch_single import SimMatchSingle
 
 C, D, K, B, MU = 4, 6, 10, 3, 2
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 0])
-SETTINGS = dict(lambda_u=10.0, lambda_in=5.0, threshold=0.4, st=0.1, tt=0.1, c_smooth=0.9, DA=True, ema_m=0.9, eman=False)
+SETTINGS = dict(lambda_u=10.0, lambda_in=5.0, threshold=0.4, st=0.1, tt=0.1, c_smooth=0.9, DA=True, da_len=4, bank_m=0.0,
+                ema_m=0.9)
+# The three forms of SimMatch: the class, its reference, its settings.
+FORMS = {
+    "ema": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn": "shuffle"}),
+    "eman": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn": "average"}),
+    "single": (SimMatchSingle, reference.SimMatchSingleReference, {**SETTINGS, "bank_m": 0.7, "threshold": 0.8}),
+}
+
+
+def method(form="ema", net=None, **changes):
+    """A method of that form on `net`, in train mode."""
+    kind, _, settings = FORMS[form]
+    net = network() if net is None else net
+    return kind(net, LABELS, C, D, **{**settings, **changes}).to(next(net.parameters()).dtype).train()
 
 
 def network(seed=0, dtype=torch.float64):

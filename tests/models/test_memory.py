@@ -32,6 +32,28 @@ def test_the_last_of_duplicate_rows_wins():
     assert bank.labels.tolist() == [0, 7, 8]
 
 
+def test_an_ensemble_keeps_a_share_of_the_old_row():
+    """bank[i] <- normalise(0.7·bank[i] + 0.3·z), where of a repeated index the last row counts, and once."""
+    bank, rows = LabelBank(torch.zeros(7), dim=3, m=0.7).double(), [torch.zeros(3, dtype=torch.float64)] * 7
+    for step in range(6):
+        g = torch.Generator().manual_seed(step)
+        index = torch.randperm(7, generator=g)[:3]
+        index[2] = index[0] if step % 2 else index[2]
+        z = torch.nn.functional.normalize(torch.randn(3, 3, generator=g, dtype=torch.float64), dim=1)
+        bank.write(index, z, torch.full((3,), step))
+        before = list(rows)
+        for j in range(3):
+            mixed = 0.7 * before[index[j]] + 0.3 * z[j]
+            rows[index[j]] = mixed / mixed.square().sum().sqrt()
+        torch.testing.assert_close(bank.z, torch.stack(rows), rtol=1e-12, atol=1e-15)
+
+
+def test_an_ensembles_row_is_nothing_until_its_first_write_makes_it_the_embedding():
+    bank, z = LabelBank(torch.zeros(3), dim=4, m=0.7), torch.eye(4)[2:3]
+    bank.write(torch.tensor([1]), z, torch.tensor([5]))
+    assert torch.equal(bank.z, torch.stack([torch.zeros(4), z[0], torch.zeros(4)])) and bank.labels[1] == 5
+
+
 def test_alignment_equals_the_loop_until_the_ring_has_gone_round():
     align = DistributionAlignment(num_classes=4, length=5).double()
     ring, ptr = [[0.0] * 4 for _ in range(5)], 0
@@ -47,7 +69,3 @@ def test_alignment_equals_the_loop_until_the_ring_has_gone_round():
         ptr = (ptr + 1) % 5
         torch.testing.assert_close(align.ring, torch.tensor(ring, dtype=torch.float64), rtol=1e-15, atol=0)
         assert align.ptr.item() == ptr
-
-
-def test_the_ring_holds_256_steps():
-    assert DistributionAlignment(num_classes=10).ring.shape == (256, 10)

@@ -4,11 +4,9 @@ import socket
 import time
 
 import pytest
-import reference
 import torch
 import torch.multiprocessing as mp
 
-from models.simmatch import SimMatch
 from tests.models import small
 from util import dist_utils
 
@@ -16,14 +14,14 @@ SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 STEPS = 4
 
 
-def run_rank(rank, world, port, eman, folder):
+def run_rank(rank, world, port, form, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     dist_utils.dist_init("cpu")
     net = small.network()
     torch.manual_seed(5)
-    method = SimMatch(net, small.LABELS, small.C, small.D, **{**small.SETTINGS, "eman": eman}).double().train()
+    method = small.method(form, net)
     student = dist_utils.parallel(method.student)
     optimizer = torch.optim.SGD(method.student.parameters(), lr=SGD["lr"], momentum=SGD["momentum"],
                                 weight_decay=SGD["wd"], nesterov=SGD["nesterov"])
@@ -60,15 +58,15 @@ def free(port):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("eman", [False, True])
-def test_ranks_equal_the_loops(world, eman, tmp_path):
-    spawn(run_rank, world, eman, str(tmp_path))
+@pytest.mark.parametrize("form", small.FORMS)
+def test_ranks_equal_the_loops(world, form, tmp_path):
+    spawn(run_rank, world, form, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
     net = small.network()
     torch.manual_seed(5)
-    bank = SimMatch(net, small.LABELS, small.C, small.D, **small.SETTINGS).double().bank.z
-    slow = reference.SimMatchReference(net, bank, small.LABELS, small.C, **{**small.SETTINGS, "eman": eman}, **SGD)
+    bank, (_, slow, settings) = small.method(form, net).bank.z, small.FORMS[form]
+    slow = slow(net, bank, small.LABELS, small.C, **settings, **SGD)
     for step in range(STEPS):
         batches = [small.batch(10 * step + rank) for rank in range(world)]
         expected, pseudo, mask = slow.step(batches, step, first_epoch=step == 0)
@@ -81,7 +79,7 @@ def test_ranks_equal_the_loops(world, eman, tmp_path):
     first = results[0][1]
     for _, state in results[1:]:        # ranks agree on everything but the statistics that BN collects on each
         for key in first:
-            if "teacher" not in key or "running" not in key or eman:
+            if "teacher" not in key or "running" not in key or form == "eman":
                 assert torch.equal(state[key], first[key]), key
     torch.testing.assert_close(first["bank.z"], torch.stack(slow.bank), rtol=1e-10, atol=1e-12)
     for name, net in (("student", slow.student), ("teacher.net", slow.teacher)):

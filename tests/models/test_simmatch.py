@@ -3,9 +3,12 @@ import pytest
 import reference
 import torch
 
+from models import build_method
 from models.method import Fresh
-from models.simmatch import SimMatch, aggregate, cross_entropy, unfold
+from models.network import parameter_groups
+from models.simmatch import aggregate, cross_entropy, unfold
 from tests.models import small
+from util.config import Config
 
 SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 
@@ -42,20 +45,21 @@ def test_cross_entropy_equals_the_loop():
     torch.testing.assert_close(cross_entropy(p, q.log()), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("eman", [False, True])
+@pytest.mark.parametrize("form", small.FORMS)
 @pytest.mark.parametrize("DA", [False, True])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_six_steps_equal_the_loops(eman, DA, nesterov):
-    settings, sgd = {**small.SETTINGS, "eman": eman, "DA": DA}, {**SGD, "nesterov": nesterov}
+@pytest.mark.parametrize("nesterov, no_decay_bn", [(False, True), (True, False)])
+def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
     net = small.network()
-    method = SimMatch(net, small.LABELS, small.C, small.D, **settings).double()
-    slow = reference.SimMatchReference(net, method.bank.z, small.LABELS, small.C, **settings, **sgd)
-    optimizer = torch.optim.SGD(method.student.parameters(), lr=sgd["lr"], momentum=sgd["momentum"],
-                                weight_decay=sgd["wd"], nesterov=nesterov)
-    method.train()
+    method, (_, slow, settings) = small.method(form, net, DA=DA), small.FORMS[form]
+    slow = slow(net, method.bank.z, small.LABELS, small.C, **{**settings, "DA": DA},
+                **{**SGD, "nesterov": nesterov, "no_decay_bn": no_decay_bn})
+    optimizer = torch.optim.SGD(parameter_groups(method.student, SGD["wd"], no_decay_bn), lr=SGD["lr"],
+                                momentum=SGD["momentum"], nesterov=nesterov)
     seen = []
     for step in range(6):
         batch = small.batch(step)
+        if step % 2:            # the first labelled image comes a second time, in another view
+            batch.index[2], batch.y[2] = batch.index[0], batch.y[0]
         terms, fresh = method.losses(batch, method.student, step=step, bank_ready=step > 1)
         optimizer.zero_grad()
         sum(terms.values()).backward()
@@ -78,8 +82,9 @@ def test_six_steps_equal_the_loops(eman, DA, nesterov):
     assert 0 < sum(seen) < len(seen)    # both sides of the threshold were met
 
 
-def test_losses_write_no_bank_prior_or_teacher_weight():
-    method = SimMatch(small.network(), small.LABELS, small.C, small.D, **small.SETTINGS).double().train()
+@pytest.mark.parametrize("form", small.FORMS)
+def test_losses_write_no_bank_prior_or_teacher_weight(form):
+    method = small.method(form)
     kept = {key: value.clone() for key, value in method.state_dict().items() if "running" not in key and "tracked" not in key}
     terms, fresh = method.losses(small.batch(0), method.student, step=0, bank_ready=True)
     sum(terms.values()).backward()
@@ -88,9 +93,10 @@ def test_losses_write_no_bank_prior_or_teacher_weight():
     assert not any(value.requires_grad for value in fresh if value is not None)
 
 
-def test_the_head_has_no_gradient_before_the_bank_is_ready():
+@pytest.mark.parametrize("form", small.FORMS)
+def test_the_head_has_no_gradient_before_the_bank_is_ready(form):
     """As published: without L_in the head is not part of the graph, so SGD does not even decay it."""
-    method = SimMatch(small.network(), small.LABELS, small.C, small.D, **small.SETTINGS).double().train()
+    method = small.method(form)
     terms, _ = method.losses(small.batch(0), method.student, step=0, bank_ready=False)
     sum(terms.values()).backward()
     assert terms["loss_in"].item() == 0
@@ -98,19 +104,49 @@ def test_the_head_has_no_gradient_before_the_bank_is_ready():
     assert all(p.grad is not None for p in method.student.fc.parameters())
 
 
+def test_the_single_network_takes_nothing_from_its_teacher():
+    """The average is for evaluation: any teacher gives the same terms, and no forward touches its statistics."""
+    values = []
+    for scale in (1.0, 3.0):
+        method = small.method("single")
+        with torch.no_grad():
+            for p in method.teacher.net.parameters():
+                p *= scale
+        terms, fresh = method.losses(small.batch(0), method.student, step=0, bank_ready=True)
+        values.append([*terms.values(), fresh.z, fresh.pseudo])
+        assert method.teacher.net.backbone[1].num_batches_tracked == 0
+    assert all(torch.equal(a, b) for a, b in zip(*values))
+
+
+def test_gradients_of_the_single_network_stop_at_weak_views():
+    method, n = small.method("single", threshold=0.0), small.B * small.MU
+    torch.manual_seed(1)
+    student = small.Fixed(torch.randn(small.B + 2 * n, small.C).double(), torch.randn(small.B + 2 * n, small.D).double())
+    method.bank.z.copy_(torch.eye(small.D).repeat(2, 1)[:small.K])
+    terms, _ = method.losses(small.batch(0), student, step=0, bank_ready=True)
+    sum(terms.values()).backward()
+    x, weak, strong = slice(0, small.B), slice(small.B, small.B + n), slice(small.B + n, None)
+    logits, z = student.logits.grad, student.z.grad
+    assert logits[x].any(1).all() and logits[strong].any(1).all() and z[strong].any(1).all()
+    assert not logits[weak].any() and not z[weak].any() and not z[x].any()
+
+
+@pytest.mark.parametrize("form", ["ema", "single"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_losses_and_gradients_are_finite(dtype, temperature, scale):
+def test_losses_and_gradients_are_finite(form, dtype, temperature, scale):
     """Low precision, low temperature, and logits so far apart that probabilities underflow."""
-    settings = {**small.SETTINGS, "st": temperature, "tt": temperature, "threshold": 0.0}
-    method = SimMatch(small.network(dtype=torch.float32), small.LABELS, small.C, small.D, **settings)
+    method = small.method(form, small.network(dtype=torch.float32), st=temperature, tt=temperature, threshold=0.0)
     torch.manual_seed(1)
-    n = small.B * (1 + small.MU)
+    method.bank.z.copy_(torch.nn.functional.normalize(torch.randn(small.K, small.D), dim=1))
+    n = small.B * (1 + small.MU * (2 if form == "single" else 1))
     student = small.Fixed((scale * torch.randn(n, small.C)).to(dtype), torch.randn(n, small.D).to(dtype))
-    method.teacher.forward = small.Fixed((scale * torch.randn(n, small.C)).to(dtype), torch.randn(n, small.D).to(dtype)).forward
-    with torch.no_grad():       # unlabelled images exactly on a bank row, and exactly opposite to it
-        student.z[small.B], student.z[small.B + 1] = method.bank.z[0].to(dtype), -method.bank.z[0].to(dtype)
+    if form == "ema":
+        weak = small.Fixed((scale * torch.randn(n, small.C)).to(dtype), torch.randn(n, small.D).to(dtype))
+        method.teacher.forward = weak.requires_grad_(False).forward
+    with torch.no_grad():       # strong views exactly on a bank row, and exactly opposite to it
+        student.z[-2], student.z[-1] = method.bank.z[0].to(dtype), -method.bank.z[0].to(dtype)
     for step in range(3):
         terms, fresh = method.losses(small.batch(0, torch.float32), student, step=step, bank_ready=True)
         sum(terms.values()).backward()
@@ -125,7 +161,7 @@ def test_losses_and_gradients_are_finite(dtype, temperature, scale):
 
 def test_a_class_that_underflows_everywhere_stays_finite():
     """p is exactly 0 in float32 for class 1 in every image, so its prior is 0 too."""
-    method = SimMatch(small.network(dtype=torch.float32), small.LABELS, small.C, small.D, **small.SETTINGS)
+    method = small.method("ema", small.network(dtype=torch.float32))
     n = small.B * (1 + small.MU)
     logits = torch.zeros(n, small.C)
     logits[:, 1] = -500
@@ -136,8 +172,22 @@ def test_a_class_that_underflows_everywhere_stays_finite():
 
 
 def test_update_gathers_what_the_bank_needs():
-    method = SimMatch(small.network(), small.LABELS, small.C, small.D, **{**small.SETTINGS, "DA": False}).double()
+    method = small.method("ema", DA=False)
     assert method.align is None
     z = torch.eye(small.D, dtype=torch.float64)[:2]
     method.update(Fresh(z=z, y=torch.tensor([3, 2]), index=torch.tensor([7, 2])))
     assert torch.equal(method.bank.z[[7, 2]], z) and method.bank.labels[7] == 3 and method.bank.labels[2] == 2
+
+
+def test_build_method_passes_every_setting_on():
+    config = Config(method="simmatch_single", backbone="small_encoder", cls=small.C, dim=small.D, DA=True, da_len=7,
+                    bank_m=0.25, ema_m=0.5, lambda_u=2.0, lambda_in=3.0, threshold=0.6, st=0.2, tt=0.3, c_smooth=0.8)
+    method = build_method(config, 1, small.LABELS)
+    assert method.align.ring.shape == (7, small.C) and method.bank.m == 0.25
+    assert method.teacher.bn == "copy" and method.teacher.momentum == 0.5
+    assert all(getattr(method, name) == getattr(config, name)
+               for name in ("lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth"))
+    config.method = "simmatch"
+    for config.eman, bn in ((False, "shuffle"), (True, "average")):
+        method = build_method(config, 1, small.LABELS)
+        assert method.teacher.bn == bn and method.bank.m == 0.25

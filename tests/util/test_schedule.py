@@ -3,6 +3,8 @@ import math
 
 import pytest
 
+from util.config import Config, validate
+from util.errors import UserError
 from util.schedule import learning_rate
 
 RECIPE = dict(lr=0.03, steps_per_epoch=100, epochs=400, warmup_epoch=5, cos=True, schedule=[120, 160])
@@ -27,3 +29,25 @@ def test_steps_without_cosine():
 
 def test_a_run_shorter_than_its_warm_up():
     assert learning_rate(199, **{**RECIPE, "epochs": 2}) == pytest.approx(0.03 * 200 / 500)
+
+
+CIFAR = dict(lr=0.03, steps_per_epoch=1024, epochs=1024, warmup_epoch=0, cos=False, cos_7_16=True, schedule=[1])
+
+
+def test_cos_7_16_moves_by_the_step_over_the_whole_training():
+    total = 1 << 20
+    assert learning_rate(0, **CIFAR) == 0.03
+    for step in (1000, 1001, 600_000, 600_001):
+        assert learning_rate(step, **CIFAR) == pytest.approx(0.03 * math.cos(7 * math.pi * step / (16 * total)), rel=1e-14)
+    assert learning_rate(total // 2, **CIFAR) == pytest.approx(0.03 * 0.7730104533627370)     # cos(7π/32)
+    assert learning_rate(total - 1, **CIFAR) == pytest.approx(0.03 * 0.1950903220161283, rel=1e-4)     # cos(7π/16)
+
+
+def test_cos_7_16_after_a_warm_up_starts_from_the_full_rate():
+    rate = [learning_rate(step, **{**CIFAR, "warmup_epoch": 1, "epochs": 3}) for step in (0, 1023, 1024, 2048)]
+    assert rate == pytest.approx([0.03 / 1024, 0.03, 0.03, 0.03 * math.cos(7 * math.pi / 32)])
+
+
+def test_two_schedules_at_once_are_refused():
+    with pytest.raises(UserError, match="cos_7_16"):
+        validate(Config(cos=True, cos_7_16=True))
