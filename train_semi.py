@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from dataset import build_data
-from dataset.loader import Data, Stream, batches, evaluation_batches
-from models import Batch, Method, build_method
+from dataset.loader import BadImages, Data, SplitId, Stream, batches, evaluation_batches, to_device
+from models import Batch, Method, build_method, parameter_groups
 from util import checkpoint, dist_utils
 from util.config import FREE, Config, parse, to_dict, to_yaml
 from util.errors import UserError, run
@@ -22,8 +22,8 @@ def main() -> None:
     device = dist_utils.dist_init(config.device)
     rank, world = dist_utils.rank(), dist_utils.world_size()
 
-    data = build_data(config)
-    stream = Stream(data, config.batch_size, config.mu, config.seed, rank, world)
+    data = build_data(config, gpu=device.type == "cuda")
+    stream = Stream(data, config.batch_size, config.mu, config.seed, rank, world, config.steps_per_epoch)
     if stream.steps_per_epoch == 0:
         raise UserError(f"one step takes {stream.n_u * world} unlabelled images, but there are {len(data.unlabelled)}: "
                         "lower --batch-size or --mu")
@@ -34,8 +34,8 @@ def main() -> None:
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labelled])).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    optimizer = torch.optim.SGD(method.student.parameters(), lr=config.lr, momentum=config.momentum,
-                                nesterov=config.nesterov, weight_decay=config.wd)
+    optimizer = torch.optim.SGD(parameter_groups(method.student, config.wd, config.no_decay_bn), lr=config.lr,
+                                momentum=config.momentum, nesterov=config.nesterov)
 
     out = Path(config.output_dir)
     start, best = resume(out / "last.pth", config, data, world, method, optimizer)
@@ -45,14 +45,18 @@ def main() -> None:
     log = Log(out, start, total, active=rank == 0)
     describe(log, config, data, stream, method, device, start, total)
 
-    meter, clock, clock_step = Meter(), time.monotonic(), start
-    loader = batches(stream, start, total, config.workers, pin_memory=device.type == "cuda")
-    for step, (tensors, hidden) in enumerate(loader, start):
+    meter, bad, clock, clock_step = Meter(), BadImages(config.on_bad_image), time.monotonic(), start
+    loader = batches(stream, range(start, total), config.workers, pin_memory=device.type == "cuda")
+    for step, item in enumerate(loader, start):
+        bad.add(item.bad)
         lr = learning_rate(step, lr=config.lr, steps_per_epoch=stream.steps_per_epoch, epochs=config.epochs,
-                           warmup_epoch=config.warmup_epoch, cos=config.cos, schedule=config.schedule)
+                           warmup_epoch=config.warmup_epoch, cos=config.cos, schedule=config.schedule,
+                           cos_7_16=config.cos_7_16)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = Batch(*(t.to(device, non_blocking=True) for t in tensors))
+        batch = Batch(to_device(data.weak, item.x, device), item.y.to(device, non_blocking=True),
+                      item.index.to(device, non_blocking=True), to_device(data.weak, item.u_weak, device),
+                      to_device(data.strong, item.u_strong, device))
 
         terms, fresh = method.losses(batch, student, step=step, bank_ready=stream.bank_ready(step))
         loss = sum(terms.values())
@@ -60,7 +64,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         method.update(fresh)
-        meter.add(step, terms, fresh.pseudo, fresh.mask, hidden)
+        meter.add(step, terms, fresh.pseudo, fresh.mask, item.hidden)
 
         done, epoch = step + 1, step // stream.steps_per_epoch + 1
         at_end_of_epoch = done % stream.steps_per_epoch == 0
@@ -71,10 +75,12 @@ def main() -> None:
             speed = (done - clock_step) * (stream.n_x + stream.n_u) * world / seconds
             log.train(done, epoch, config.epochs, {**values, "lr": lr, "images_per_s": round(speed, 1)})
             clock, clock_step = time.monotonic(), done
+        if at_end_of_epoch and not bad.stop:
+            log.bad_images(done, sum(dist_utils.all_gather_object(bad.take()), []))
         if evaluate_now:
-            scores = accuracies(method, data, rank, world, device)
+            scores = accuracies(method, data, config.workers, device, bad)
             log.eval(done, epoch, scores)
-            state = {"config": to_dict(config), "step": done, "world": world, "split": data.split, "classes": data.classes,
+            state = {"config": to_dict(config), "step": done, "world": world, "split": tuple(data.split), "classes": data.classes,
                      "method": method.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.must_be_finite(state["method"], done)
             better = scores["student_top1"] > best["student_top1"]
@@ -106,7 +112,7 @@ def resume(path: Path, config: Config, data: Data, world: int, method: Method,
     now = to_dict(config)
     changed = [f"{key} was {state['config'].get(key)!r} and is now {now[key]!r}" for key in now
                if key not in FREE and state["config"].get(key) != now[key]]
-    for name, before, after in (("split", state["split"], data.split), ("number of ranks", state["world"], world)):
+    for name, before, after in (("split", str(SplitId(*state["split"])), str(data.split)), ("number of ranks", state["world"], world)):
         if before != after:
             changed.append(f"the {name} was {before!r} and is now {after!r}")
     if changed:
@@ -117,13 +123,15 @@ def resume(path: Path, config: Config, data: Data, world: int, method: Method,
     return state["step"], state["best"]
 
 
-def accuracies(method: Method, data: Data, rank: int, world: int, device: torch.device) -> dict[str, float]:
+def accuracies(method: Method, data: Data, workers: int, device: torch.device, bad: BadImages) -> dict[str, float]:
     """student_top1, student_top5, teacher_top1, teacher_top5 on the test images, in percent."""
     method.eval()
-    scores = {}
-    for name, network in (("student", method.student), ("teacher", method.teacher.net)):
+    networks = {"student": method.student, "teacher": method.teacher.net}
+    for network in networks.values():
         dist_utils.broadcast_buffers(network)
-        result = evaluate(network, evaluation_batches(data, rank, world), len(data.classes), device)
+    x_and_y = evaluation_batches(data, dist_utils.rank(), dist_utils.world_size(), workers, device, bad)
+    scores = {}
+    for name, result in zip(networks, evaluate(list(networks.values()), x_and_y, len(data.classes), device)):
         scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
     method.train()
     return scores
@@ -133,6 +141,7 @@ def describe(log: Log, config: Config, data: Data, stream: Stream, method: Metho
              total: int) -> None:
     """Say once what follows from the settings."""
     world, millions = stream.world, sum(p.numel() for p in method.student.parameters()) / 1e6
+    log.begin(start, *data.split)
     log.say(f"{config.method} on {data.split}: {len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, "
             f"{len(data.test_labels)} test images, {len(data.classes)} classes")
     log.say(f"{config.backbone}, {millions:.2f} M parameters, on {world} x {device.type}")

@@ -1,14 +1,20 @@
 """1,797 handwritten digits, 8×8 grey (digits_SOURCE.md): real data that needs no network."""
 import hashlib
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from dataset.loader import Data
-from dataset.views import DIGITS
+from dataset.loader import Data, SplitId, View
+from dataset.source import Arrays
 from util.errors import UserError
 
 FILE = Path(__file__).with_name("digits.npz")
+MEAN, STD = 4.88, 6.02      # of the 1,797 images, ink from 0 to 16
+SIZE = 16                   # of a view: a turn or shift by parts of a pixel blurs an 8×8 image, drawn twice as large it does not
 
 
 def build(labels_per_class: int, seed: int) -> Data:
@@ -20,10 +26,10 @@ def build(labels_per_class: int, seed: int) -> Data:
         images, labels, test = file["images"], file["labels"].astype(np.int64), file["test"]
     train_images, train_labels = images[~test], labels[~test]               # [1437, 8, 8], [1437]
     labelled = draw(train_labels, labels_per_class, seed)                   # [10·labels_per_class]
-    sha = hashlib.sha256(labelled.astype("<i8").tobytes()).hexdigest()[:12]
-    return Data(images=train_images, labels=train_labels, labelled=labelled, unlabelled=np.arange(len(train_labels)),
-                test_images=images[test], test_labels=labels[test], classes=[str(c) for c in range(10)], channels=1,
-                split=f"digits, {labels_per_class} a class, seed {seed}, sha256 {sha}", **DIGITS)
+    sha = hashlib.sha256(labelled.astype("<i8").tobytes()).hexdigest()
+    return Data(images=Arrays(train_images), labels=train_labels, labelled=labelled, unlabelled=np.arange(len(train_labels)),
+                test_images=Arrays(images[test]), test_labels=labels[test], weak=WEAK, strong=STRONG, plain=PLAIN,
+                classes=[str(c) for c in range(10)], channels=1, split=SplitId(f"digits-{labels_per_class}-seed{seed}", sha))
 
 
 def draw(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -41,3 +47,69 @@ def draw(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
             raise UserError(f"labels_per_class is {per_class}, but class {c} has only {len(own)} training images")
         rows.append(own[:per_class])
     return np.concatenate(rows)
+
+
+def plain(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+    """n images [8, 8] uint8, 0 to 16 -> normalised [n, 1, 16, 16] float32."""
+    return _normalise(_affine(_ink(images), torch.zeros(len(images), 6), degrees=0, shift=0, stretch=0, shear=0))
+
+
+def weak(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+    """A little rotation, shift, stretch and shear. n images [8, 8] uint8, [n, 6] -> [n, 1, 16, 16] float32."""
+    return _normalise(_affine(_ink(images), _signed(u), degrees=10, shift=0.5, stretch=0.15, shear=0.2))
+
+
+def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+    """More of the same, fainter ink, and a patch of paper over part of the digit. n [8, 8], [n, 10] -> [n, 1, 16, 16].
+
+    No flips: a mirrored digit is another sign. No thicker ink: it would close the holes that tell an 8 from a 1.
+    """
+    x = _affine(_ink(images), _signed(u[:, :6]), degrees=15, shift=0.75, stretch=0.2, shear=0.25)   # [n, 1, 16, 16]
+    u = torch.from_numpy(u).float()                                         # [n, 10]
+    x = x * torch.exp(-0.5 * u[:, 6]).view(-1, 1, 1, 1)                     # [n, 1, 16, 16]
+    return _normalise(_cover(x, centre=8 * u[:, 7:9], side=3 * u[:, 9]))
+
+
+def _view(numbers: int, function) -> View:
+    """A view that is all made on the host."""
+    return View(numbers, lambda images, u: (function(images, u),), lambda raw: raw[0])
+
+
+WEAK, STRONG, PLAIN = _view(6, weak), _view(10, strong), _view(0, plain)
+
+
+def _ink(images: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).float().unsqueeze(1)          # [n, 1, 8, 8]
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return (x - MEAN) / STD
+
+
+def _signed(u: np.ndarray) -> Tensor:
+    return torch.from_numpy(2 * u - 1).float()
+
+
+def _affine(x: Tensor, a: Tensor, degrees: float, shift: float, stretch: float, shear: float) -> Tensor:
+    """Rotate, shift, stretch and shear [n, 1, h, w] about its centre and draw it anew, bicubic, paper (0) from outside.
+
+    a [n, 6] in [−1, 1): how far to go, of at most `degrees`; `shift` pixels of x, along x and y; a factor exp(`stretch`)
+    along x and y; `shear` of x by y. -> [n, 1, SIZE, SIZE]
+    """
+    n, _, h, w = x.shape
+    angle = torch.deg2rad(degrees * a[:, 0])                                # [n]
+    cos, sin = angle.cos(), angle.sin()                                     # [n], [n]
+    to_source = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)       # [n, 2, 2]
+    to_source[:, :, 1] = to_source[:, :, 1] + shear * a[:, 5:6] * to_source[:, :, 0]
+    to_source = to_source / torch.exp(stretch * a[:, None, 3:5])            # [n, 2, 2]
+    offset = shift * a[:, 1:3] * x.new_tensor([2 / w, 2 / h])               # [n, 2], the image being 2 wide and high
+    grid = F.affine_grid(torch.cat([to_source, offset.unsqueeze(2)], 2), [n, 1, SIZE, SIZE], align_corners=False)
+    return F.grid_sample(x, grid, mode="bicubic", align_corners=False)      # [n, 1, SIZE, SIZE]
+
+
+def _cover(x: Tensor, centre: Tensor, side: Tensor) -> Tensor:
+    """Put a square of paper (0), `side` [n] of the digit's 8 pixels wide, over `centre` [n, 2] of each x [n, 1, SIZE, SIZE]."""
+    place = (torch.arange(SIZE) + 0.5) * 8 / SIZE                           # [SIZE]
+    half = side[:, None] / 2                                                # [n, 1]
+    inside = ((place - centre[:, :1]).abs() < half)[:, :, None] & ((place - centre[:, 1:]).abs() < half)[:, None]
+    return x.masked_fill(inside.unsqueeze(1), 0)                            # [n, 1, SIZE, SIZE]

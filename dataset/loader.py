@@ -1,105 +1,220 @@
-"""What every step sees, as a pure function of (seed, step, rank, world size): no worker, prefetch or restart changes it."""
-from functools import lru_cache
-from typing import Callable, Iterator, NamedTuple, Optional
+"""What every step sees, as a pure function of (seed, step, rank, world size): no worker, prefetch or restart changes it.
+
+A view is made in two halves: `host`, in the worker that loads the image, and `device`, in batches where the network runs.
+What travels between them is small: uint8 pixels, and the numbers that the second half needs.
+"""
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-# What a random number is for; one more key beside seed and epoch.
-ORDER_X, ORDER_U, VIEW_X, VIEW_WEAK, VIEW_STRONG = range(5)
+from dataset.draws import ORDER_U, ORDER_X, REPLACE_U, REPLACE_X, VIEW_STRONG, VIEW_WEAK, VIEW_X, permutation, uniforms
+from dataset.source import BadImage, Source
+from util.errors import UserError
+
+Raw = tuple[Tensor, ...]    # what `host` hands to `device`; the first has n lines, one an image
 
 
 class View(NamedTuple):
     """A random view: `numbers` uniform numbers in [0, 1) an image decide everything that is random in it."""
     numbers: int
-    apply: Callable[[np.ndarray, np.ndarray], Tensor]   # images [n, ...] uint8, uniforms [n, numbers] -> [n, c, h, w] float
+    host: Callable[[Sequence, np.ndarray], Raw]         # images [n], uniforms [n, numbers] -> raw
+    device: Callable[[Raw], Tensor]                     # raw -> normalised [n, c, h, w] float32
+
+
+class SplitId(NamedTuple):
+    """Names the labelled subset: results on different subsets do not compare."""
+    id: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.id} (sha256 {self.sha256[:12]})"
 
 
 class Data(NamedTuple):
     """A data set, its labelled subset and its views, as `build_data` returns them."""
-    images: np.ndarray              # training images                                   [N, ...] uint8
+    images: Source                  # training images                                   [N]
     labels: np.ndarray              # their labels; −1 where there is none              [N] int64
     labelled: np.ndarray            # rows whose labels may be used: the labelled list  [K] int64
     unlabelled: np.ndarray          # rows used without their labels                    [U] int64
-    test_images: np.ndarray         # [M, ...] uint8
+    test_images: Source             # [M]
     test_labels: np.ndarray         # [M] int64
     weak: View
     strong: View
-    plain: Callable[[np.ndarray], Tensor]       # the view for evaluation: [n, ...] uint8 -> [n, c, h, w] float
+    plain: View                     # the view for evaluation; it draws nothing
     classes: list[str]              # names, in the order of the labels                 [C]
     channels: int                   # of a view
-    split: str                      # names the labelled subset: results on different splits do not compare
+    split: SplitId
+
+
+class Item(NamedTuple):
+    """What a worker makes of one step, for one rank."""
+    x: Raw                          # weak views of labelled images
+    y: Tensor                       # their labels                                      [B] int64
+    index: Tensor                   # their places in the labelled list                 [B] int64
+    u_weak: Raw                     # weak views of unlabelled images
+    u_strong: Raw                   # strong views of the same images
+    hidden: Optional[Tensor]        # the labels that nobody may use                    [muB] int64; None if unknown
+    bad: list[tuple[str, str]]      # (name, cause) of images that others stand in for
 
 
 class Stream(Dataset):
-    """step -> ((x, y, index, u_weak, u_strong), hidden labels of the unlabelled images or None), for one rank.
+    """step -> Item, for one rank; without an end.
 
-    An epoch is one pass over the unlabelled images in random order, the incomplete last step dropped. The labelled
-    images follow each other in random permutations without end. Ranks take neighbouring slices of the same order.
+    An epoch is one pass over the unlabelled images in random order, the incomplete last step dropped; or, with
+    `steps_per_epoch`, that many steps, the passes following each other. The labelled images follow each other in random
+    permutations without end. Ranks take neighbouring slices of the same order.
     """
 
-    def __init__(self, data: Data, batch_size: int, mu: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(self, data: Data, batch_size: int, mu: int, seed: int, rank: int = 0, world: int = 1,
+                 steps_per_epoch: int = 0):
         """batch_size: labelled images a rank and step (B); mu: unlabelled ones for each of them."""
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
         self.known = bool((data.labels[data.unlabelled] >= 0).all())        # whether hidden labels exist, for all
-        self.steps_per_epoch = len(data.unlabelled) // (self.n_u * world)
+        in_a_pass = len(data.unlabelled) // (self.n_u * world)
+        self.steps_per_epoch = steps_per_epoch or in_a_pass
+        self.pass_length = len(data.unlabelled) if steps_per_epoch else in_a_pass * self.n_u * world
 
     def bank_ready(self, step: int) -> bool:
         """True from the first epoch on before which every labelled image has been seen."""
         start = step // self.steps_per_epoch * self.steps_per_epoch     # of this epoch
         return start > 0 and start * self.n_x * self.world >= len(self.data.labelled)
 
-    def __getitem__(self, step: int) -> tuple[tuple[Tensor, ...], Optional[Tensor]]:
-        data = self.data
-        place = np.arange(self.n_x) + (step * self.world + self.rank) * self.n_x            # [B]
-        passes, place = np.divmod(place, len(data.labelled))                                # [B], [B]
-        index = np.array([permutation(len(data.labelled), self.seed, ORDER_X, p)[i] for p, i in zip(passes, place)])
-        x = self._view(data.weak, data.labelled[index], passes, VIEW_X)                     # [B, c, h, w]
+    def __getitem__(self, step: int) -> Item:
+        data, bad = self.data, []
+        index, passes = self._order(step, self.n_x, len(data.labelled), len(data.labelled), ORDER_X)    # [B], [B]
+        images = []
+        for i, place in enumerate(index.tolist()):
+            image, index[i] = self._load(place, data.labelled, self._same_class, REPLACE_X, bad)
+            images.append(image)
+        x = self._view(data.weak, images, data.labelled[index], passes, VIEW_X)
 
-        epoch, place = divmod(step, self.steps_per_epoch)
-        start = (place * self.world + self.rank) * self.n_u
-        order = permutation(len(data.unlabelled), self.seed, ORDER_U, epoch)                # [U]
-        rows = data.unlabelled[order[start:start + self.n_u]]                               # [muB]
-        epochs = np.full(self.n_u, epoch)                                                   # [muB]
-        u_weak = self._view(data.weak, rows, epochs, VIEW_WEAK)                             # [muB, c, h, w]
-        u_strong = self._view(data.strong, rows, epochs, VIEW_STRONG)                       # [muB, c, h, w]
+        order, passes = self._order(step, self.n_u, len(data.unlabelled), self.pass_length, ORDER_U)    # [muB], [muB]
+        images = []
+        for i, place in enumerate(order.tolist()):
+            image, order[i] = self._load(place, data.unlabelled, None, REPLACE_U, bad)
+            images.append(image)
+        rows = data.unlabelled[order]                                                       # [muB]
+        u_weak = self._view(data.weak, images, rows, passes, VIEW_WEAK)
+        u_strong = self._view(data.strong, images, rows, passes, VIEW_STRONG)
+        hidden = torch.from_numpy(data.labels[rows]) if self.known else None                # [muB]
+        return Item(x, torch.from_numpy(data.labels[data.labelled[index]]), torch.from_numpy(index), u_weak, u_strong,
+                    hidden, bad)
 
-        y, hidden = data.labels[data.labelled[index]], data.labels[rows]                    # [B], [muB]
-        hidden = torch.from_numpy(hidden) if self.known else None
-        return (x, torch.from_numpy(y), torch.from_numpy(index), u_weak, u_strong), hidden
+    def _order(self, step: int, n: int, total: int, pass_length: int, purpose: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places, and numbers of the pass they belong to, of this rank's n images of the step: [n], [n].
 
-    def _view(self, view: View, rows: np.ndarray, passes: np.ndarray, purpose: int) -> Tensor:
-        table = [uniforms(len(self.data.images), view.numbers, self.seed, purpose, p) for p in np.unique(passes)]
-        u = np.concatenate([t[rows[passes == p]] for t, p in zip(table, np.unique(passes))])    # [n, numbers]
-        return view.apply(self.data.images[rows], u)
+        Of each permutation of `total` images the first `pass_length` are used.
+        """
+        passes, place = np.divmod(np.arange(n) + (step * self.world + self.rank) * n, pass_length)      # [n], [n]
+        out = np.empty(n, np.int64)
+        for number in np.unique(passes).tolist():
+            here = passes == number
+            out[here] = permutation(total, self.seed, purpose, number)[place[here]]
+        return out, passes
+
+    def _view(self, view: View, images: list, rows: np.ndarray, passes: np.ndarray, purpose: int) -> Raw:
+        return view.host(images, uniforms(rows, view.numbers, self.seed, purpose, passes))
+
+    def _same_class(self, place: int) -> np.ndarray:
+        labels = self.data.labels[self.data.labelled]                                       # [K]
+        return np.flatnonzero(labels == labels[place])
+
+    def _load(self, place: int, rows: np.ndarray, pool: Optional[Callable[[int], np.ndarray]], purpose: int,
+              bad: list[tuple[str, str]]) -> tuple[object, int]:
+        """(image, its place in `rows`). A bad image is put down in `bad`, and another one of the pool stands in for it,
+        always the same one: a labelled image for one of its class, an unlabelled image for any.
+        """
+        source, first = self.data.images, place
+        for attempt in range(20):
+            try:
+                return source[int(rows[place])], place
+            except BadImage as error:
+                bad.append((source.name(int(rows[place])), str(error)))
+            places = pool(first) if pool else np.arange(len(rows))
+            u = uniforms(rows[first:first + 1], 1, self.seed, purpose, np.array([attempt]))     # [1, 1]
+            place = int(places[int(u[0, 0] * len(places))])
+        raise UserError(f"{bad[-1][0]}: {bad[-1][1]}; no readable image to use in its place was found in 20 draws")
 
 
-def batches(stream: Stream, start: int, stop: int, workers: int, pin_memory: bool) -> DataLoader:
-    """The stream's items for steps start … stop − 1, in order, made ahead of time by `workers` processes."""
-    return DataLoader(stream, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin_memory)
+class Chunks(Dataset):
+    """chunk -> (raw, rows [n], bad): images of a source as they are seen in evaluation, `size` at a time.
+
+    A bad image is left out of its chunk: nothing stands in for an image that is to be judged.
+    """
+
+    def __init__(self, source: Source, view: View, rows: np.ndarray, size: int = 256):
+        self.source, self.view = source, view
+        self.chunks = np.split(rows, range(size, len(rows), size))
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, chunk: int) -> tuple[Raw, Tensor, list[tuple[str, str]]]:
+        images, rows, bad = [], [], []
+        for row in self.chunks[chunk].tolist():
+            try:
+                images.append(self.source[row])
+                rows.append(row)
+            except BadImage as error:
+                bad.append((self.source.name(row), str(error)))
+        raw = self.view.host(images, np.empty((len(images), 0))) if images else ()
+        return raw, torch.tensor(rows, dtype=torch.long), bad
 
 
-def evaluation_batches(data: Data, rank: int = 0, world: int = 1, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x [n, c, h, w], y [n]) of this rank's share of the test images; every image is in exactly one share."""
-    rows = np.arange(rank, len(data.test_labels), world)
-    for chunk in np.split(rows, range(size, len(rows), size)):
-        yield data.plain(data.test_images[chunk]), torch.from_numpy(data.test_labels[chunk])
+class BadImages:
+    """What becomes of images that cannot be used: the run stops, or they are kept on a list that is shown to people."""
+
+    def __init__(self, on_bad_image: str):
+        """on_bad_image: stop or skip."""
+        self.stop = on_bad_image == "stop"
+        self.seen: list[tuple[str, str]] = []
+
+    def add(self, bad: Sequence[tuple[str, str]]) -> None:
+        """bad: (name, cause) of each. Raises UserError about the first, if the run is to stop."""
+        for name, cause in bad:
+            if self.stop:
+                raise UserError(f"{name}: {cause}; mend or remove it, or use --on-bad-image skip (python -m dataset.check "
+                                "finds all of them)")
+        self.seen += [(name, cause) for name, cause in bad]
+
+    def take(self) -> list[tuple[str, str]]:
+        """Those since the last call."""
+        seen, self.seen = self.seen, []
+        return seen
 
 
-@lru_cache(maxsize=8)
-def permutation(n: int, seed: int, purpose: int, number: int) -> np.ndarray:
-    """[n]: the order of pass `number`."""
-    return _generator(seed, purpose, number).permutation(n)
+def batches(dataset: Dataset, order: Sequence[int], workers: int, pin_memory: bool) -> DataLoader:
+    """The items of `dataset` in `order`, made ahead of time by `workers` processes."""
+    return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin_memory,
+                      worker_init_fn=_one_thread)
 
 
-@lru_cache(maxsize=8)
-def uniforms(n: int, numbers: int, seed: int, purpose: int, number: int) -> np.ndarray:
-    """[n, numbers] in [0, 1): row i decides the view of image i in pass `number`."""
-    return _generator(seed, purpose, number).random((n, numbers))
+def image_batches(source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device,
+                  bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x [n, c, h, w] on `device`, rows [n]) of the given rows, in order. Bad images are left out, and told to `bad`."""
+    chunks = Chunks(source, view, rows)
+    for raw, got, unusable in batches(chunks, range(len(chunks)), workers, pin_memory=device.type == "cuda"):
+        bad.add(unusable)
+        if len(got):
+            yield to_device(view, raw, device), got
 
 
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([int(k) for k in key])))
+def evaluation_batches(data: Data, rank: int, world: int, workers: int, device: torch.device,
+                       bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x [n, c, h, w], y [n]) on `device`: this rank's share of the test images; every image is in exactly one share."""
+    share, labels = np.arange(rank, len(data.test_labels), world), torch.from_numpy(data.test_labels)   # [m], [M]
+    for x, rows in image_batches(data.test_images, data.plain, share, workers, device, bad):
+        yield x, labels[rows].to(device, non_blocking=True)
+
+
+def to_device(view: View, raw: Raw, device: torch.device) -> Tensor:
+    """The second half of a view, where the network is: -> [n, c, h, w]."""
+    return view.device(tuple(t.to(device, non_blocking=True) for t in raw))
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)            # workers are many; threads of each would only take the cores from the others

@@ -70,6 +70,8 @@ def test_the_output_directory(finished):
 def test_the_log_has_the_promised_keys_in_order(finished):
     folder, _ = finished
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    start = log.pop(0)
+    assert start["event"] == "start" and [start["split"], start["sha256"]] == list(weights(folder)["split"])
     assert {event["event"] for event in log} == {"train", "eval"}
     for event in log:
         assert set(event) == (TRAIN if event["event"] == "train" else EVAL)
@@ -86,7 +88,7 @@ def test_tensorboard_reads_the_same_values(finished):
     reader.Reload()
     for event in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
         for key, value in event.items():
-            if key in ("event", "step"):
+            if key in ("event", "step") or event["event"] == "start":
                 continue
             found = [s.value for s in reader.Scalars(f"{event['event']}/{key}") if s.step == event["step"]]
             assert found == [pytest.approx(value, rel=1e-6)]
@@ -153,7 +155,7 @@ DIGITS = ("--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1"
     (["--epochs", "ten"], ["--epochs", "int", "'ten'"]),
     (["--labels-per-class", "0"], ["labels_per_class is 0", "at least 1"]),
     (["--labels-per-class", "2000"], ["labels_per_class is 2000", "only 142"]),
-    (["--method", "simatch"], ["'simatch'", "simmatch, fixmatch, supervised"]),
+    (["--method", "simatch"], ["'simatch'", "simmatch_single, fixmatch, supervised"]),
     (["--backbone", "resnet51"], ["'resnet51'", "resnet50_encoder"]),
     (["--dataset", "mnist"], ["'mnist'", "digits"]),
     (["--cls", "9"], ["cls is 9", "10 classes"]),

@@ -10,7 +10,7 @@ from torch import nn
 from util.errors import UserError
 
 FORMAT = 1
-KEYS = {"format": int, "config": dict, "step": int, "world": int, "best": dict, "split": str, "classes": list, "method": dict,
+KEYS = {"format": int, "config": dict, "step": int, "world": int, "best": dict, "split": tuple, "classes": list, "method": dict,
         "optimizer": dict}
 
 

@@ -1,5 +1,6 @@
 """Ranks: the only file that talks to torch.distributed. Alone (world size 1) every function is the obvious identity."""
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,15 @@ def all_gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def all_gather_object(x: Any) -> list[Any]:
+    """A small Python object of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [x]
+    out = [None] * world_size()
+    dist.all_gather_object(out, x)
+    return out
 
 
 def all_mean(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -37,6 +37,8 @@ class Log:
             return
         self.path = output_dir / "log.jsonl"
         try:
+            if start == 0 and self.path.exists() and self.path.stat().st_size:      # of a run whose checkpoint is gone
+                os.replace(self.path, self.path.with_name("log.jsonl.old"))
             kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
             temporary = self.path.with_name("log.jsonl.tmp")
             temporary.write_text("".join(kept), encoding="utf-8")
@@ -52,6 +54,23 @@ class Log:
         """A line for people that stays."""
         if self.active:
             print(f"\r\033[K{line}" if self.terminal else line, flush=True)
+
+    def begin(self, step: int, split: str, sha256: str) -> None:
+        """split, sha256: of the labelled images; util.report refuses to compare runs on different ones."""
+        if step == 0:
+            self._write("start", step, {"split": split, "sha256": sha256})
+
+    def bad_images(self, step: int, bad: Sequence[tuple[str, str]]) -> None:
+        """bad: (name, cause) of the images of this epoch that others stood in for."""
+        if not bad:
+            return
+        unique = sorted(set(bad))
+        self._write("bad_images", step, {"count": len(bad), "images": [list(pair) for pair in unique]})
+        self.say(f"bad images in this epoch: {len(bad)} views of {len(unique)}, others stood in for them")
+        for name, cause in unique[:20]:
+            self.say(f"  {name}: {cause}")
+        if len(unique) > 20:
+            self.say(f"  and {len(unique) - 20} more, in {self.path}")
 
     def train(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
         """step: steps done; epoch: the one in progress, from 1; values: TRAIN_KEYS, as far as the method has them."""
@@ -91,7 +110,7 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are intact") from None
         for key, value in values.items():
-            if value is not None:
+            if isinstance(value, (int, float)):
                 self.tb.add_scalar(f"{event}/{key}", value, step)
         self.tb.flush()
 

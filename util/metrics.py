@@ -1,5 +1,5 @@
 """Accuracy over a data set, and the running means of training."""
-from typing import Callable, Iterable, NamedTuple, Optional
+from typing import Callable, Iterable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -15,20 +15,26 @@ class Accuracy(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(network: Callable[[Tensor], tuple[Tensor, Tensor]], batches: Iterable[tuple[Tensor, Tensor]],
-             num_classes: int, device: torch.device) -> Accuracy:
-    """Accuracy of `network` (x -> logits, z; in eval mode) over the (x [n, c, h, w], y [n]) of all ranks together."""
-    counts = torch.zeros(3, num_classes, dtype=torch.float64, device=device)    # top-1, top-5, images    [3, C]
+def evaluate(networks: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]], batches: Iterable[tuple[Tensor, Tensor]],
+             num_classes: int, device: torch.device) -> list[Accuracy]:
+    """Accuracy of each network (x -> logits, z; in eval mode) over the (x [n, c, h, w], y [n]) of all ranks together.
+
+    The batches are gone through once, and are on `device`.
+    """
+    counts = torch.zeros(len(networks), 3, num_classes, dtype=torch.float64, device=device)     # top-1, top-5, images
     for x, y in batches:
-        x, y = x.to(device), y.to(device)
-        logits, _ = network(x)                                                  # [n, C]
-        best = logits.topk(min(5, num_classes), dim=1).indices                  # [n, 5]
-        hit = (best == y[:, None]).double()                                     # [n, 5]
-        for row, value in enumerate((hit[:, 0], hit.sum(dim=1), torch.ones_like(hit[:, 0]))):
-            counts[row].index_add_(0, y, value)
-    top1, top5, images = dist_utils.all_sum(counts)                             # [C] each
-    total = images.sum()
-    return Accuracy(100 * (top1.sum() / total).item(), 100 * (top5.sum() / total).item(), (100 * top1 / images).tolist())
+        for network, own in zip(networks, counts):
+            logits, _ = network(x)                                              # [n, C]
+            best = logits.topk(min(5, num_classes), dim=1).indices              # [n, 5]
+            hit = (best == y[:, None]).double()                                 # [n, 5]
+            for row, value in enumerate((hit[:, 0], hit.sum(dim=1), torch.ones_like(hit[:, 0]))):
+                own[row].index_add_(0, y, value)
+    out = []
+    for top1, top5, images in dist_utils.all_sum(counts):                       # [C] each
+        total = images.sum()
+        out.append(Accuracy(100 * (top1.sum() / total).item(), 100 * (top5.sum() / total).item(),
+                            (100 * top1 / images).tolist()))
+    return out
 
 
 class Meter:

@@ -17,12 +17,14 @@ class Run(NamedTuple):
     config: Config
     trains: list[dict[str, Any]]    # train events
     evals: list[dict[str, Any]]     # eval events, at least one
+    split: str                      # id and SHA-256 of the labelled images
 
 
 def read(folder: Path) -> Run:
     """A run from its config.yaml and log.jsonl. Raises UserError if it has not been evaluated yet."""
     try:
-        events = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        text = (folder / "log.jsonl").read_text(encoding="utf-8")
+        events = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]   # a crash may cut the last line
     except OSError as error:
         raise UserError(f"{folder} is not the output directory of a run: log.jsonl: {error.strerror}") from None
     except ValueError:
@@ -30,7 +32,16 @@ def read(folder: Path) -> Run:
     trains, evals = ([e for e in events if e["event"] == kind] for kind in ("train", "eval"))
     if not evals:
         raise UserError(f"{folder} has no evaluation yet: let it train for an epoch first")
-    return Run(folder.name, Config(**read_yaml(str(folder / "config.yaml"))), trains, evals)
+    split = next((f"{e['split']} (sha256 {e['sha256'][:12]})" for e in events if e["event"] == "start"), "unknown")
+    return Run(folder.name, Config(**read_yaml(str(folder / "config.yaml"))), trains, evals, split)
+
+
+def must_share_split(runs: list[Run]) -> None:
+    """Raise UserError unless all runs had the same labelled images: otherwise their accuracies do not compare."""
+    for r in runs:
+        if r.split != runs[0].split:
+            raise UserError(f"{runs[0].name} was trained on the split {runs[0].split} and {r.name} on {r.split}: these do not "
+                            "compare; give runs on one split")
 
 
 def table(runs: list[Run]) -> str:
@@ -95,6 +106,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, metavar="FILE.png", help="also draw the curves")
     args = parser.parse_args(sys.argv[1:])
     runs = [read(folder) for folder in args.runs]
+    must_share_split(runs)
     print(table(runs))
     if args.curves:
         try:

@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from dataset import digits
-from dataset.views import DIGITS_MEAN, DIGITS_STD, digits_plain, digits_strong, digits_weak
+from dataset.digits import MEAN, STD, plain, strong, weak
 from util.errors import UserError
+
+NONE = np.empty((0, 0))     # plain views draw nothing
+
+
+def train_images(n):
+    return [digits.build(1, 0).images[row] for row in range(n)]
 
 
 def test_sizes_and_the_fixed_test_split():
     data = digits.build(labels_per_class=4, seed=0)
-    assert data.images.shape == (1437, 8, 8) and data.test_images.shape == (360, 8, 8)
+    assert len(data.images) == 1437 and data.images[0].shape == (8, 8) and len(data.test_images) == 360
     assert len(data.labelled) == 40 and len(data.unlabelled) == 1437
     assert np.bincount(data.test_labels).tolist() == [36] * 10
     with np.load(digits.FILE) as file:
@@ -32,7 +38,7 @@ def test_the_labelled_draw_is_balanced_seeded_and_nested():
     assert data[0].labelled.tolist() == data[1].labelled.tolist()
     assert set(data[0].labelled) < set(data[2].labelled)
     assert data[0].labelled.tolist() != data[3].labelled.tolist()
-    assert len({d.split for d in data}) == 3
+    assert len({d.split.sha256 for d in data}) == len({d.split.id for d in data}) == 3
 
 
 @pytest.mark.parametrize("count, words", [(0, "at least 1"), (139, "class 8 has only 138")])
@@ -41,45 +47,53 @@ def test_impossible_draws(count, words):
         digits.build(labels_per_class=count, seed=0)
 
 
-def test_normalisation():
-    x = digits_plain(digits.build(1, 0).images)
-    assert x.shape == (1437, 1, 8, 8) and x.dtype == torch.float32
-    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
+def test_a_plain_view_is_the_image_drawn_twice_as_large():
+    """A pixel of paper or ink that stands among its like keeps its value; mean and spread are about 0 and 1."""
+    x = plain(train_images(1437), NONE)
+    assert x.shape == (1437, 1, 16, 16) and x.dtype == torch.float32
+    assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.1
+    image = np.zeros((8, 8), np.uint8)
+    image[:, 4:] = 16
+    ink = plain([image], NONE)[0, 0] * STD + MEAN
+    assert ink[8, :5].tolist() == pytest.approx([0] * 5, abs=1e-4) and ink[8, 11:13].tolist() == pytest.approx([16] * 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("view, numbers, nothing", [
-    (digits_weak, 6, [0.5] * 6),
-    (digits_strong, 10, [0.5] * 6 + [0.0, 0.5, 0.5, 0.0])])
+    (weak, 6, [0.5] * 6),
+    (strong, 10, [0.5] * 6 + [0.0, 0.5, 0.5, 0.0])])
 def test_a_view_that_changes_nothing(view, numbers, nothing):
     """No rotation, shift, stretch or shear, full ink, and a patch of side 0."""
-    images = digits.build(1, 0).images[:20]
+    images = train_images(20)
     assert len(nothing) == numbers
-    torch.testing.assert_close(view(images, np.tile(nothing, (20, 1))), digits_plain(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(view(images, np.tile(nothing, (20, 1))), plain(images, NONE), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("view, numbers", [(digits_weak, 6), (digits_strong, 10)])
+@pytest.mark.parametrize("view, numbers", [(weak, 6), (strong, 10)])
 def test_each_image_has_its_own_view(view, numbers):
-    images, u = digits.build(1, 0).images[:20], np.random.default_rng(0).random((20, numbers))
+    images, u = train_images(20), np.random.default_rng(0).random((20, numbers))
     together = view(images, u)
     one_by_one = torch.cat([view(images[i:i + 1], u[i:i + 1]) for i in range(20)])
     torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-5)
-    assert together.min() >= (0 - DIGITS_MEAN) / DIGITS_STD - 1e-4 and together.max() <= (16 - DIGITS_MEAN) / DIGITS_STD + 1e-4
 
 
 def test_a_shift_moves_the_ink():
-    """The second and third number of a view are the shift: for the weak one (2u − 1)·½ pixels, so u = 1 is half a pixel."""
-    image = np.zeros((1, 8, 8), np.uint8)
-    image[0, 3, 3] = 16
-    u = np.full((1, 6), 0.5)
-    u[0, 1] = 1
-    ink = digits_weak(image, u)[0, 0] * DIGITS_STD + DIGITS_MEAN
-    assert ink[3].tolist() == pytest.approx([0, 0, 8, 8, 0, 0, 0, 0], abs=1e-4)
+    """The second number of a view is the shift along x: for the weak one (2u − 1)·½ pixels of the image."""
+    image = np.zeros((8, 8), np.uint8)
+    image[:, 2:4] = 16
+    centre = []
+    for u1 in (0.5, 1.0):
+        u = np.full((1, 6), 0.5)
+        u[0, 1] = u1
+        ink = weak([image], u)[0, 0] * STD + MEAN
+        centre.append(float((ink[8] * torch.arange(16)).sum() / ink[8].sum()))
+    assert centre[0] - centre[1] == pytest.approx(1.0, abs=0.05)       # half a pixel of 8 is one of 16
 
 
 def test_the_patch_is_paper_and_the_ink_only_fades():
-    images = np.full((1, 8, 8), 16, np.uint8)
+    images = [np.full((8, 8), 16, np.uint8)]
     u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])        # faintest ink, a patch of 3 pixels about the centre
-    ink = (digits_strong(images, u)[0, 0] * DIGITS_STD + DIGITS_MEAN).round(decimals=3)
-    expected = torch.full((8, 8), 16 * float(np.exp(-0.5)))
-    expected[3:5, 3:5] = 0
-    torch.testing.assert_close(ink, expected, rtol=0, atol=1e-2)
+    ink = strong(images, u)[0, 0] * STD + MEAN
+    assert ink[5:11, 5:11].abs().max() < 1e-5
+    around = ink[3:13, 3:13].clone()
+    around[2:8, 2:8] = 16 * float(np.exp(-0.5))
+    torch.testing.assert_close(around, torch.full((10, 10), 16 * float(np.exp(-0.5))), rtol=0, atol=1e-3)

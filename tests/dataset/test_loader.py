@@ -6,32 +6,71 @@ import pytest
 import torch
 
 from dataset import digits
-from dataset.loader import Data, Stream, View, batches, evaluation_batches
+from dataset.draws import uniforms
+from dataset.loader import BadImages, Data, SplitId, Stream, View, batches, evaluation_batches
+from dataset.source import BadImage
+from util.errors import UserError
+
+CPU = torch.device("cpu")
 
 
-def numbered(labelled, unlabelled):
-    """Images whose every pixel is their own number, and a view that adds the random number it was given."""
+class Numbers:
+    """Images whose every pixel is their own number; those in `bad` cannot be read."""
+
+    def __init__(self, n, bad=()):
+        self.n, self.bad = n, set(bad)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, row):
+        if row in self.bad:
+            raise BadImage("torn")
+        return np.full((2, 2), float(row))
+
+    def name(self, row):
+        return f"image {row}"
+
+
+def numbered(labelled, unlabelled, bad=(), bad_tests=()):
+    """Images that are numbers, and a view that adds the random number it was given."""
     n = labelled + unlabelled
-    view = View(1, lambda images, u: torch.from_numpy(images[:, None] + u[:, :, None, None]))
-    return Data(images=np.arange(n)[:, None, None] * np.ones((1, 2, 2)), labels=np.arange(n) % 3,
-                labelled=np.arange(labelled), unlabelled=np.arange(labelled, n), test_images=np.zeros((5, 2, 2)),
-                test_labels=np.arange(5) % 3, weak=view, strong=view, plain=lambda x: torch.from_numpy(x[:, None]),
-                classes=["a", "b", "c"], channels=1, split="numbered")
+    view = View(1, lambda images, u: (torch.from_numpy(np.stack(images)[:, None] + u[:, :, None, None]),), lambda raw: raw[0])
+    plain = View(0, lambda images, u: (torch.from_numpy(np.stack(images)[:, None]),), lambda raw: raw[0])
+    return Data(images=Numbers(n, bad), labels=np.arange(n) % 3, labelled=np.arange(labelled),
+                unlabelled=np.arange(labelled, n), test_images=Numbers(5, bad_tests), test_labels=np.arange(5) % 3, weak=view,
+                strong=view, plain=plain, classes=["a", "b", "c"], channels=1, split=SplitId("numbered", "0"))
+
+
+def parts(item):
+    """(x, y, index, weak, strong) of an item whose views are one tensor each."""
+    return item.x[0], item.y, item.index, item.u_weak[0], item.u_strong[0]
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip((*a[0], a[1]), (*b[0], b[1])))
+    return all(torch.equal(x, y) for x, y in zip((*parts(a), a.hidden), (*parts(b), b.hidden))) and a.bad == b.bad
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 4])
 def test_the_same_bytes_with_any_workers_and_from_any_start(workers):
     def stream():
         return Stream(digits.build(labels_per_class=3, seed=5), batch_size=8, mu=5, seed=5)
     expected = [stream()[step] for step in range(75)]       # two epochs, several passes over the labels
     for start in (0, 41):
-        got = list(batches(stream(), start, 75, workers, pin_memory=False))
+        got = list(batches(stream(), range(start, 75), workers, pin_memory=False))
         assert len(got) == 75 - start
         assert all(same(a, b) for a, b in zip(got, expected[start:]))
+
+
+def test_random_numbers_belong_to_seed_purpose_pass_and_image():
+    rows, passes = np.array([5, 3, 5, 5]), np.array([0, 0, 1, 0])
+    u = uniforms(rows, 7, 11, 2, passes)
+    assert (u[0] == u[3]).all() and (u[0] == uniforms(rows[:1], 7, 11, 2, passes[:1])[0]).all()
+    others = [u[0], u[1], u[2], *(uniforms(rows[:1], 7, seed, purpose, passes[:1])[0] for seed, purpose in ((12, 2), (11, 3)))]
+    assert len({tuple(line) for line in others}) == 5
+    many = uniforms(np.arange(3000), 9, 2 ** 63 - 1, 1, np.full(3000, 10 ** 6))
+    assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
+    assert np.abs(np.corrcoef(many.T) - np.eye(9)).max() < 0.1 and np.unique(many).size == many.size
 
 
 def test_another_seed_is_another_stream():
@@ -50,7 +89,7 @@ def test_an_epoch_covers_the_unlabelled_images_once_over_all_ranks(world):
         seen = []
         for step in range(epoch * steps, (epoch + 1) * steps):
             for stream in streams:
-                (x, y, index, weak, strong), hidden = stream[step]
+                (x, y, index, weak, strong), hidden = parts(stream[step]), stream[step].hidden
                 rows = weak[:, 0, 0, 0].long()
                 assert torch.equal(rows, strong[:, 0, 0, 0].long())         # two views of the same images
                 assert not torch.equal(weak, strong)
@@ -68,7 +107,7 @@ def test_labelled_images_come_in_permutations_without_end(world):
     seen = []
     for step in range(28):
         for stream in streams:
-            (x, y, index, _, _), _ = stream[step]
+            x, y, index, _, _ = parts(stream[step])
             assert torch.equal(x[:, 0, 0, 0].long(), index) and torch.equal(y, index % 3)
             seen += index.tolist()
     passes = [seen[i:i + 7] for i in range(0, len(seen), 7)]
@@ -80,7 +119,7 @@ def test_an_image_gets_new_views_in_every_pass():
     stream = Stream(data, 4, 3, seed=0)
     draws = Counter()
     for step in range(6):
-        (x, _, _, weak, strong), _ = stream[step]
+        x, _, _, weak, strong = parts(stream[step])
         draws.update(torch.cat([x, weak, strong])[:, 0, 0, 0].tolist())
     assert max(draws.values()) == 1
 
@@ -93,15 +132,80 @@ def test_the_bank_is_ready_once_every_label_was_seen():
 
 def test_hidden_labels_are_absent_when_unknown():
     data = numbered(4, 12)
-    assert Stream(data._replace(labels=np.where(np.arange(16) < 4, data.labels, -1)), 2, 2, seed=0)[0][1] is None
+    assert Stream(data._replace(labels=np.where(np.arange(16) < 4, data.labels, -1)), 2, 2, seed=0)[0].hidden is None
+
+
+def test_with_a_number_of_steps_an_epoch_no_image_is_dropped():
+    """CIFAR's epochs: passes follow each other, whatever the length of an epoch."""
+    stream = Stream(numbered(7, 20), 2, 3, seed=0, steps_per_epoch=4)
+    assert stream.steps_per_epoch == 4
+    seen = [row for step in range(10) for row in parts(stream[step])[3][:, 0, 0, 0].long().tolist()]
+    assert all(sorted(seen[i:i + 20]) == list(range(7, 27)) for i in (0, 20, 40))
+    assert seen[:20] != seen[20:40]
+    assert [stream.bank_ready(step) for step in (0, 3, 4)] == [False, False, True]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_test_image_is_in_one_share(world):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_test_image_is_in_one_share(world, workers):
     data = digits.build(labels_per_class=1, seed=0)
-    shares = [list(evaluation_batches(data, r, world, size=50)) for r in range(world)]
+    shares = [list(evaluation_batches(data, r, world, workers, CPU, BadImages("stop"))) for r in range(world)]
     x = torch.cat([x for share in shares for x, _ in share])
     y = torch.cat([y for share in shares for _, y in share])
     assert len(x) == 360
-    assert Counter(map(bytes, x.numpy())) == Counter(map(bytes, data.plain(data.test_images).numpy()))
+    whole = data.plain.host([data.test_images[row] for row in range(360)], np.empty((360, 0)))[0]
+    assert Counter(map(bytes, x.numpy())) == Counter(map(bytes, whole.numpy()))
     assert Counter(y.tolist()) == Counter(data.test_labels.tolist())
+
+
+# Images that cannot be read.
+
+def test_a_bad_unlabelled_image_is_replaced_by_the_same_other_one_and_listed():
+    good, bad = (Stream(numbered(6, 30, bad=broken), 2, 3, seed=0) for broken in ((), (10, 20)))
+    stand_in = {}
+    for step in range(15):                              # three epochs of five steps
+        a, b = good[step], bad[step]
+        before, after = (item.u_weak[0][:, 0, 0, 0].long().tolist() for item in (a, b))
+        assert after == b.u_strong[0][:, 0, 0, 0].long().tolist() and b.hidden.tolist() == [row % 3 for row in after]
+        assert [name for name, _ in b.bad] == [f"image {row}" for row in before if row in (10, 20)]
+        for old, new in zip(before, after):
+            assert old == new if old not in (10, 20) else new not in (10, 20) and new >= 6
+            assert stand_in.setdefault(old, new) == new
+        assert same(b, Stream(numbered(6, 30, bad=(10, 20)), 2, 3, seed=0)[step])
+    assert {10, 20} <= set(stand_in)
+
+
+def test_a_bad_labelled_image_is_replaced_by_one_of_its_class():
+    stream = Stream(numbered(9, 60, bad=(4,)), 3, 3, seed=0)
+    replaced = 0
+    for step in range(12):
+        item = stream[step]
+        x = item.x[0][:, 0, 0, 0].long()
+        assert 4 not in x and torch.equal(item.y, x % 3) and torch.equal(item.index, x)
+        replaced += len(item.bad)
+        assert all(entry == ("image 4", "torn") for entry in item.bad)
+    assert replaced == 4                                # once in each of four passes
+
+
+def test_a_class_without_a_readable_image_stops_the_run():
+    with pytest.raises(UserError, match="image 1: torn; no readable image"):
+        stream = Stream(numbered(3, 60, bad=(1,)), 3, 3, seed=0)
+        stream[0]
+
+
+def test_what_becomes_of_bad_images():
+    with pytest.raises(UserError, match="image 3: torn; .*--on-bad-image skip"):
+        BadImages("stop").add([("image 3", "torn")])
+    kept = BadImages("skip")
+    kept.add([("image 3", "torn")])
+    assert kept.take() == [("image 3", "torn")] and kept.take() == []
+
+
+def test_a_bad_test_image_is_left_out_or_stops():
+    data = numbered(6, 30, bad_tests=(1, 4))
+    bad = BadImages("skip")
+    (x, y), = evaluation_batches(data, 0, 1, 0, CPU, bad)
+    assert x[:, 0, 0, 0].tolist() == [0, 2, 3] and y.tolist() == [0, 2, 0]
+    assert bad.take() == [("image 1", "torn"), ("image 4", "torn")]
+    with pytest.raises(UserError, match="image 1: torn"):
+        list(evaluation_batches(data, 0, 1, 0, CPU, BadImages("stop")))

@@ -30,6 +30,25 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path):
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["loss_u"] is None
 
 
+def test_the_log_of_a_run_whose_checkpoint_is_gone_is_kept_aside(tmp_path):
+    log = Log(tmp_path, start=0, total=50, active=True)
+    log.begin(0, "a split", "12")
+    log.train(10, 1, 5, VALUES)
+    log.close()
+    Log(tmp_path, start=0, total=50, active=True).close()
+    assert steps(tmp_path) == [] and (tmp_path / "log.jsonl.old").read_text().count("\n") == 2
+
+
+def test_bad_images_are_listed(tmp_path, capsys):
+    log = Log(tmp_path, start=0, total=50, active=True)
+    log.bad_images(5, [])
+    log.bad_images(10, [("b.jpg", "torn"), ("a.jpg", "empty"), ("b.jpg", "torn")])
+    log.close()
+    event, = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert event == {"event": "bad_images", "step": 10, "count": 3, "images": [["a.jpg", "empty"], ["b.jpg", "torn"]]}
+    assert "3 views of 2" in capsys.readouterr().out
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     log = Log(tmp_path, start=0, total=50, active=False)
     log.say("hello")

@@ -1,0 +1,29 @@
+"""Random numbers as pure functions of their keys: no worker, prefetch or restart changes them."""
+from functools import lru_cache
+
+import numpy as np
+
+# What a random number is for; the second half of a generator's key, beside the seed.
+ORDER_X, ORDER_U, VIEW_X, VIEW_WEAK, VIEW_STRONG, REPLACE_X, REPLACE_U = range(7)
+
+
+def uniforms(rows: np.ndarray, numbers: int, seed: int, purpose: int, passes: np.ndarray) -> np.ndarray:
+    """[n, numbers] in [0, 1): line i depends on (seed, purpose, passes[i], rows[i]) alone.
+
+    Philox is a counter-based generator: every image and pass has a range of counters of its own.
+    """
+    philox = np.random.Philox(0)
+    generator, state = np.random.Generator(philox), philox.state
+    state["state"]["key"][:] = seed, purpose
+    out = np.empty((len(rows), numbers))
+    for line, row, number in zip(out, rows.tolist(), passes.tolist()):
+        state["state"]["counter"][:] = 0, row, number, 0
+        philox.state = state                                # cheaper than a new generator for each image
+        generator.random(out=line)
+    return out
+
+
+@lru_cache(maxsize=8)
+def permutation(n: int, seed: int, purpose: int, number: int) -> np.ndarray:
+    """[n]: the order of pass `number`."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, number]))).permutation(n)
