@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataset import build_data, plain_view
+from dataset.build import build_data, plain_view
 from dataset.listing import pile
 from dataset.loader import BadImages, SplitId, evaluation_batches, image_batches
 from dataset.source import Files

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import build_data
+from dataset.build import build_data
 from dataset.loader import BadImages, Data, SplitId, Stream, batches, evaluation_batches, to_device
 from models import Batch, Method, build_method, parameter_groups
 from util import checkpoint, dist_utils
@@ -23,6 +23,7 @@ def main() -> None:
     rank, world = dist_utils.rank(), dist_utils.world_size()
 
     data = build_data(config, gpu=device.type == "cuda")
+    config.cls = len(data.classes)
     stream = Stream(data, config.batch_size, config.mu, config.seed, rank, world, config.steps_per_epoch)
     if stream.steps_per_epoch == 0:
         raise UserError(f"one step takes {stream.n_u * world} unlabelled images, but there are {len(data.unlabelled)}: "

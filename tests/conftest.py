@@ -25,7 +25,7 @@ def command():
 
 @pytest.fixture
 def mistake(monkeypatch, capsys):
-    """Call a script's main with flags it must refuse: exit code 2, one line on stderr with `words`, no traceback.
+    """Call a script's main with flags it must refuse: exit code 2, one line on stderr with `words`, no traceback; returns it.
 
     In this process, since a new one needs seconds to import PyTorch; tests/test_train.py starts some for real.
     """
@@ -34,7 +34,7 @@ def mistake(monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             errors.run(main)
-        one_line(stop.value.code, capsys.readouterr().err, *words)
+        return one_line(stop.value.code, capsys.readouterr().err, *words)
     return call
 
 
@@ -43,6 +43,7 @@ def one_line(code, stderr, *words):
     assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     for word in words:
         assert word in stderr, stderr
+    return stderr[:-1]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class Config:
     seed: int = opt(0, "decides the labelled draw, initial weights, order and views")
     device: str = opt("auto", "auto (a GPU if there is one), cpu or cuda")
     # data
-    dataset: str = opt("digits", "a name in dataset/__init__.py")
+    dataset: str = opt("digits", "a name in dataset/build.py")
     data: str = opt("", "folder of the images; empty: the path at the top of dataset/imagenet.py, or data/ for CIFAR")
     unlabelled: str = opt("", "dataset folder: more images, in any nesting, that have no labels")
     val: str = opt("", "dataset folder: the test images, in class folders; empty: data/val, or val_share")
@@ -49,7 +49,7 @@ class Config:
     mu: int = opt(5, "unlabelled images for each labelled one")
     # network
     backbone: str = opt("resnet50_encoder", "a name in models/network.py")
-    cls: int = opt(1000, "number of classes (C); must agree with the data")
+    cls: int = opt(1000, "number of classes (C); must agree with the data; 0: as many as these have")
     dim: int = opt(128, "length of the embedding z (D)")
     # optimisation: SGD
     epochs: int = opt(400, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
@@ -84,8 +84,8 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # How a run is watched, not what it computes: these may change when a run is continued.
 FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "data", "unlabelled", "val"})
 
-_POSITIVE = ("image_size", "batch_size", "mu", "cls", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq", "eval_freq")
-_NOT_NEGATIVE = ("seed", "labels_per_class", "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
+_POSITIVE = ("image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq", "eval_freq")
+_NOT_NEGATIVE = ("seed", "cls", "labels_per_class", "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
 _SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "bank_m", "ema_m")
 
 

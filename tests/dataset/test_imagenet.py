@@ -6,9 +6,10 @@ import pytest
 import torch
 from trees import cifar10, imagenet, picture
 
-from dataset import build_data, splits
+from dataset import splits
 from dataset import cifar as cifar_module
 from dataset import imagenet as imagenet_module
+from dataset.build import build_data
 from dataset.imagenet import Imagenet, ImagenetPercentV2
 from dataset.loader import Stream, to_device
 from util.config import Config

@@ -1,0 +1,81 @@
+"""How long a start takes to know its images: python benchmark/listing.py [--images N] [--folder DIR]
+
+Makes a tree of 1,000 class folders with N names (no content), scans it, starts again with the cache, and looks up a labelled
+subset of a tenth of the images. The tree is made below --folder and removed afterwards. Times are of this process, with the
+folders still in the operating system's memory; the first scan of a tree that is not waits for the disk or the file server.
+"""
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from benchmark.digits import machine  # noqa: E402
+from dataset import listing, splits  # noqa: E402
+from util.errors import Parser, UserError, run  # noqa: E402
+
+CLASSES = 1000
+
+
+def make_tree(root: Path, images: int) -> None:
+    """`images` names in CLASSES folders. Those of a folder are links to one file: a name costs no inode."""
+    for c in range(CLASSES):
+        folder = root / f"n{c:08d}"
+        folder.mkdir(parents=True)
+        first = os.path.join(folder, f"n{c:08d}_0.JPEG")
+        os.close(os.open(first, os.O_CREAT | os.O_WRONLY))
+        for i in range(1, images // CLASSES + (c < images % CLASSES)):
+            os.link(first, os.path.join(folder, f"n{c:08d}_{7 * i}.JPEG"))
+
+
+def timed(what: str, call: Callable[[], Any]) -> Any:
+    begun = time.perf_counter()
+    result = call()
+    print(f"{what:58} {time.perf_counter() - begun:6.2f} s", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--images", type=int, default=1_281_167, help="default: %(default)s, as in ImageNet")
+    parser.add_argument("--folder", type=Path, help="where the tree is made; default: the system's folder for temporary files")
+    args = parser.parse_args()
+    if args.images < CLASSES:
+        raise UserError(f"--images must be at least {CLASSES}, one a class")
+    try:
+        work = Path(tempfile.mkdtemp(prefix="simmatch-listing-", dir=args.folder))
+    except OSError as error:
+        raise UserError(f"cannot make a folder in {args.folder}: {error.strerror}; choose another --folder") from None
+    try:
+        measure(work, args.images)
+    finally:
+        shutil.rmtree(work)
+
+
+def measure(work: Path, images: int) -> None:
+    tree, cache = work / "train", work / "cache"
+    print(machine())
+    timed(f"making {images:,} names in {CLASSES:,} folders", lambda: make_tree(tree, images))
+    time.sleep(listing.RACY / 1e9 + 0.1)        # a tree that has just changed is not remembered
+    found = timed("first start: scan, and write the cache", lambda: listing.scan(tree, cache))
+    size = sum(file.stat().st_size for file in cache.iterdir())
+    again = timed(f"next start: cache of {size / 1e6:.0f} MB", lambda: listing.scan(tree, cache))
+    assert np.array_equal(found.names.array, again.names.array) and len(again.names) == images
+    split = timed("drawing 10 % of each class", lambda: splits.make(splits.by_class(again), percent=0.1))
+    rng = np.random.default_rng(0)
+    for what, names in (("paths", split.names), ("bare names", splits.basenames(split.names))):
+        shuffled = split._replace(names=rng.permutation(names))
+        rows = timed(f"looking up {len(names):,} {what}", lambda: splits.rows(shuffled, again.names.array))
+        assert np.array_equal(again.labels[np.sort(rows)], again.labels[splits.rows(split, again.names.array)])
+    timed("the unlabelled rest", lambda: splits.complement(rows, images))
+
+
+if __name__ == "__main__":
+    run(main)
