@@ -64,7 +64,7 @@ def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
 
     No flips: a mirrored digit is another sign. No thicker ink: it would close the holes that tell an 8 from a 1.
     """
-    x = _affine(_ink(images), _signed(u[:, :6]), degrees=15, shift=0.75, stretch=0.2, shear=0.25)   # [n, 1, 16, 16]
+    x = _affine(_ink(images), _signed(u[:, :6]), degrees=25, shift=1, stretch=0.3, shear=0.4)         # [n, 1, 16, 16]
     u = torch.from_numpy(u).float()                                         # [n, 10]
     x = x * torch.exp(-0.5 * u[:, 6]).view(-1, 1, 1, 1)                     # [n, 1, 16, 16]
     return _normalise(_cover(x, centre=8 * u[:, 7:9], side=3 * u[:, 9]))
