@@ -156,4 +156,4 @@ def describe(log: Log, config: Config, data: Data, stream: Stream, method: Metho
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, interrupted="interrupted; the same command continues from the last checkpoint")

@@ -6,7 +6,9 @@ from typing import Protocol, Sequence
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-Image.MAX_IMAGE_PIXELS = 300_000_000      # a scan of 17,000 × 17,000; more is a file made to exhaust memory
+Image.MAX_IMAGE_PIXELS = 150_000_000    # Pillow refuses twice as many: above a scan of 17,000 × 17,000, memory is at risk
+# Formats of data sets. Pillow knows more, of which some are damaged in ways of their own, and PostScript starts a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 class BadImage(Exception):
@@ -63,12 +65,12 @@ def decode(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")       # about EXIF blocks and palettes: of no consequence for the pixels
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return to_rgb(image)
     except FileNotFoundError:
         cause = "the file does not exist"
     except UnidentifiedImageError:
-        cause = "the file is empty" if path.stat().st_size == 0 else "it is not an image, or of an unknown format"
+        cause = "the file is empty" if _is_empty(path) else "it is not an image, or of an unknown format"
     except IsADirectoryError:
         cause = "it is a directory"
     except PermissionError:
@@ -76,8 +78,18 @@ def decode(path: Path) -> Image.Image:
     except Image.DecompressionBombError:
         cause = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
     except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError) as error:    # Pillow's ways to say "damaged"
-        cause = f"it is damaged or cut short ({' '.join(str(error).split())})"
+        if isinstance(error, OSError) and error.errno:      # the system's own word: the file may be sound
+            cause = f"it cannot be read ({error.strerror})"
+        else:
+            cause = f"it is damaged or cut short ({' '.join(str(error).split())})"
     raise BadImage(cause)
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except OSError:                     # it has gone meanwhile
+        return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -18,15 +18,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists every flag")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and exit code 130."""
+def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code 130."""
     try:
         main()
     except UserError as error:      # from a worker process, PyTorch hands it on with the traceback before it
         message = str(error).rpartition("util.errors.UserError: ")[2].strip()
         sys.exit(_last_words(f"error: {message}", 2))
     except KeyboardInterrupt:
-        sys.exit(_last_words("interrupted; the same command continues from the last checkpoint", 130))
+        sys.exit(_last_words(interrupted, 130))
 
 
 def _last_words(line: str, code: int) -> int:

@@ -1,0 +1,96 @@
+"""Real image files through both programs, as a user runs them: train, evaluate, predict, bad images, moved data."""
+import csv
+import json
+
+import pytest
+import torch
+from conftest import one_line
+from test_train import assert_same_run
+from trees import imagenet, picture
+
+import eval as eval_script
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return imagenet(tmp_path_factory.mktemp("photos") / "in", classes=3, train=12, val=4)
+
+
+@pytest.fixture
+def train_photos(command, root):
+    def call(output_dir, *flags, data=None):
+        return command("train_semi.py", "--config", "configs/folder.yaml", "--data", data or root, "--labels-per-class", "2",
+                       "--image-size", "32", "--backbone", "small_encoder", "--batch-size", "3", "--mu", "2", "--epochs", "2",
+                       "--warmup-epoch", "1", "--print-freq", "1", "--output-dir", output_dir, *flags,
+                       env={"SIMMATCH_CACHE": str(output_dir.parent / "cache")})
+    return call
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_predict(train_photos, command, root, tmp_path):
+    done = train_photos(tmp_path / "run", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "6 labelled, 30 unlabelled, 12 test images, 3 classes" in done.stdout and "split" not in done.stderr
+    done = command("eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--per-class")
+    assert done.returncode == 0 and "class n00000002: " in done.stdout, done.stderr
+
+    pile = tmp_path / "new photos"
+    (pile / "deep").mkdir(parents=True)
+    picture(5).save(pile / "a.png")
+    picture(6, size=(500, 20)).save(pile / "deep" / "b, c.jpg")
+    (pile / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
+    out = tmp_path / "answers.csv"
+    done = command("eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--predict", pile, "--output", out)
+    one_line(done.returncode, done.stderr, "torn.jpg")
+    assert not out.exists()
+    done = command("eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--predict", pile, "--output", out,
+                   "--on-bad-image", "skip", "--data", "/moved/away")        # no training data needed
+    assert done.returncode == 0 and "left out" in done.stdout and "2 images" in done.stdout, done.stderr
+    lines = list(csv.DictReader(open(out, newline="")))
+    assert [line["path"] for line in lines] == ["a.png", "deep/b, c.jpg"]
+    for line in lines:
+        top = dict(entry.rsplit("=", 1) for entry in line["top5"].split(";"))
+        assert set(top) == {"n00000000", "n00000001", "n00000002"} and sum(map(float, top.values())) == pytest.approx(1, abs=1e-3)
+        assert top[line["class"]] == line["probability"] == max(top.values(), key=float)
+
+
+@pytest.mark.slow
+def test_the_same_bits_with_any_workers_and_after_a_move(train_photos, root, tmp_path):
+    """… and when the data have moved in between."""
+    assert train_photos(tmp_path / "a", "--workers", "0").returncode == 0
+    assert train_photos(tmp_path / "b", "--workers", "2", "--epochs", "1").returncode == 0
+    half = torch.load(tmp_path / "b" / "last.pth", weights_only=True)
+    half["config"]["epochs"] = 2                    # the cosine of one epoch is warm-up alone, as the first of two is
+    torch.save(half, tmp_path / "b" / "last.pth")
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(root)
+    assert train_photos(tmp_path / "b", "--workers", "2", data=moved).returncode == 0
+    for state in "ab":
+        path = tmp_path / state / "last.pth"
+        values = torch.load(path, weights_only=True)
+        del values["config"]["data"]
+        torch.save(values, path)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_bad_images_stop_the_run_or_are_skipped_and_listed(train_photos, tmp_path):
+    root = imagenet(tmp_path / "in", classes=3, train=12, val=4)
+    torn = [root / "train" / "n00000001" / f"n00000001_{k}.JPEG" for k in (3, 7)]
+    for path in torn:
+        path.write_bytes(path.read_bytes()[:200])
+    done = train_photos(tmp_path / "stop", "--workers", "1", data=root)
+    one_line(done.returncode, done.stderr, "n00000001_", "damaged or cut short", "--on-bad-image skip")
+    done = train_photos(tmp_path / "skip", "--workers", "1", "--on-bad-image", "skip", data=root)
+    assert done.returncode == 0 and "others stood in" in done.stdout, done.stderr
+    events = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
+    bad = [event for event in events if event["event"] == "bad_images"]
+    assert {name for event in bad for name, _ in event["images"]} == set(map(str, torn)) and len(bad) == 2
+
+
+def test_predict_refuses_what_it_cannot_do(mistake, tmp_path, train):
+    assert train(tmp_path / "digits", "--epochs", "1", "--warmup-epoch", "0").returncode == 0
+    picture(0).save(tmp_path / "a.png")
+    mistake(eval_script.main, ["--checkpoint", tmp_path / "digits" / "last.pth", "--predict", tmp_path],
+            "a network for digits")
+    mistake(eval_script.main, ["--checkpoint", tmp_path / "digits" / "last.pth", "--workers", "many"], "workers", "'many'")
