@@ -1,12 +1,11 @@
 """CIFAR-10 and CIFAR-100, through torchvision, with a few labels of each class."""
-import hashlib
 import pickle
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dataset.digits import draw
+from dataset import splits
 from dataset.loader import Data, SplitId
 from dataset.source import Arrays
 from dataset.views import CIFAR10_NORM, CIFAR100_NORM, photo_view, pipeline
@@ -25,8 +24,7 @@ def build(name: str, data: str, labels_per_class: int, seed: int, weak: str, str
     root = Path(data or ROOT).expanduser()
     train, test = (_open(kind, name, root, part) for part in (True, False))
     labels, test_labels = (np.array(part.targets, np.int64) for part in (train, test))     # [50000], [10000]
-    labelled = draw(labels, labels_per_class, seed)                         # [C·labels_per_class]
-    sha = hashlib.sha256(labelled.astype("<i8").tobytes()).hexdigest()
+    labelled, sha = splits.draw(labels, labels_per_class, seed)             # [C·labels_per_class]
     views = [photo_view(pipeline(view), norm, on_device) for view in (weak, strong, "cifar_eval")]
     return Data(Arrays(train.data, pil=True), labels, labelled, np.arange(len(labels)), Arrays(test.data, pil=True), test_labels,
                 *views, classes=list(train.classes), channels=3, split=SplitId(f"{name}-{labels_per_class}-seed{seed}", sha))

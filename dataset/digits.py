@@ -1,5 +1,4 @@
 """1,797 handwritten digits, 8×8 grey (digits_SOURCE.md): real data that needs no network."""
-import hashlib
 from pathlib import Path
 from typing import Sequence
 
@@ -8,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dataset import splits
 from dataset.loader import Data, SplitId, View
 from dataset.source import Arrays
-from util.errors import UserError
 
 FILE = Path(__file__).with_name("digits.npz")
 MEAN, STD = 4.88, 6.02      # of the 1,797 images, ink from 0 to 16
@@ -25,28 +24,10 @@ def build(labels_per_class: int, seed: int) -> Data:
     with np.load(FILE, allow_pickle=False) as file:
         images, labels, test = file["images"], file["labels"].astype(np.int64), file["test"]
     train_images, train_labels = images[~test], labels[~test]               # [1437, 8, 8], [1437]
-    labelled = draw(train_labels, labels_per_class, seed)                   # [10·labels_per_class]
-    sha = hashlib.sha256(labelled.astype("<i8").tobytes()).hexdigest()
+    labelled, sha = splits.draw(train_labels, labels_per_class, seed)       # [10·labels_per_class]
     return Data(images=Arrays(train_images), labels=train_labels, labelled=labelled, unlabelled=np.arange(len(train_labels)),
                 test_images=Arrays(images[test]), test_labels=labels[test], weak=WEAK, strong=STRONG, plain=PLAIN,
                 classes=[str(c) for c in range(10)], channels=1, split=SplitId(f"digits-{labels_per_class}-seed{seed}", sha))
-
-
-def draw(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Rows of `per_class` random images of each class, class after class: labels [N] -> [C·per_class].
-
-    A smaller draw of the same seed is contained in a larger one.
-    """
-    if per_class < 1:
-        raise UserError(f"labels_per_class is {per_class}: every class needs at least 1 labelled image")
-    generator = np.random.Generator(np.random.Philox(seed))
-    rows = []
-    for c in range(labels.max() + 1):
-        own = generator.permutation(np.flatnonzero(labels == c))
-        if len(own) < per_class:
-            raise UserError(f"labels_per_class is {per_class}, but class {c} has only {len(own)} training images")
-        rows.append(own[:per_class])
-    return np.concatenate(rows)
 
 
 def plain(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:

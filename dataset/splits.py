@@ -90,6 +90,13 @@ def make(names_by_class: Mapping[str, Sequence[Union[str, bytes]]], per_class: O
     return Split(name, hashlib.sha256(text).hexdigest(), np.array(drawn))
 
 
+def draw(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, str]:
+    """`make` for images that have no names but their rows: labels [N] -> rows of the drawn images [C·per_class], SHA-256."""
+    names = {str(c): [b"%d" % row for row in np.flatnonzero(labels == c)] for c in np.unique(labels)}
+    split = make(names, per_class=per_class, seed=seed)
+    return split.names.astype(np.int64), split.sha256
+
+
 def rows(split: Split, names: np.ndarray, where: str = "the data set") -> np.ndarray:
     """Rows of the split's images among `names` [N] bytes, in the order of the list: [K] int64.
 

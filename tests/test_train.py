@@ -153,8 +153,8 @@ DIGITS = ("--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1"
 @pytest.mark.parametrize("flags, words", [
     (["--lamda-u", "3"], ["--lamda-u", "lambda_u"]),
     (["--epochs", "ten"], ["--epochs", "int", "'ten'"]),
-    (["--labels-per-class", "0"], ["labels_per_class is 0", "at least 1"]),
-    (["--labels-per-class", "2000"], ["labels_per_class is 2000", "only 142"]),
+    (["--labels-per-class", "0"], ["0 images per class", "at least 1"]),
+    (["--labels-per-class", "2000"], ["only 142 images", "2000 are to be drawn"]),
     (["--method", "simatch"], ["'simatch'", "simmatch_single, fixmatch, supervised"]),
     (["--backbone", "resnet51"], ["'resnet51'", "resnet50_encoder"]),
     (["--dataset", "mnist"], ["'mnist'", "digits"]),
