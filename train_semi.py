@@ -76,8 +76,6 @@ def main() -> None:
             speed = (done - clock_step) * (stream.n_x + stream.n_u) * world / seconds
             log.train(done, epoch, config.epochs, {**values, "lr": lr, "images_per_s": round(speed, 1)})
             clock, clock_step = time.monotonic(), done
-        if at_end_of_epoch and not bad.stop:
-            log.bad_images(done, sum(dist_utils.all_gather_object(bad.take()), []))
         if evaluate_now:
             scores = accuracies(method, data, config.workers, device, bad)
             log.eval(done, epoch, scores)
@@ -91,6 +89,8 @@ def main() -> None:
                 for name in ("best.pth", "last.pth") if better else ("last.pth",):
                     checkpoint.save(out / name, {**state, "best": best})
             clock = time.monotonic()
+        if at_end_of_epoch and not bad.stop:
+            log.bad_images(done, sum(dist_utils.all_gather_object(bad.take()), []))
 
     log.say(f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}")
     log.close()

@@ -20,6 +20,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
+from util.config import FREE, parse, read_yaml, to_dict  # noqa: E402
 from util.errors import Parser, UserError, run  # noqa: E402
 from util.report import read  # noqa: E402
 
@@ -31,11 +32,15 @@ MARKS = "<!-- digits table: written by benchmark/digits.py -->", "<!-- end of di
 def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: int) -> tuple[float, float]:
     """(top-1 of the final student, seconds of the whole process) of one run; trains it if it is not there."""
     seconds = folder / "seconds"
-    if not seconds.exists():
+    flags = ["--config", str(ROOT / "configs" / "digits.yaml"), "--method", method, "--labels-per-class", str(labels_per_class),
+             "--seed", str(seed), "--output-dir", str(folder), "--eval-freq", "1000000"]
+    if seconds.exists():
+        now, then = to_dict(parse(flags, "")), read_yaml(str(folder / "config.yaml"))
+        if any(now[key] != then.get(key) for key in now if key not in FREE):
+            raise UserError(f"{folder} holds a run with other settings than configs/digits.yaml has now: choose another --runs")
+    else:
         begun = time.monotonic()
-        done = subprocess.run([sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--method", method,
-                               "--labels-per-class", str(labels_per_class), "--seed", str(seed), "--output-dir", str(folder),
-                               "--eval-freq", "1000000"], cwd=ROOT, capture_output=True, text=True,
+        done = subprocess.run([sys.executable, "train_semi.py", *flags], cwd=ROOT, capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         if done.returncode:
             raise UserError(f"{folder}: {done.stderr.strip()}")

@@ -81,8 +81,8 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-# How a run is watched, not what it computes: these may change when a run is continued.
-FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "data", "unlabelled", "val"})
+# How a run is watched and where its data are, not what it computes: these may change when a run is continued.
+FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "data", "unlabelled", "val", "on_bad_image"})
 
 _POSITIVE = ("image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq", "eval_freq")
 _NOT_NEGATIVE = ("seed", "cls", "labels_per_class", "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
