@@ -1,5 +1,4 @@
 """Train SimMatch, FixMatch or a supervised baseline: python train_semi.py --config configs/digits.yaml [--field value …]"""
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from util.config import FREE, Config, parse, to_dict, to_yaml
 from util.errors import UserError, run
 from util.log import Log, prepare
 from util.metrics import Meter, evaluate
+from util.preempt import CODE, Preempt
 from util.schedule import learning_rate
 
 
@@ -39,14 +39,16 @@ def main() -> None:
                                 momentum=config.momentum, nesterov=config.nesterov)
 
     out = Path(config.output_dir)
-    start, best = resume(out / "last.pth", config, data, world, method, optimizer)
+    meter, bad = Meter(), BadImages(config.on_bad_image)
+    start, best, remark = resume(out / "last.pth", config, data, world, method, optimizer, meter, bad)
     if rank == 0:
         prepare(out, to_yaml(config))
     student = dist_utils.parallel(method.student)
     log = Log(out, start, total, active=rank == 0)
-    describe(log, config, data, stream, method, device, start, total)
+    describe(log, config, data, stream, method, device, start, total, remark)
 
-    meter, bad, clock, clock_step = Meter(), BadImages(config.on_bad_image), time.monotonic(), start
+    preempt, saved = Preempt(device), time.monotonic()
+    clock, clock_step = saved, start
     loader = batches(stream, range(start, total), config.workers, pin_memory=device.type == "cuda")
     for step, item in enumerate(loader, start):
         bad.add(item.bad)
@@ -79,41 +81,57 @@ def main() -> None:
         if evaluate_now:
             scores = accuracies(method, data, config.workers, device, bad)
             log.eval(done, epoch, scores)
-            state = {"config": to_dict(config), "step": done, "world": world, "split": tuple(data.split), "classes": data.classes,
-                     "method": method.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.must_be_finite(state["method"], done)
             better = scores["student_top1"] > best["student_top1"]
             if better:
                 best = {"step": done, **scores}
-            if rank == 0:               # best first: a run killed between the two repeats this epoch and writes it again
-                for name in ("best.pth", "last.pth") if better else ("last.pth",):
-                    checkpoint.save(out / name, {**state, "best": best})
             clock = time.monotonic()
         if at_end_of_epoch and not bad.stop:
             log.bad_images(done, sum(dist_utils.all_gather_object(bad.take()), []))
+
+        stop = preempt.asked(done, config.print_freq) and done < total
+        late = config.save_minutes and done % config.print_freq == 0 and dist_utils.from_rank_0(
+            time.monotonic() - saved > 60 * config.save_minutes)
+        if evaluate_now or stop or late or (config.save_freq and done % config.save_freq == 0):
+            # A mean since the last train event and a list of bad images in an unfinished epoch are part of the state.
+            state = {"config": to_dict(config), "step": done, "world": world, "split": tuple(data.split), "classes": data.classes,
+                     "method": method.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
+                     "meter": meter.state_dict(), "bad_images": sum(dist_utils.all_gather_object(bad.seen), [])}
+            checkpoint.must_be_finite(state["method"], done)
+            if rank == 0:               # best first: a run killed between the two repeats this epoch and writes it again
+                if evaluate_now and better:
+                    checkpoint.save(out / "best.pth", state)
+                checkpoint.save(out / "last.pth", state, keep_previous=True)
+            saved = time.monotonic()
+        if stop:
+            log.say(f"asked to stop: saved step {done} in {out / 'last.pth'}; the same command continues")
+            log.close()
+            dist_utils.dist_end()
+            sys.exit(CODE)
 
     log.say(f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}")
     log.close()
     dist_utils.dist_end()
 
 
-def resume(path: Path, config: Config, data: Data, world: int, method: Method,
-           optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
-    """Continue from `path` if it exists: (steps done, best scores so far).
+def resume(path: Path, config: Config, data: Data, world: int, method: Method, optimizer: torch.optim.Optimizer, meter: Meter,
+           bad: BadImages) -> tuple[int, dict, str]:
+    """Continue from `path` if it exists: (steps done, best scores so far, a remark if it is not the newest checkpoint).
 
     1. The same command continues; nothing has to be said.
     2. What the run computes must be the same: every field but FREE, the labelled split, and the number of
        ranks, which decides what a step is. Anything else is refused.
-    3. Everything is restored from the one file: weights, bank, prior, teacher, optimizer, best score. The order of the
-       data and all views follow from the step.
+    3. Everything is restored from the one file: weights, bank, prior, teacher, optimizer, best score, and what the log has
+       yet to tell. The order of the data and all views follow from the step.
+    4. Where the last checkpoint is damaged or gone, the one before it serves, and the run says so.
     """
-    if not os.path.exists(path):
-        return 0, {"step": 0, "student_top1": -1.0}
-    state = checkpoint.load(path)
+    state, remark = checkpoint.load_newest(path)
+    if state is None:
+        return 0, {"step": 0, "student_top1": -1.0}, ""
     now = to_dict(config)
     changed = [f"{key} was {state['config'].get(key)!r} and is now {now[key]!r}" for key in now
                if key not in FREE and state["config"].get(key) != now[key]]
-    for name, before, after in (("split", str(SplitId(*state["split"])), str(data.split)), ("number of ranks", state["world"], world)):
+    for name, before, after in (("split", str(SplitId(*state["split"])), str(data.split)),
+                                ("number of ranks", state["world"], world)):
         if before != after:
             changed.append(f"the {name} was {before!r} and is now {after!r}")
     if changed:
@@ -121,7 +139,10 @@ def resume(path: Path, config: Config, data: Data, world: int, method: Method,
                         "or move that file away to start anew")
     checkpoint.load_module(method, state["method"], path)
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["best"]
+    meter.load_state_dict(state["meter"])
+    if dist_utils.rank() == 0:
+        bad.seen = state["bad_images"]
+    return state["step"], state["best"], remark
 
 
 def accuracies(method: Method, data: Data, workers: int, device: torch.device, bad: BadImages) -> dict[str, float]:
@@ -138,8 +159,8 @@ def accuracies(method: Method, data: Data, workers: int, device: torch.device, b
     return scores
 
 
-def describe(log: Log, config: Config, data: Data, stream: Stream, method: Method, device: torch.device, start: int,
-             total: int) -> None:
+def describe(log: Log, config: Config, data: Data, stream: Stream, method: Method, device: torch.device, start: int, total: int,
+             remark: str) -> None:
     """Say once what follows from the settings."""
     world, millions = stream.world, sum(p.numel() for p in method.student.parameters()) / 1e6
     log.begin(start, *data.split)
@@ -148,6 +169,8 @@ def describe(log: Log, config: Config, data: Data, stream: Stream, method: Metho
     log.say(f"{config.backbone}, {millions:.2f} M parameters, on {world} x {device.type}")
     log.say(f"{stream.n_x * world} + {stream.n_u * world} images a step, {stream.steps_per_epoch} steps an epoch, "
             f"{config.epochs} epochs = {total} steps; lr {config.lr} after {config.warmup_epoch} epochs of warm-up")
+    if remark:
+        log.say(remark)
     if start:
         finished = "it is finished" if start == total else f"{total - start} steps to go"
         log.say(f"continues from {Path(config.output_dir) / 'last.pth'} at step {start}: {finished}")

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.draws import ORDER_U, ORDER_X, REPLACE_U, REPLACE_X, VIEW_STRONG, VIEW_WEAK, VIEW_X, permutation, uniforms
 from dataset.source import BadImage, Source
+from util import preempt
 from util.errors import UserError
 
 Raw = tuple[Tensor, ...]    # what `host` hands to `device`; the first has n lines, one an image
@@ -190,7 +191,7 @@ class BadImages:
 def batches(dataset: Dataset, order: Sequence[int], workers: int, pin_memory: bool) -> DataLoader:
     """The items of `dataset` in `order`, made ahead of time by `workers` processes."""
     return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin_memory,
-                      worker_init_fn=_one_thread)
+                      worker_init_fn=_start_worker)
 
 
 def image_batches(source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device,
@@ -216,5 +217,6 @@ def to_device(view: View, raw: Raw, device: torch.device) -> Tensor:
     return view.device(tuple(t.to(device, non_blocking=True) for t in raw))
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)            # workers are many; threads of each would only take the cores from the others
+    preempt.ignore()

@@ -44,8 +44,9 @@ def assert_same_run(a, b):
     assert events(a) == events(b)
     first, second = weights(a), weights(b)
     for state in (first, second):
-        for key in ("output_dir", "workers"):
+        for key in ("output_dir", "workers", "save_freq"):
             del state["config"][key]
+        state.pop("sha256")
     assert_same_bits(first, second)
 
 
@@ -62,7 +63,7 @@ def finished(tmp_path_factory):
 
 def test_the_output_directory(finished):
     folder, _ = finished
-    assert sorted(os.listdir(folder)) == ["best.pth", "config.yaml", "last.pth", "log.jsonl", "tb"]
+    assert sorted(os.listdir(folder)) == ["best.pth", "config.yaml", "last.previous.pth", "last.pth", "log.jsonl", "tb"]
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["epochs"] == 2 and config["method"] == "simmatch" and config == weights(folder)["config"]
 
@@ -132,19 +133,59 @@ def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path)
     flags = ["--method", method, "--epochs", "4", *flags]
     assert train(tmp_path / "whole", *flags).returncode == 0
     command = [sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--eval-freq", "1", "--output-dir",
-               str(tmp_path / "killed"), *flags]
+               str(tmp_path / "killed"), "--save-freq", "7", *flags]
     run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (tmp_path / "killed" / "last.pth").exists() and time.time() < deadline:
         time.sleep(0.01)
-    time.sleep(0.15)                    # into the next epoch
+    time.sleep(0.15)                    # somewhere between two checkpoints
     run.send_signal(signal.SIGKILL)
     run.wait()
     reached = weights(tmp_path / "killed")["step"]
+    assert reached % 7 == 0 and 0 < reached < weights(tmp_path / "whole")["step"]
     again = train(tmp_path / "killed", *flags)
     assert again.returncode == 0 and f"at step {reached}" in again.stdout
-    assert reached < weights(tmp_path / "whole")["step"]
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_and_continues_to_the_same_bits(number, train, tmp_path):
+    assert train(tmp_path / "whole", "--epochs", "6", "--workers", "0").returncode == 0
+    command = [sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--eval-freq", "1", "--epochs", "6", "--workers", "2",
+               "--output-dir", str(tmp_path / "asked")]
+    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "asked" / "last.pth").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(run.pid, number)                      # to its workers too, as Slurm does
+    out, err = run.communicate(timeout=120)
+    reached = weights(tmp_path / "asked")["step"]
+    assert run.returncode == 75 and f"asked to stop: saved step {reached}" in out and err == "", err
+    assert reached < weights(tmp_path / "whole")["step"]
+    assert train(tmp_path / "asked", "--epochs", "6").returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "asked")
+
+
+@pytest.mark.slow
+def test_a_damaged_or_missing_last_checkpoint_is_replaced_by_the_one_before_it(train, tmp_path):
+    assert train(tmp_path / "whole").returncode == 0
+    for damage in ("cut", "flipped", "gone"):
+        folder = tmp_path / damage
+        assert train(folder).returncode == 0
+        data = bytearray((folder / "last.pth").read_bytes())
+        assert weights(folder, "last.previous.pth")["step"] == 20 and weights(folder)["step"] == 40
+        if damage == "gone":
+            (folder / "last.pth").unlink()
+        elif damage == "cut":
+            (folder / "last.pth").write_bytes(data[:len(data) // 2])
+        else:
+            data[data.index(weights(folder)["method"]["student.fc.weight"].numpy().tobytes())] ^= 1
+            (folder / "last.pth").write_bytes(data)
+        again = train(folder)
+        assert again.returncode == 0 and "last.previous.pth" in again.stdout and "at step 20: 20 steps to go" in again.stdout
+        assert_same_run(tmp_path / "whole", folder)
 
 
 DIGITS = ("--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1", "--output-dir")

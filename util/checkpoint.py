@@ -1,31 +1,73 @@
 """Checkpoints: written whole or not at all, read without running any code that a file may hold."""
+import hashlib
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from util.errors import UserError
 
-FORMAT = 1
-KEYS = {"format": int, "config": dict, "step": int, "world": int, "best": dict, "split": tuple, "classes": list, "method": dict,
-        "optimizer": dict}
+FORMAT = 2
+KEYS = {"config": dict, "step": int, "world": int, "best": dict, "split": tuple, "classes": list, "method": dict,
+        "optimizer": dict, "meter": dict, "bad_images": list}
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (the KEYS but format) to `path`: into a temporary file beside it, flushed, then renamed over it."""
+def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
+    """Write `state` (the KEYS) to `path`: into a temporary file beside it, flushed, then renamed over it.
+
+    keep_previous: what stood there becomes `previous(path)`; at no moment are there fewer whole files than before.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save({**state, "format": FORMAT, "sha256": digest(state)}, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:     # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {_reason(error)}; what stood there before is intact") from None
+
+
+def previous(path: Path) -> Path:
+    """last.pth -> last.previous.pth"""
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a state: of keys, shapes, types and the bytes of every tensor."""
+    total = hashlib.sha256()
+
+    def feed(v: Any) -> None:
+        if isinstance(v, torch.Tensor):
+            total.update(f"tensor {list(v.shape)} {v.dtype}".encode())
+            total.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(v, (dict, list, tuple)):
+            total.update(f"{type(v).__name__} {len(v)}".encode())
+            for part in (v.items() if isinstance(v, dict) else v):
+                feed(part)
+        else:
+            total.update(repr(v).encode())
+    feed(dict(value))
+    return total.hexdigest()
+
+
+def load_newest(path: Path) -> tuple[Optional[dict[str, Any]], str]:
+    """(state, remark): of `path`, or, where that is damaged or gone, of the one before it; (None, "") if there is neither."""
+    before = previous(path)
+    if not os.path.lexists(path) and not before.exists():
+        return None, ""
+    try:
+        return load(path), ""
+    except UserError as error:
+        if not before.exists():
+            raise
+        return load(before), f"{error}; going on from the one before it, {before}"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -43,11 +85,13 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} is not a PyTorch checkpoint, or damaged") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError):
         raise UserError(f"checkpoint {path} is damaged or cut short; take another one, such as best.pth") from None
+    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
+        raise UserError(f"checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}")
     missing = [key for key, kind in KEYS.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
     if missing:
         raise UserError(f"checkpoint {path} was not written by train_semi.py: it has no proper {missing[0]!r}")
-    if state["format"] != FORMAT:
-        raise UserError(f"checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}")
+    if state.pop("sha256", None) != digest({key: value for key, value in state.items() if key != "format"}):
+        raise UserError(f"checkpoint {path} is damaged: its content does not agree with its checksum; take another one")
     return state
 
 

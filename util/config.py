@@ -78,14 +78,16 @@ class Config:
     # what is reported, and how often
     print_freq: int = opt(20, "steps between two train events in the log")
     eval_freq: int = opt(1, "epochs between two evaluations, each with a checkpoint")
+    save_freq: int = opt(0, "steps between two further checkpoints; 0: none")
+    save_minutes: float = opt(0.0, "minutes between two further checkpoints, looked at every print_freq steps; 0: none")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # How a run is watched and where its data are, not what it computes: these may change when a run is continued.
-FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "data", "unlabelled", "val", "on_bad_image"})
+FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "save_freq", "save_minutes", "data", "unlabelled", "val", "on_bad_image"})
 
 _POSITIVE = ("image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq", "eval_freq")
-_NOT_NEGATIVE = ("seed", "cls", "labels_per_class", "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
+_NOT_NEGATIVE = ("save_freq", "save_minutes", "seed", "cls", "labels_per_class", "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
 _SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "bank_m", "ema_m")
 
 

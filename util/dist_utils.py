@@ -66,6 +66,11 @@ def all_gather_object(x: Any) -> list[Any]:
     return out
 
 
+def from_rank_0(yes: bool) -> bool:
+    """Rank 0's answer, on every rank."""
+    return all_gather_object(yes)[0]
+
+
 def all_mean(x: Tensor) -> Tensor:
     """Mean of `x` over ranks, same shape. No gradient."""
     return all_sum(x) / world_size()

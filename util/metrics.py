@@ -1,5 +1,5 @@
 """Accuracy over a data set, and the running means of training."""
-from typing import Callable, Iterable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -56,10 +56,19 @@ class Meter:
         self.names = tuple(values)
         self.rows.append((step, torch.stack([v.float() for v in values.values()])))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added since the last reading, as means over ranks: a continued run then reads the same."""
+        rows = dist_utils.all_mean(torch.stack([row for _, row in self.rows])).cpu() if self.rows else torch.empty(0)
+        return {"names": list(self.names), "steps": [step for step, _ in self.rows], "rows": rows}     # rows [steps, names]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.names, self.rows = tuple(state["names"]), list(zip(state["steps"], state["rows"]))
+
     def read(self) -> dict[str, float]:
         """Means by name, over steps and ranks, and forget them. A value that is not finite raises, with its step."""
         steps = [step for step, _ in self.rows]
-        values = dist_utils.all_mean(torch.stack([row for _, row in self.rows])).cpu()      # [steps, names]
+        last = self.rows[-1][1]     # rows of an earlier process are on the CPU
+        values = dist_utils.all_mean(torch.stack([row.to(last.device) for _, row in self.rows])).cpu()      # [steps, names]
         self.rows = []
         for step, row in zip(steps, values):
             for name, value in zip(self.names, row.tolist()):

@@ -23,14 +23,14 @@ class Bomb:
 @pytest.fixture
 def state():
     return {"config": {"seed": 1}, "step": 3, "world": 1, "best": {"student_top1": 1.5}, "split": ("s", "0"), "classes": ["a"],
-            "method": {"w": torch.arange(1000.0)}, "optimizer": {}}
+            "method": {"w": torch.arange(1000.0)}, "optimizer": {}, "meter": {}, "bad_images": []}
 
 
 def test_round_trip(state, tmp_path):
     checkpoint.save(tmp_path / "a.pth", state)
     loaded = checkpoint.load(tmp_path / "a.pth")
     assert torch.equal(loaded.pop("method")["w"], torch.arange(1000.0))
-    assert loaded == {"format": 1, **{key: value for key, value in state.items() if key != "method"}}
+    assert loaded == {"format": 2, **{key: value for key, value in state.items() if key != "method"}}
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
@@ -42,6 +42,35 @@ def test_every_truncation_is_one_line(state, tmp_path):
         with pytest.raises(UserError, match="cut.pth") as error:
             checkpoint.load(tmp_path / "cut.pth")
         assert "\n" not in str(error.value)
+
+
+def test_every_changed_bit_of_the_content_is_noticed(state, tmp_path):
+    """PyTorch itself loads a file with another number in it without a word."""
+    checkpoint.save(tmp_path / "a.pth", state)
+    whole = (tmp_path / "a.pth").read_bytes()
+    start = whole.index(torch.arange(1000.0).numpy().tobytes())
+    for byte in (start, start + 1999, start + 3999):
+        (tmp_path / "b.pth").write_bytes(whole[:byte] + bytes([whole[byte] ^ 4]) + whole[byte + 1:])
+        with pytest.raises(UserError, match="b.pth is damaged"):
+            checkpoint.load(tmp_path / "b.pth")
+
+
+def test_the_one_before_is_kept_and_used_when_the_newest_is_damaged(state, tmp_path):
+    path = tmp_path / "last.pth"
+    assert checkpoint.load_newest(path) == (None, "")
+    for step in (1, 2, 3):
+        checkpoint.save(path, {**state, "step": step}, keep_previous=True)
+    assert sorted(os.listdir(tmp_path)) == ["last.previous.pth", "last.pth"]
+    loaded, remark = checkpoint.load_newest(path)
+    assert loaded["step"] == 3 and remark == ""
+    path.write_bytes(path.read_bytes()[:900])
+    loaded, remark = checkpoint.load_newest(path)
+    assert loaded["step"] == 2 and "damaged" in remark and "last.previous.pth" in remark and "\n" not in remark
+    path.unlink()
+    assert checkpoint.load_newest(path)[0]["step"] == 2
+    (tmp_path / "last.previous.pth").write_bytes(b"")
+    with pytest.raises(UserError):
+        checkpoint.load_newest(path)
 
 
 def test_code_in_a_pickle_is_not_run(state, tmp_path):
@@ -62,7 +91,7 @@ def test_not_a_checkpoint(content, tmp_path):
 
 @pytest.mark.parametrize("key, value", [("config", 3), ("method", [1]), ("step", "3"), ("best", None)])
 def test_a_key_of_the_wrong_kind(state, key, value, tmp_path):
-    torch.save({"format": 1, **state, key: value}, tmp_path / "a.pth")
+    torch.save({"format": 2, **state, key: value}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=f"no proper '{key}'"):
         checkpoint.load(tmp_path / "a.pth")
 

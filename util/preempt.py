@@ -1,0 +1,37 @@
+"""A polite end: a signal before a time limit or a preemption, after which all ranks stop at the same step."""
+import signal
+from typing import Optional
+
+import torch
+
+from util import dist_utils
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+CODE = 75                   # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL): script/train.sh requeues it
+
+
+class Preempt:
+    """Listens for SIGUSR1 and SIGTERM. They end the run at the next step on which all ranks agree."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.signal: Optional[int] = None
+        for number in SIGNALS:
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: object) -> None:
+        self.signal = number
+
+    def asked(self, done: int, every: int) -> bool:
+        """Whether to stop after `done` steps, the same answer on all ranks; these ask each other once in `every` steps."""
+        if dist_utils.world_size() == 1:
+            return self.signal is not None
+        if done % every:
+            return False
+        return bool(dist_utils.all_sum(torch.tensor(float(self.signal is not None), device=self.device)) > 0)
+
+
+def ignore() -> None:
+    """In a worker process: the signal is for the process that trains, which ends its workers itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
