@@ -1,6 +1,10 @@
 """Ranks: the only file that talks to torch.distributed. Alone (world size 1) every function is the obvious identity."""
+import inspect
 import os
-from typing import Any
+import socket
+import subprocess
+from datetime import timedelta
+from typing import Any, Mapping, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,20 +13,63 @@ from torch import Tensor, nn
 from util.errors import UserError
 
 
-def dist_init(device: str) -> torch.device:
-    """Join the other ranks, if there are any, and choose this rank's device.
+# What a site may have to change: how long ranks wait for each other, and which ports are free between its nodes.
+TIMEOUT = timedelta(minutes=10)
+FIRST_PORT, PORTS = 20_000, 10_000
 
-    device: auto, cpu or cuda. The ranks come from torchrun's environment variables; without them the process is alone.
+
+class Place(NamedTuple):
+    """Where this process stands among the ranks, and where they meet."""
+    rank: int = 0
+    local_rank: int = 0         # among those of this node: the number of its GPU
+    world: int = 1
+    host: str = ""
+    port: int = 0
+
+
+def place(env: Mapping[str, str]) -> Place:
+    """From the environment: of torchrun, of srun, or alone.
+
+    Under srun the ranks are the tasks of the step, they meet on the first host of its nodes, and the port follows from the
+    job's number, so that two jobs on one node do not meet. A batch script without srun is alone.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]), env.get("MASTER_ADDR", "localhost"),
+                     int(env.get("MASTER_PORT", 29500)))
+    world = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if "SLURM_STEP_ID" not in env or world == 1:
+        return Place()
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+    try:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"cannot tell the first of the nodes {nodes} ({error}): is scontrol there on the nodes? Otherwise start "
+                        "with torchrun") from None
+    port = FIRST_PORT + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % PORTS
+    return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), world, hosts[0], port)
+
+
+def dist_init(device: str) -> torch.device:
+    """Join the other ranks, if there are any, and choose this rank's device: NCCL between GPUs, gloo between CPUs.
+
+    device: auto, cpu or cuda.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU here; use cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if not cuda:
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
+    here = place(os.environ)
+    if cuda:
+        # A scheduler that shows every task its own GPU alone calls that one 0.
+        torch.cuda.set_device(here.local_rank if torch.cuda.device_count() > 1 else 0)
+    if here.world > 1:
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", init_method=f"tcp://{here.host}:{here.port}", rank=here.rank,
+                                    world_size=here.world, timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"rank {here.rank} of {here.world}, on {socket.gethostname()}, did not meet the others at {here.host}:"
+                            f"{here.port} within {TIMEOUT} ({str(error).splitlines()[0][:200]}): look for the rank that ended or "
+                            "never started, and whether that port is open between the nodes") from None
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def dist_end() -> None:
@@ -45,7 +92,9 @@ def parallel(module: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return module
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+    ddp = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers" in inspect.signature(ddp).parameters       # what newer PyTorch calls it
+    return ddp(module, find_unused_parameters=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
 
 
 def all_gather(x: Tensor) -> Tensor:

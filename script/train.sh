@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Train on a Slurm cluster, or, without one, on all GPUs of this machine:
+#   sbatch script/train.sh                                                       the 1 % recipe on one node with 8 GPUs
+#   sbatch --nodes=2 script/train.sh configs/imagenet_10p.yaml --seed 1          the 10 % one on two
+#   bash script/train.sh configs/digits.yaml --epochs 5                          here
+# Every line below can be overridden on sbatch's command line. Before the time limit, or when it is preempted, the job saves,
+# puts itself back into the queue and later goes on at the same step.
+#SBATCH --job-name=simmatch
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=log/%x-%j.out
+here=${SLURM_JOB_ID:+$SLURM_SUBMIT_DIR}                     # Slurm runs a copy of this file from a folder of its own
+here=${here:-$(dirname "${BASH_SOURCE[0]}")/..}
+[ -f "$here/script/setup.sh" ] || { echo "error: $here is not the repository: call sbatch from its top folder" >&2; exit 2; }
+source "$here/script/setup.sh"
+find_python requirements.txt
+config=configs/imagenet_1p.yaml
+case ${1:-} in ''|-*) ;; *) config=$1; shift ;; esac
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+  [ "$gpus" = 1 ] && exec "$PYTHON" train_semi.py --config "$config" "$@"
+  exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" train_semi.py --config "$config" "$@"
+fi
+echo "train: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number ${SLURM_RESTART_COUNT:-0}: $config $*"
+trap : USR1                                                 # the signal is for the ranks; the script waits for them
+srun --wait=60 "$PYTHON" train_semi.py --config "$config" "$@" &     # a rank that dies takes the others along after a minute
+wait $!; code=$?
+while kill -0 $! 2>/dev/null; do wait $!; code=$?; done     # `wait` also ends when the trap was called
+if [ $code = 75 ]; then                                     # asked to stop, and saved (util/preempt.py)
+  echo "train: back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code

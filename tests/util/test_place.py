@@ -1,0 +1,54 @@
+"""Where a process finds itself, from the variables that torchrun and srun set."""
+import pytest
+
+from util import dist_utils
+from util.dist_utils import Place, place
+from util.errors import UserError
+
+SRUN = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_NODELIST": "gpu[07-08]"}
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """One that answers as Slurm's does."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+
+def test_alone():
+    assert place({}) == Place(0, 0, 1, "", 0)
+
+
+def test_a_batch_script_without_srun_is_alone():
+    assert place({key: value for key, value in SRUN.items() if not key.startswith("SLURM_STEP")} | {"SLURM_NTASKS": "16"}) == Place()
+
+
+def test_one_task_of_srun_is_alone():
+    assert place({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}) == Place()
+
+
+def test_torchrun():
+    env = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5", **SRUN}
+    assert place(env) == Place(3, 1, 4, "a", 5)
+
+
+def test_srun(scontrol):
+    assert place(SRUN) == Place(9, 1, 16, "gpu07", dist_utils.FIRST_PORT + 123456 % dist_utils.PORTS)
+    other = place({**SRUN, "SLURM_JOB_ID": "123457"})
+    assert other.port != place(SRUN).port and dist_utils.FIRST_PORT <= other.port < dist_utils.FIRST_PORT + dist_utils.PORTS
+
+
+def test_without_scontrol(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="first of the nodes gpu.*scontrol"):
+        place(SRUN)
+
+
+def test_nobody_comes(monkeypatch):
+    monkeypatch.setattr(dist_utils, "TIMEOUT", dist_utils.timedelta(seconds=1))
+    for key, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match="rank 1 of 2, on .* did not meet the others at 127.0.0.1:9"):
+        dist_utils.dist_init("cpu")
