@@ -79,14 +79,16 @@ def main() -> None:
             log.train(done, epoch, config.epochs, {**values, "lr": lr, "images_per_s": round(speed, 1)})
             clock, clock_step = time.monotonic(), done
         if evaluate_now:
-            scores = accuracies(method, data, config.workers, device, bad)
+            left_out = BadImages(config.on_bad_image)
+            scores = accuracies(method, data, config.workers, device, left_out)
             log.eval(done, epoch, scores)
+            log.bad_images(done, sum(dist_utils.all_gather_object(left_out.take()), []), "left out of testing")
             better = scores["student_top1"] > best["student_top1"]
             if better:
                 best = {"step": done, **scores}
             clock = time.monotonic()
         if at_end_of_epoch and not bad.stop:
-            log.bad_images(done, sum(dist_utils.all_gather_object(bad.take()), []))
+            log.bad_images(done, sum(dist_utils.all_gather_object(bad.take()), []), "replaced by others in this epoch")
 
         stop = preempt.asked(done, config.print_freq) and done < total
         late = config.save_minutes and done % config.print_freq == 0 and dist_utils.from_rank_0(

@@ -6,6 +6,7 @@ files are made from the given photographs, resized to 500×375 and re-encoded; w
 photographs are used if it is installed.
 """
 import itertools
+import multiprocessing
 import os
 import platform
 import statistics
@@ -116,7 +117,7 @@ def memory(source: Files, count: int) -> None:
     for step in range(steps):
         next(loader)
         if step in (steps // 10, steps // 2, steps - 5):
-            seen.append(f"{(step + 1) * 40:,} images: " + " and ".join(f"{resident(w.pid):.0f}" for w in loader._workers) + " MB")
+            seen.append(f"{(step + 1) * 40:,} images: " + " and ".join(f"{resident(w.pid):.0f}" for w in multiprocessing.active_children()) + " MB")
     print("private memory of the two workers after", "; ".join(seen))
 
 

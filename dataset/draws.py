@@ -25,5 +25,10 @@ def uniforms(rows: np.ndarray, numbers: int, seed: int, purpose: int, passes: np
 
 @lru_cache(maxsize=8)
 def permutation(n: int, seed: int, purpose: int, number: int) -> np.ndarray:
-    """[n]: the order of pass `number`."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, number]))).permutation(n)
+    """[n]: the order of pass `number`; it is asked for with every step of the pass."""
+    return shuffled(n, seed, purpose, number)
+
+
+def shuffled(n: int, *key: int) -> np.ndarray:
+    """[n]: 0 … n − 1 in a random order that depends on the key alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).permutation(n)

@@ -11,6 +11,9 @@ from dataset.source import Files
 from util.errors import UserError
 
 
+NOT_CLASSES = {"val", "valid", "validation", "test", "unlabelled", "unlabeled"}     # names of folders that are no classes
+
+
 class Folder(Files):
     """Image files with labels [N] (−1: none) and class names."""
 
@@ -31,9 +34,20 @@ def build(data: str, unlabelled: str, val: str, val_share: float, split: str, la
         raise UserError("dataset folder needs --data DIR, a folder with one folder of images for each class")
     root = Path(data).expanduser()
     train_root, val_root = root, Path(val).expanduser() if val else None
-    if (root / "train").is_dir():
+    inside = {entry.name for entry in os.scandir(root) if entry.is_dir()} if root.is_dir() else set()
+    if "train" in inside:
+        odd = sorted(name for name in inside - NOT_CLASSES - {"train"} if not name.startswith("."))
+        if odd:
+            raise UserError(f"{root} has train/ beside {odd[0]}/: if train/ holds the classes, move {odd[0]}/ out; if train is a "
+                            "class, rename it")
         train_root = root / "train"
-        val_root = val_root or (root / "val" if (root / "val").is_dir() else None)
+        val_root = val_root or (root / "val" if "val" in inside else None)
+    elif inside & NOT_CLASSES:
+        odd = min(inside & NOT_CLASSES)
+        raise UserError(f"{root / odd} would count as a class: put the classes into {root / 'train'}, or move {odd}/ out")
+    for name, other in (("--val", val_root), ("--unlabelled", Path(unlabelled).expanduser() if unlabelled else None)):
+        if other and other.resolve().is_relative_to(train_root.resolve()):
+            raise UserError(f"{name} {other} lies in {train_root}, where every folder is a class: move it out")
     train = listing.scan(train_root, recursive=True)
     if len(train.classes) < 2:
         raise UserError(f"{train_root} has one class only, {train.classes[0]}: put the images of each class in a folder of its own")
@@ -48,7 +62,8 @@ def build(data: str, unlabelled: str, val: str, val_share: float, split: str, la
         kept = np.arange(len(train.names))
     else:
         if not 0 < val_share < 1:
-            raise UserError(f"there are no test images: give --val DIR, make {root}/val, or hold out a share with --val-share 0.1")
+            raise UserError(f"there are no test images: give --val DIR, put classes into "
+                            f"{root}/train and test images into {root}/val, or hold out a share with --val-share 0.1")
         held = splits.rows(splits.make(splits.by_class(train), percent=val_share, seed=seed), train.names.array)
         test = Folder(train.root, listing.Names(train.names.array[held]), train.labels[held], train.classes)
         kept = splits.complement(held, len(train.names))
@@ -63,13 +78,22 @@ def build(data: str, unlabelled: str, val: str, val_share: float, split: str, la
     else:
         chosen = choose_split(everything, split, labels_per_class, anno_percent, seed, shares={})
     if unlabelled:
-        everything = _with(everything, Path(unlabelled).expanduser())
+        everything = _with(everything, test, Path(unlabelled).expanduser())
     return assemble(everything, test, chosen, weak, strong, image_size, on_device)
 
 
-def _with(train: Folder, folder: Path) -> Folder:
+def _with(train: Folder, test: Folder, folder: Path) -> Folder:
     """`train` and the images below `folder`, without labels. The names of these are whole paths, which no root changes."""
     more = listing.pile(folder)
-    whole = np.char.add(os.fsencode(more.root) + b"/", more.names.array)    # [n]
+    whole = _whole(more.root, more.names)                                   # [n]
+    for what, known in (("test", _whole(test.root, test.names)), ("labelled", _whole(train.root, train.names))):
+        both = np.flatnonzero(np.isin(whole, known))
+        if len(both):
+            raise UserError(f"--unlabelled {folder} also holds {len(both)} of the {what} folder's images, the first is "
+                            f"{os.fsdecode(whole[both[0]])}: give a folder without them")
     labels = np.concatenate([train.labels, np.full(len(whole), -1)])        # [N]
     return Folder(train.root, listing.Names(np.concatenate([train.names.array, whole])), labels, train.classes)
+
+
+def _whole(root: Path, names: listing.Names) -> np.ndarray:
+    return np.char.add(os.fsencode(root) + b"/", names.array)               # [n] bytes

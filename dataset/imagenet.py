@@ -76,11 +76,14 @@ def build(data: str, split: str, labels_per_class: int, anno_percent: float, see
     """ImageNet as the recipes use it: unlabelled is train minus labelled, test is val."""
     root = find_root(data)
     train, val = Imagenet(root, "train"), Imagenet(root, "val")
-    if len(val.classes) != len(train.classes) or (val.classes != train.classes and not val.classes[0].isdigit()
-                                                  and not train.classes[0].isdigit()):
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise UserError(f"{root}: train/ has {len(train.classes)} classes and val/ {len(val.classes)}; "
-                        f"{odd[0]} is in one alone")
+    hint = "labels of a list count the sorted class folders from 0"
+    if len(train.classes) != len(val.classes):
+        raise UserError(f"{root}: train/ has {len(train.classes)} classes and val/ {len(val.classes)}; {hint}")
+    numbers = [str(k) for k in range(len(train.classes))]
+    if val.classes != numbers:              # a flat val/ has names that tell nothing of classes
+        for label, (a, b) in enumerate(zip(train.classes, val.classes)):
+            if a != b:
+                raise UserError(f"{root}: label {label} is {a} in train/ and {b} in val/; {hint}")
     chosen = choose_split(train, split, labels_per_class, anno_percent, seed)
     return assemble(train, val, chosen, weak, strong, image_size, on_device)
 
@@ -107,6 +110,5 @@ def assemble(train: Files, test: Files, chosen: splits.Split, weak: str, strong:
 
 def _base(file: Path, folder: Path) -> Path:
     """What the paths of a list are relative to: the folder, or the root that holds it."""
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        first = next((line.strip() for line in lines if line.strip()), "")
-    return file.parent if (file.parent / first.rpartition(" ")[0]).exists() else folder
+    first = listing.entries(listing.read_bytes(file), str(file))[1][0]
+    return file.parent if (file.parent / first).is_file() else folder

@@ -18,7 +18,7 @@ import numpy as np
 
 from util.errors import UserError
 
-EXTENSIONS = tuple(b".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())    # in any case
+EXTENSIONS = tuple(b".jpg .jpeg .jfif .jpe .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())    # in any case
 RACY = 2 * 10**9            # ns: the coarsest time stamp of a file system in use (FAT) is 2 s
 THREADS = 16                # folders read at a time: file servers answer many at once, and a local disk loses nothing
 MOST_CLASSES = 10**6        # a larger label is a slip, and would only cost memory
@@ -78,7 +78,8 @@ def pile(root: Union[str, Path]) -> Listing:
 def read_list(file: Union[str, Path], root: Union[str, Path]) -> Listing:
     """The images of a list file, in its order: lines `path label`, paths relative to root, labels from 0.
 
-    A class is called by the folder of its images where folders and labels correspond one to one, else by its number.
+    A class is called by the folder of its images, or the part of their names before "_", where these and labels correspond
+    one to one, else by its number.
     Raises UserError naming file and line.
     """
     root, file = _folder(root), Path(file)
@@ -90,7 +91,8 @@ def read_list(file: Union[str, Path], root: Union[str, Path]) -> Listing:
     if not os.path.exists(os.path.join(root, paths[0])):        # one look tells a wrong root; the loader sees the rest
         raise UserError(f"{file}, line {numbers[0]}: there is no {os.path.join(root, paths[0])}; paths are relative to {root}")
     labels = np.array([int(text) for text in texts], np.int64)                                      # [N]
-    pairs = {(label, path.rpartition("/")[0].rpartition("/")[2]) for label, path in zip(labels.tolist(), paths)}
+    parts = [path.rpartition("/") for path in paths]        # without folders, what stands before "_": n01440764_10026.JPEG
+    pairs = {(label, a.rpartition("/")[2] or c.rpartition("_")[0]) for label, (a, _, c) in zip(labels.tolist(), parts)}
     folders = dict(pairs)
     named = len(pairs) == len(folders) == len(set(folders.values())) and "" not in folders.values()
     classes = [folders.get(c, str(c)) if named else str(c) for c in range(labels.max() + 1)]

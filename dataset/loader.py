@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.draws import ORDER_U, ORDER_X, REPLACE_U, REPLACE_X, VIEW_STRONG, VIEW_WEAK, VIEW_X, permutation, uniforms
+from dataset.draws import ORDER_U, ORDER_X, REPLACE_U, REPLACE_X, VIEW_STRONG, VIEW_WEAK, VIEW_X, permutation, shuffled, uniforms
 from dataset.source import BadImage, Source
 from util import preempt
 from util.errors import UserError
@@ -87,21 +87,11 @@ class Stream(Dataset):
     def __getitem__(self, step: int) -> Item:
         data, bad = self.data, []
         index, passes = self._order(step, self.n_x, len(data.labelled), len(data.labelled), ORDER_X)    # [B], [B]
-        images = []
-        for i, place in enumerate(index.tolist()):
-            image, index[i] = self._load(place, data.labelled, self._same_class, REPLACE_X, bad)
-            images.append(image)
-        x = self._view(data.weak, images, data.labelled[index], passes, VIEW_X)
-
+        (x,), index = self._views([(data.weak, VIEW_X)], data.labelled, index, passes, self._same_class, REPLACE_X, bad)
         order, passes = self._order(step, self.n_u, len(data.unlabelled), self.pass_length, ORDER_U)    # [muB], [muB]
-        images = []
-        for i, place in enumerate(order.tolist()):
-            image, order[i] = self._load(place, data.unlabelled, None, REPLACE_U, bad)
-            images.append(image)
-        rows = data.unlabelled[order]                                                       # [muB]
-        u_weak = self._view(data.weak, images, rows, passes, VIEW_WEAK)
-        u_strong = self._view(data.strong, images, rows, passes, VIEW_STRONG)
-        hidden = torch.from_numpy(data.labels[rows]) if self.known else None                # [muB]
+        two = [(data.weak, VIEW_WEAK), (data.strong, VIEW_STRONG)]
+        (u_weak, u_strong), order = self._views(two, data.unlabelled, order, passes, None, REPLACE_U, bad)
+        hidden = torch.from_numpy(data.labels[data.unlabelled[order]]) if self.known else None          # [muB]
         return Item(x, torch.from_numpy(data.labels[data.labelled[index]]), torch.from_numpy(index), u_weak, u_strong,
                     hidden, bad)
 
@@ -117,8 +107,22 @@ class Stream(Dataset):
             out[here] = permutation(total, self.seed, purpose, number)[place[here]]
         return out, passes
 
-    def _view(self, view: View, images: list, rows: np.ndarray, passes: np.ndarray, purpose: int) -> Raw:
-        return view.host(images, uniforms(rows, view.numbers, self.seed, purpose, passes))
+    def _views(self, views: list[tuple[View, int]], rows: np.ndarray, places: np.ndarray, passes: np.ndarray,
+               pool: Optional[Callable[[int], np.ndarray]], purpose: int,
+               bad: list[tuple[str, str]]) -> tuple[list[Raw], np.ndarray]:
+        """Each of the views (view, what its numbers are for) of the images rows[places], few of which are held at a time;
+        and the places of the images that were really used.
+        """
+        parts, places = [[] for _ in views], places.copy()
+        for here in np.split(np.arange(len(places)), range(self.data.images.at_once, len(places), self.data.images.at_once)):
+            images = []
+            for i in here.tolist():
+                image, places[i] = self._load(int(places[i]), rows, pool, purpose, bad)
+                images.append(image)
+            for part, (view, number) in zip(parts, views):
+                u = uniforms(rows[places[here]], view.numbers, self.seed, number, passes[here])
+                part.append(view.host(images, u))
+        return [join(part) for part in parts], places
 
     def _same_class(self, place: int) -> np.ndarray:
         labels = self.data.labels[self.data.labelled]                                       # [K]
@@ -129,16 +133,18 @@ class Stream(Dataset):
         """(image, its place in `rows`). A bad image is put down in `bad`, and another one of the pool stands in for it,
         always the same one: a labelled image for one of its class, an unlabelled image for any.
         """
-        source, first = self.data.images, place
-        for attempt in range(20):
+        source = self.data.images
+        try:
+            return source[int(rows[place])], place
+        except BadImage as error:
+            bad.append((source.name(int(rows[place])), str(error)))
+        places = pool(place) if pool else np.arange(len(rows))
+        for other in places[shuffled(len(places), self.seed, purpose, place)][:1000].tolist():
             try:
-                return source[int(rows[place])], place
-            except BadImage as error:
-                bad.append((source.name(int(rows[place])), str(error)))
-            places = pool(first) if pool else np.arange(len(rows))
-            u = uniforms(rows[first:first + 1], 1, self.seed, purpose, np.array([attempt]))     # [1, 1]
-            place = int(places[int(u[0, 0] * len(places))])
-        raise UserError(f"{bad[-1][0]}: {bad[-1][1]}; no readable image to use in its place was found in 20 draws")
+                return source[int(rows[other])], other
+            except BadImage:
+                pass                    # it is put down when its own turn comes
+        raise UserError(f"{bad[-1][0]}: {bad[-1][1]}; mend or remove it: no image could stand in for it")
 
 
 class Chunks(Dataset):
@@ -155,15 +161,19 @@ class Chunks(Dataset):
         return len(self.chunks)
 
     def __getitem__(self, chunk: int) -> tuple[Raw, Tensor, list[tuple[str, str]]]:
-        images, rows, bad = [], [], []
-        for row in self.chunks[chunk].tolist():
-            try:
-                images.append(self.source[row])
-                rows.append(row)
-            except BadImage as error:
-                bad.append((self.source.name(row), str(error)))
-        raw = self.view.host(images, np.empty((len(images), 0))) if images else ()
-        return raw, torch.tensor(rows, dtype=torch.long), bad
+        parts, rows, bad = [], [], []
+        everything, few = self.chunks[chunk], self.source.at_once
+        for here in np.split(everything, range(few, len(everything), few)):
+            images = []
+            for row in here.tolist():
+                try:
+                    images.append(self.source[row])
+                    rows.append(row)
+                except BadImage as error:
+                    bad.append((self.source.name(row), str(error)))
+            if images:
+                parts.append(self.view.host(images, np.empty((len(images), 0))))
+        return join(parts), torch.tensor(rows, dtype=torch.long), bad
 
 
 class BadImages:
@@ -188,10 +198,22 @@ class BadImages:
         return seen
 
 
-def batches(dataset: Dataset, order: Sequence[int], workers: int, pin_memory: bool) -> DataLoader:
+def join(parts: Sequence[Raw]) -> Raw:
+    """Raws one after the other -> one raw."""
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
+
+
+def batches(dataset: Dataset, order: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
     """The items of `dataset` in `order`, made ahead of time by `workers` processes."""
-    return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin_memory,
-                      worker_init_fn=_start_worker)
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin_memory,
+                        worker_init_fn=_start_worker)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            raise
+        raise UserError("a process that loads images was killed, most likely for want of memory: lower --workers or --batch-size; "
+                        "the same command continues") from None
 
 
 def image_batches(source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device,
@@ -219,4 +241,4 @@ def to_device(view: View, raw: Raw, device: torch.device) -> Tensor:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)            # workers are many; threads of each would only take the cores from the others
-    preempt.ignore()
+    preempt.spare_worker()

@@ -16,7 +16,9 @@ class BadImage(Exception):
 
 
 class Source(Protocol):
-    """A row number -> an image. `name` is what an error message calls it."""
+    """A row number -> an image. `name` is what an error message calls it; `at_once`: how many a worker holds at a time."""
+
+    at_once: int
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int) -> object: ...      # raises BadImage
@@ -25,6 +27,8 @@ class Source(Protocol):
 
 class Arrays:
     """Images [N, ...] uint8 in memory; [row] is one of them, as a PIL image when `pil`."""
+
+    at_once = 4096
 
     def __init__(self, images: np.ndarray, pil: bool = False):
         self.images, self.pil = images, pil
@@ -41,6 +45,8 @@ class Arrays:
 
 class Files:
     """Image files below `root`; [row] is a decoded RGB PIL image."""
+
+    at_once = 8             # a telephone's photograph takes 40 MB decoded
 
     def __init__(self, root: Path, names: Sequence[str]):
         """names: paths relative to root; a compact sequence (dataset/listing.py), since workers share it."""

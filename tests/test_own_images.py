@@ -88,11 +88,11 @@ def test_bad_images_stop_the_run_or_are_skipped_and_listed(train_photos, tmp_pat
     done = train_photos(tmp_path / "stop", "--workers", "1", data=root)
     one_line(done.returncode, done.stderr, "n00000001_", "damaged or cut short", "--on-bad-image skip")
     done = train_photos(tmp_path / "skip", "--workers", "1", "--on-bad-image", "skip", data=root)
-    assert done.returncode == 0 and "others stood in" in done.stdout, done.stderr
+    assert done.returncode == 0 and "2 bad images were replaced by others" in done.stdout, done.stderr
     bad_test = root / "val" / "n00000002" / "n00000002_0.JPEG"
     bad_test.write_bytes(b"")
     done = train_photos(tmp_path / "test", "--workers", "1", "--on-bad-image", "skip", data=root)
-    assert f"{bad_test}: the file is empty" in done.stdout
+    assert f"left out of testing (1 times):\n  {bad_test}: the file is empty" in done.stdout
     events = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
     bad = [event for event in events if event["event"] == "bad_images"]
     assert {name for event in bad for name, _ in event["images"]} == set(map(str, torn)) and len(bad) == 2

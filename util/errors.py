@@ -1,6 +1,7 @@
 """Mistakes a user can mend end in one line on stderr and exit code 2, never in a traceback."""
 import argparse
 import sys
+import traceback
 from typing import Callable, NoReturn
 
 
@@ -24,6 +25,7 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
         main()
     except UserError as error:      # from a worker process, PyTorch hands it on with the traceback before it
         message = str(error).rpartition("util.errors.UserError: ")[2].strip()
+        traceback.clear_frames(error.__traceback__)     # ends the workers that a loop there still holds
         sys.exit(_last_words(f"error: {message}", 2))
     except KeyboardInterrupt:
         sys.exit(_last_words(interrupted, 130))

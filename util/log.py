@@ -60,13 +60,13 @@ class Log:
         if step == 0:
             self._write("start", step, {"split": split, "sha256": sha256})
 
-    def bad_images(self, step: int, bad: Sequence[tuple[str, str]]) -> None:
-        """bad: (name, cause) of the images of this epoch that others stood in for."""
+    def bad_images(self, step: int, bad: Sequence[tuple[str, str]], fate: str) -> None:
+        """bad: (name, cause) of images that could not be used; fate: what became of them."""
         if not bad:
             return
-        unique = sorted(set(bad))
-        self._write("bad_images", step, {"count": len(bad), "images": [list(pair) for pair in unique]})
-        self.say(f"bad images in this epoch: {len(bad)} views of {len(unique)}, others stood in for them")
+        unique = sorted({(name, cause) for name, cause in bad})
+        self._write("bad_images", step, {"fate": fate, "count": len(bad), "images": [list(pair) for pair in unique]})
+        self.say(f"{len(unique)} bad images were {fate} ({len(bad)} times):")
         for name, cause in unique[:20]:
             self.say(f"  {name}: {cause}")
         if len(unique) > 20:

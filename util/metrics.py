@@ -32,6 +32,8 @@ def evaluate(networks: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]], batc
     out = []
     for top1, top5, images in dist_utils.all_sum(counts):                       # [C] each
         total = images.sum()
+        if total == 0:
+            raise UserError("none of the test images can be read: python -m dataset.check lists them")
         out.append(Accuracy(100 * (top1.sum() / total).item(), 100 * (top5.sum() / total).item(),
                             (100 * top1 / images).tolist()))
     return out

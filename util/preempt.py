@@ -31,7 +31,12 @@ class Preempt:
         return bool(dist_utils.all_sum(torch.tensor(float(self.signal is not None), device=self.device)) > 0)
 
 
-def ignore() -> None:
-    """In a worker process: the signal is for the process that trains, which ends its workers itself."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+GRACE = 30                  # s
+
+
+def spare_worker() -> None:
+    """In a worker process: the signal is meant for the process that trains, which needs its images until the ranks have
+    agreed on a last step. SIGTERM ends the worker all the same, after GRACE seconds.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

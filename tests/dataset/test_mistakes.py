@@ -161,6 +161,30 @@ def _(root, monkeypatch):
     return ["--dataset", "folder", "--data", root / "train"]
 
 
+@row("a val/ folder among the class folders")
+def _(root, monkeypatch):
+    shutil.move(root / "val", root / "train" / "val")
+    return ["--dataset", "folder", "--data", root / "train"]
+
+
+@row("train/ beside classes")
+def _(root, monkeypatch):
+    (root / "zebra").mkdir()
+    return ["--dataset", "folder"]
+
+
+@row("`--unlabelled` that holds the test images too")
+def _(root, monkeypatch):
+    shutil.copytree(root / "val", root.parent / "pile" / "more")
+    return ["--dataset", "folder", "--val", root.parent / "pile" / "more", "--unlabelled", root.parent / "pile"]
+
+
+@row("labels of a list in another order than the folders'")
+def _(root, monkeypatch):
+    (root / "val.txt").write_text("".join(f"n0000000{c}/n0000000{c}_0.JPEG {label}\n" for c, label in ((0, 1), (1, 0), (2, 2))))
+    return []
+
+
 @row("own images in one folder only")
 def _(root, monkeypatch):
     return ["--dataset", "folder", "--data", root / "train" / "n00000000", "--val-share", "0.2"]
@@ -168,8 +192,8 @@ def _(root, monkeypatch):
 
 @row("`--unlabelled` without images")
 def _(root, monkeypatch):
-    (root / "pile").mkdir()
-    return ["--dataset", "folder", "--unlabelled", root / "pile"]
+    (root.parent / "pile").mkdir()
+    return ["--dataset", "folder", "--unlabelled", root.parent / "pile"]
 
 
 @row("a test class that training does not have")

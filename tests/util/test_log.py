@@ -41,12 +41,12 @@ def test_the_log_of_a_run_whose_checkpoint_is_gone_is_kept_aside(tmp_path):
 
 def test_bad_images_are_listed(tmp_path, capsys):
     log = Log(tmp_path, start=0, total=50, active=True)
-    log.bad_images(5, [])
-    log.bad_images(10, [("b.jpg", "torn"), ("a.jpg", "empty"), ("b.jpg", "torn")])
+    log.bad_images(5, [], "x")
+    log.bad_images(10, [("b.jpg", "torn"), ("a.jpg", "empty"), ("b.jpg", "torn")], "replaced")
     log.close()
     event, = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert event == {"event": "bad_images", "step": 10, "count": 3, "images": [["a.jpg", "empty"], ["b.jpg", "torn"]]}
-    assert "3 views of 2" in capsys.readouterr().out
+    assert event == {"event": "bad_images", "step": 10, "fate": "replaced", "count": 3, "images": [["a.jpg", "empty"], ["b.jpg", "torn"]]}
+    assert "2 bad images were replaced (3 times)" in capsys.readouterr().out
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
