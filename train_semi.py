@@ -28,7 +28,7 @@ def main() -> None:
     if stream.steps_per_epoch == 0:
         raise UserError(f"one step takes {stream.n_u * world} unlabelled images, but there are {len(data.unlabelled)}: "
                         "lower --batch-size or --mu")
-    total = config.epochs * stream.steps_per_epoch
+    total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
 
     torch.manual_seed(config.seed)
     try:
@@ -96,6 +96,7 @@ def main() -> None:
         if evaluate_now or stop or late or (config.save_freq and done % config.save_freq == 0):
             # A mean since the last train event and a list of bad images in an unfinished epoch are part of the state.
             state = {"config": to_dict(config), "step": done, "world": world, "split": tuple(data.split), "classes": data.classes,
+                     "data": fingerprint,
                      "method": method.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
                      "meter": meter.state_dict(), "bad_images": sum(dist_utils.all_gather_object(bad.seen), [])}
             checkpoint.must_be_finite(state["method"], done)
@@ -120,8 +121,8 @@ def resume(path: Path, config: Config, data: Data, world: int, method: Method, o
     """Continue from `path` if it exists: (steps done, best scores so far, a remark if it is not the newest checkpoint).
 
     1. The same command continues; nothing has to be said.
-    2. What the run computes must be the same: every field but FREE, the labelled split, and the number of
-       ranks, which decides what a step is. Anything else is refused.
+    2. What the run computes must be the same: every field but FREE, the labelled split, the names of all images, and the
+       number of ranks, which decides what a step is. Anything else is refused.
     3. Everything is restored from the one file: weights, bank, prior, teacher, optimizer, best score, and what the log has
        yet to tell. The order of the data and all views follow from the step.
     4. Where the last checkpoint is damaged or gone, the one before it serves, and the run says so.
@@ -136,6 +137,8 @@ def resume(path: Path, config: Config, data: Data, world: int, method: Method, o
                                 ("number of ranks", state["world"], world)):
         if before != after:
             changed.append(f"the {name} was {before!r} and is now {after!r}")
+    if not changed and state["data"] != data.fingerprint():
+        changed.append("training or test images were added, removed or renamed")
     if changed:
         raise UserError(f"{path} belongs to another run ({'; '.join(changed[:3])}): choose another --output-dir, "
                         "or move that file away to start anew")

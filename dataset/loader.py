@@ -3,6 +3,7 @@
 A view is made in two halves: `host`, in the worker that loads the image, and `device`, in batches where the network runs.
 What travels between them is small: uint8 pixels, and the numbers that the second half needs.
 """
+import hashlib
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.draws import ORDER_U, ORDER_X, REPLACE_U, REPLACE_X, VIEW_STRONG, VIEW_WEAK, VIEW_X, permutation, shuffled, uniforms
-from dataset.source import BadImage, Source
+from dataset.source import BadImage, Files, Source
 from util import preempt
 from util.errors import UserError
 
@@ -48,6 +49,14 @@ class Data(NamedTuple):
     classes: list[str]              # names, in the order of the labels                 [C]
     channels: int                   # of a view
     split: SplitId
+
+    def fingerprint(self) -> str:
+        """SHA-256 of which images are where, by their names without folders: the same wherever the data are kept."""
+        total = hashlib.sha256(f"{len(self.images)} {len(self.unlabelled)} {len(self.test_images)} {self.classes}".encode())
+        for source in (self.images, self.test_images):
+            if isinstance(source, Files):
+                total.update(b"\0".join(name.rpartition(b"/")[2] for name in source.names.array.tolist()))
+        return total.hexdigest()
 
 
 class Item(NamedTuple):

@@ -51,9 +51,9 @@ def once(save):
     """The first two files (best.pth and last.pth of the first epoch) are written; then somebody presses Ctrl-C."""
     written = []
 
-    def call(path, state):
+    def call(path, state, **how):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path)
-        save(path, state)
+        save(path, state, **how)
     return call

@@ -11,7 +11,7 @@ from torch import nn
 from util.errors import UserError
 
 FORMAT = 2
-KEYS = {"config": dict, "step": int, "world": int, "best": dict, "split": tuple, "classes": list, "method": dict,
+KEYS = {"config": dict, "step": int, "world": int, "best": dict, "split": tuple, "data": str, "classes": list, "method": dict,
         "optimizer": dict, "meter": dict, "bad_images": list}
 
 

@@ -218,6 +218,17 @@ def _(root, monkeypatch):
     return ["--labels-per-class", "3"]
 
 
+@row("going on after images were removed")
+def _(root, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_semi.py", *map(str, [*flags(root), *labelled_list(root, *CHOSEN)])])
+    train_semi.main()
+    (root / "train" / "n00000001" / "n00000001_6.JPEG").unlink()
+    return ["--split", root / "mine.txt", "--labels-per-class", "0"]
+
+
+CHOSEN = [f"n0000000{c}_{k}.JPEG" for c in range(3) for k in range(2)]
+
+
 def flags(root):
     return ["--config", ROOT / "configs" / "digits.yaml", "--dataset", "imagenet", "--data", root, "--cls", "3",
             "--labels-per-class", "2", "--image-size", "32", "--backbone", "small_encoder", "--batch-size", "2", "--mu", "2",

@@ -22,7 +22,7 @@ class Bomb:
 
 @pytest.fixture
 def state():
-    return {"config": {"seed": 1}, "step": 3, "world": 1, "best": {"student_top1": 1.5}, "split": ("s", "0"), "classes": ["a"],
+    return {"config": {"seed": 1}, "step": 3, "world": 1, "best": {"student_top1": 1.5}, "split": ("s", "0"), "data": "d", "classes": ["a"],
             "method": {"w": torch.arange(1000.0)}, "optimizer": {}, "meter": {}, "bad_images": []}
 
 
