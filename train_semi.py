@@ -40,7 +40,7 @@ def main() -> None:
 
     out = Path(config.output_dir)
     meter, bad = Meter(), BadImages(config.on_bad_image)
-    start, best, remark = resume(out / "last.pth", config, data, world, method, optimizer, meter, bad)
+    start, best, remark = resume(out / "last.pth", config, data, fingerprint, world, method, optimizer, meter, bad)
     if rank == 0:
         prepare(out, to_yaml(config))
     student = dist_utils.parallel(method.student)
@@ -96,9 +96,8 @@ def main() -> None:
         if evaluate_now or stop or late or (config.save_freq and done % config.save_freq == 0):
             # A mean since the last train event and a list of bad images in an unfinished epoch are part of the state.
             state = {"config": to_dict(config), "step": done, "world": world, "split": tuple(data.split), "classes": data.classes,
-                     "data": fingerprint,
-                     "method": method.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
-                     "meter": meter.state_dict(), "bad_images": sum(dist_utils.all_gather_object(bad.seen), [])}
+                     "data": fingerprint, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
+                     "best": best, "meter": meter.state_dict(), "bad_images": sum(dist_utils.all_gather_object(bad.seen), [])}
             checkpoint.must_be_finite(state["method"], done)
             if rank == 0:               # best first: a run killed between the two repeats this epoch and writes it again
                 if evaluate_now and better:
@@ -116,8 +115,8 @@ def main() -> None:
     dist_utils.dist_end()
 
 
-def resume(path: Path, config: Config, data: Data, world: int, method: Method, optimizer: torch.optim.Optimizer, meter: Meter,
-           bad: BadImages) -> tuple[int, dict, str]:
+def resume(path: Path, config: Config, data: Data, fingerprint: str, world: int, method: Method,
+           optimizer: torch.optim.Optimizer, meter: Meter, bad: BadImages) -> tuple[int, dict, str]:
     """Continue from `path` if it exists: (steps done, best scores so far, a remark if it is not the newest checkpoint).
 
     1. The same command continues; nothing has to be said.
@@ -137,7 +136,7 @@ def resume(path: Path, config: Config, data: Data, world: int, method: Method, o
                                 ("number of ranks", state["world"], world)):
         if before != after:
             changed.append(f"the {name} was {before!r} and is now {after!r}")
-    if not changed and state["data"] != data.fingerprint():
+    if not changed and state["data"] != fingerprint:
         changed.append("training or test images were added, removed or renamed")
     if changed:
         raise UserError(f"{path} belongs to another run ({'; '.join(changed[:3])}): choose another --output-dir, "

@@ -7,8 +7,6 @@ photographs are used if it is installed.
 """
 import itertools
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,10 +19,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import PIL  # noqa: E402
 import torch  # noqa: E402
-import torchvision  # noqa: E402
 import torchvision.transforms as T  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
 
+from benchmark.digits import machine  # noqa: E402
 from dataset import device_views  # noqa: E402
 from dataset.draws import uniforms  # noqa: E402
 from dataset.listing import pile  # noqa: E402
@@ -175,15 +173,7 @@ def main() -> None:
             print(f"| {part} | {statistics.median(r[k][1] for r in rounds):.2f} |")
         if args.memory:
             memory(source, args.memory)
-    print(f"\n{os.cpu_count()} cores of {cpu()}, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"torchvision {torchvision.__version__}, Pillow {PIL.__version__}, numpy {np.__version__}")
-
-
-def cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")] \
-        if file.exists() else []
-    return names[0] if names else platform.machine()
+    print(f"\n{machine()}, Pillow {PIL.__version__}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 They follow Pillow's 8-bit arithmetic, every op rounding to whole values of 0 to 255 as Pillow does, so that for the same
 parameters both paths give the same image to about one level. Images are [n, 3, h, w] float32 holding whole numbers.
+Parameters stay on the CPU, where which images an op is for is decided: asking a GPU for it would wait for all its work.
 """
 import itertools
-import math
 from typing import Sequence
 
 import numpy as np
@@ -37,27 +37,33 @@ def finish(raw: tuple[Tensor, ...], stages: Sequence[str], mean: Sequence[float]
 
 def flip(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 1]: 1 to exchange left and right."""
-    return torch.where(p.bool().view(-1, 1, 1, 1), x.flip(3), x)            # [n, 3, h, w]
+    return torch.where(_chosen(x, p), x.flip(3), x)            # [n, 3, h, w]
 
 
 def grey(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 1]: 1 to make three equal channels."""
-    return torch.where(p.bool().view(-1, 1, 1, 1), luma(x), x)              # [n, 3, h, w]
+    return torch.where(_chosen(x, p), luma(x), x)              # [n, 3, h, w]
 
 
 def solarize(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 1]: 1 to invert the values of 128 and more."""
-    return torch.where(p.bool().view(-1, 1, 1, 1) & (x >= 128), 255 - x, x)     # [n, 3, h, w]
+    return torch.where(_chosen(x, p) & (x >= 128), 255 - x, x)     # [n, 3, h, w]
+
+
+def _chosen(x: Tensor, p: Tensor) -> Tensor:
+    return p.bool().view(-1, 1, 1, 1).to(x.device, non_blocking=True)       # [n, 1, 1, 1]
 
 
 def jitter(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 6]: whether to apply it, the place in ORDERS, factors of brightness, contrast, saturation, and the hue's shift."""
-    orders = torch.tensor(ORDERS, device=p.device)[p[:, 1].long()]          # [n, 4]
+    orders = torch.tensor(ORDERS)[p[:, 1].long()]                           # [n, 4]
     x = x.clone()
     for place in range(4):
         for op, change in enumerate((brightness, contrast, saturation, hue)):
             here = torch.nonzero((orders[:, place] == op) & p[:, 0].bool()).flatten()   # [m]
-            x[here] = change(x[here], p[here, 2 + op].view(-1, 1, 1, 1))
+            amount = p[here, 2 + op].view(-1, 1, 1, 1).to(x.device, non_blocking=True)      # [m, 1, 1, 1]
+            here = here.to(x.device, non_blocking=True)                     # [m]
+            x[here] = change(x[here], amount)
     return x
 
 
@@ -115,11 +121,11 @@ def blur(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 2]: whether to apply it, the standard deviation in pixels. Edges are continued by their last pixel."""
     here = torch.nonzero(p[:, 0]).flatten()                                 # [m]
     radius = box_radius(p[here, 1].double())                                # [m]
-    whole = radius.floor()                                                  # [m]
-    reach = 1 + int(math.floor(float(box_radius(p[:, 1].double()).max()))) if len(here) else 1
-    offsets = torch.arange(-reach, reach + 1, device=p.device)              # [k]
+    reach = 1 + int(radius.max()) if len(here) else 1
+    offsets = torch.arange(-reach, reach + 1)                               # [k]
     weight = (radius[:, None] + 1 - offsets.abs()).clamp(0, 1)              # [m, k]: 1 inside, the fraction at both ends
-    weight = (weight / (2 * radius[:, None] + 1)).float()                   # [m, k]
+    weight = (weight / (2 * radius[:, None] + 1)).float().to(x.device, non_blocking=True)       # [m, k]
+    here = here.to(x.device, non_blocking=True)                             # [m]
     y = x[here]                                                             # [m, 3, h, w]
     for dim in (3, 2):
         for _ in range(BLUR_PASSES):

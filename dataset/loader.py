@@ -245,7 +245,7 @@ def evaluation_batches(data: Data, rank: int, world: int, workers: int, device: 
 
 def to_device(view: View, raw: Raw, device: torch.device) -> Tensor:
     """The second half of a view, where the network is: -> [n, c, h, w]."""
-    return view.device(tuple(t.to(device, non_blocking=True) for t in raw))
+    return view.device((raw[0].to(device, non_blocking=True), *raw[1:]))     # pixels; parameters stay (dataset/device_views.py)
 
 
 def _start_worker(_: int) -> None:

@@ -141,11 +141,6 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 class Shuffle:
     """One random regrouping of all ranks' rows, for shuffle-BN (MoCo, arXiv 1911.05722, section 3.3).
 

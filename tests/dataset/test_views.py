@@ -208,15 +208,15 @@ def test_the_usual_transforms_with_the_same_parameters():
 
 # The batched half.
 
-def in_levels(name, u, images, device="cpu"):
+def in_levels(name, u, images):
     """The two paths' images, in levels of 0 to 255: [n, 3, h, w] each."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET_NORM)
     out = []
     for on_device in (False, True):
         view = photo_view(pipeline(name), IMAGENET_NORM, on_device)
-        raw = tuple(t.to(device) for t in view.host(images, u))
+        raw = view.host(images, u)
         assert raw[0].dtype == torch.uint8
-        out.append((view.device(raw).cpu() * std + mean) * 255)
+        out.append((view.device(raw) * std + mean) * 255)
     return out
 
 
@@ -232,7 +232,7 @@ def test_a_batched_stage_equals_pil(stage, device):
     p = draws(stage, np.tile([120.0, 90.0], (24, 1))).astype(np.float32)
     expected = np.stack([np.asarray(stage.pil(image, own)) for image, own in zip(images, p)]).astype(int)
     x = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()     # [24, 3, 90, 120]
-    got = device_views.STAGES[type(stage).__name__](x.to(device), torch.from_numpy(p).to(device)).cpu()
+    got = device_views.STAGES[type(stage).__name__](x.to(device), torch.from_numpy(p)).cpu()
     got = got.permute(0, 2, 3, 1).numpy()
     assert (got == got.round()).all() and (expected != x.permute(0, 2, 3, 1).numpy()).any()
     assert np.abs(got - expected).max() <= 1
