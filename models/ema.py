@@ -1,9 +1,11 @@
 """The teacher: a moving average of the student, of three kinds."""
 import copy
-from typing import Literal, get_args
+from contextlib import contextmanager, nullcontext
+from typing import Iterator, Literal, Sequence, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from util import dist_utils
 
@@ -36,13 +38,20 @@ class Teacher(nn.Module):
         return super().train(mode and self.bn == "shuffle")
 
     @torch.no_grad()
-    def forward(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """x [n, c, h, w] -> logits' [n, C], z' [n, D]. step: the global step, which seeds the regrouping."""
+    def forward(self, groups: Sequence[Tensor], step: int) -> list[tuple[Tensor, Tensor]]:
+        """x [n, c, h, w] of each rank that this process plays -> logits' [n, C], z' [n, D] of each, in the type of the network.
+
+        step: the global step, which seeds the regrouping.
+        """
         if not self.training:
-            return self.net(x)
-        shuffle = dist_utils.Shuffle(len(x), seed=step)
-        logits, z = self.net(shuffle.scatter(x))
-        return shuffle.gather(logits), shuffle.gather(z)
+            return [self.net(x) for x in groups]
+        shuffle, out = dist_utils.Shuffle(len(groups[0]), len(groups), seed=step), []
+        for i, x in enumerate(shuffle.scatter(groups)):
+            with no_statistics(self.net) if i else nullcontext():       # running statistics are the first rank's
+                out.append(self.net(x))
+        classes = out[0][0].shape[1]
+        both = shuffle.gather([torch.cat(pair, dim=1) for pair in out])                     # [n, C+D] of each
+        return [(rows[:, :classes], rows[:, classes:]) for rows in both]
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
@@ -58,3 +67,16 @@ class Teacher(nn.Module):
                 else:
                     old.copy_(new)
         torch._foreach_lerp_(mine, theirs, 1 - self.momentum)
+
+
+@contextmanager
+def no_statistics(network: nn.Module) -> Iterator[None]:
+    """Meanwhile BN in train mode normalises by its batch as ever, but collects no running statistics."""
+    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

@@ -1,4 +1,6 @@
 """FixMatch (arXiv 2001.07685) and, with an EMAN teacher, FixMatch-EMAN (arXiv 2101.08482)."""
+from typing import Optional, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,11 +19,18 @@ class FixMatch(Method):
         super().__init__(network, ema_m, "average")      # no shuffle-BN here: a teacher always averages BN statistics
         self.lambda_u, self.threshold, self.teacher_labels = lambda_u, threshold, eman
 
-    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+    def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Optional[Tensor]]:
+        """The teacher's logits' of each batch [muB, C]; None where the student's own serve."""
+        if not self.teacher_labels:
+            return [None] * len(batches)
+        return [logits for logits, _ in self.teacher([batch.u_weak for batch in batches], step)]
+
+    def losses(self, batch: Batch, targets: Optional[Tensor], student: nn.Module, *,
+               bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
         n_x, n_u = len(batch.x), len(batch.u_weak)
-        if self.teacher_labels:
+        if targets is not None:
             logits, _ = student(torch.cat([batch.x, batch.u_strong]))                   # [B+muB, C]
-            logits_uw, _ = self.teacher(batch.u_weak, step)                             # [muB, C]
+            logits_uw = targets                                                         # [muB, C]
         else:
             logits, _ = student(torch.cat([batch.x, batch.u_strong, batch.u_weak]))     # [B+2muB, C]
             logits_uw = logits[n_x + n_u:].detach()                                     # [muB, C]

@@ -1,5 +1,5 @@
-"""The contract between the one training loop and every method."""
-from typing import NamedTuple, Optional
+"""The contract between the one step (models/step.py) and every method."""
+from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +32,33 @@ def precise(x: Tensor) -> Tensor:
 
 
 class Method(nn.Module):
-    """A student, its teacher, and what a method keeps besides. One state_dict is the whole truth."""
+    """A student, its teacher, and what a method keeps besides. One state_dict is the whole truth.
+
+    A step is one call of `targets` for all ranks that this process plays, one of `losses` for each of them, and one of
+    `update`. Between the first two lies all that ranks have to tell each other before there is a loss, so that the student's
+    forward and backward run for one rank at a time, and need the memory of one.
+    """
 
     def __init__(self, network: nn.Module, ema_m: float, bn: BN):
         super().__init__()
         self.student = network
         self.teacher = Teacher(network, ema_m, bn)
 
-    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
-        """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or teacher.
+    def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Any]:
+        """What the weak views of each batch say, for `losses` of the same batch.
 
         student: self.student, or its data-parallel wrapper: the forward that gradients flow through.
-        step: from 0, over the whole training. bank_ready: False in the first epoch, which shows every labelled image.
+        step: from 0, over the whole training.
+        """
+        return [None] * len(batches)
+
+    def losses(self, batch: Batch, targets: Any, student: nn.Module, *, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+        """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or teacher.
+
+        bank_ready: False in the first epoch, which shows every labelled image.
         """
         raise NotImplementedError
 
     def update(self, fresh: Fresh) -> None:
-        """The one writer, called once after the optimizer step."""
+        """The one writer, called once after the optimizer step. fresh: of all ranks that this process plays."""
         self.teacher.update(self.student)

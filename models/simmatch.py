@@ -1,4 +1,6 @@
 """SimMatch (arXiv 2203.06915): pseudo-labels that agree by class and by similarity to labelled images."""
+from typing import NamedTuple, Optional, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +9,30 @@ from models.ema import BN
 from models.memory import DistributionAlignment, LabelBank
 from models.method import Batch, Fresh, Method, precise
 from util import dist_utils
+
+
+class Learnt(NamedTuple):
+    """What the student says; gradients flow through it."""
+    logits_x: Tensor                    # of the labelled images        [B, C]
+    logits_us: Tensor                   # of the strong views           [muB, C]
+    z_us: Tensor                        # their embeddings              [muB, D]
+
+
+class Taught(NamedTuple):
+    """What the teacher says; no gradient."""
+    z_x: Tensor                         # of the labelled images        [B, D]
+    logits_uw: Tensor                   # of the weak views             [muB, C]
+    z_uw: Tensor                        # their embeddings              [muB, D]
+    learnt: Optional[Learnt] = None     # of the same forward, where student and teacher are one
+
+
+class Target(NamedTuple):
+    """The same after all ranks have met: what a loss compares the student with."""
+    z_x: Tensor                         # for the bank                  [B, D]
+    log_p: Tensor                       # aligned predictions           [muB, C]
+    z_uw: Tensor                        #                               [muB, D]
+    prior: Optional[Tensor]             # mean of p over the global batch, without DA none    [C]
+    learnt: Optional[Learnt]
 
 
 class SimMatch(Method):
@@ -22,25 +48,32 @@ class SimMatch(Method):
         self.lambda_u, self.lambda_in, self.threshold = lambda_u, lambda_in, threshold
         self.st, self.tt, self.c_smooth = st, tt, c_smooth
 
-    def outputs(self, batch: Batch, student: nn.Module, step: int) -> tuple[Tensor, ...]:
-        """The student's logits_x [B, C], logits_us [muB, C] and z_us [muB, D], through which gradients flow; then the
-        teacher's z_x [B, D], logits_uw [muB, C] and z_uw [muB, D], through which none do.
-        """
+    def teach(self, batches: Sequence[Batch], student: nn.Module, step: int) -> list[Taught]:
+        """What the teacher makes of the weak views of each batch."""
+        n_x = len(batches[0].x)
+        out = self.teacher([torch.cat([batch.x, batch.u_weak]) for batch in batches], step)     # [B+muB, C], [B+muB, D] of each
+        return [Taught(precise(z[:n_x]), precise(logits[n_x:]), precise(z[n_x:])) for logits, z in out]
+
+    def learn(self, batch: Batch, student: nn.Module) -> Learnt:
+        """The student on labelled images and strong views."""
         n_x = len(batch.x)
         logits, z = map(precise, student(torch.cat([batch.x, batch.u_strong])))         # [B+muB, C], [B+muB, D]
-        logits_t, z_t = map(precise, self.teacher(torch.cat([batch.x, batch.u_weak]), step))    # shapes as above
-        return logits[:n_x], logits[n_x:], z[n_x:], z_t[:n_x], logits_t[n_x:], z_t[n_x:]
+        return Learnt(logits[:n_x], logits[n_x:], z[n_x:])
 
-    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
-        logits_x, logits_us, z_us, z_x, logits_uw, z_uw = self.outputs(batch, student, step)
+    def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Target]:
+        taught = self.teach(batches, student, step)
         with torch.no_grad():
-            log_p = torch.log_softmax(logits_uw, dim=1)                     # [muB, C]
+            log_p = [torch.log_softmax(t.logits_uw, dim=1) for t in taught]             # [muB, C] of each
             prior = None
             if self.align is not None:
-                prior = dist_utils.all_mean(log_p.exp().mean(dim=0))        # [C]
-                log_p = self.align(log_p, prior)                            # [muB, C]
-            p = log_p.exp()                                                 # [muB, C]
+                prior = dist_utils.all_mean(torch.stack([each.exp().mean(dim=0) for each in log_p]).mean(dim=0))     # [C]
+                log_p = [self.align(each, prior) for each in log_p]                     # [muB, C] of each
+        return [Target(t.z_x, each, t.z_uw, prior, t.learnt) for t, each in zip(taught, log_p)]
 
+    def losses(self, batch: Batch, targets: Target, student: nn.Module, *, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+        z_x, log_p, z_uw, prior, learnt = targets
+        logits_x, logits_us, z_us = learnt or self.learn(batch, student)
+        p = log_p.exp()                                                     # [muB, C]
         loss_in = z_us.new_zeros(())
         if bank_ready:
             labels = self.bank.labels                                       # [K]

@@ -1,11 +1,12 @@
 """SimMatch in its single-network form, the paper's for CIFAR: the student is its own teacher."""
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from models.ema import no_statistics
 from models.method import Batch, precise
-from models.simmatch import SimMatch
+from models.simmatch import Learnt, SimMatch, Taught
 
 
 class SimMatchSingle(SimMatch):
@@ -18,9 +19,19 @@ class SimMatchSingle(SimMatch):
         """settings: SimMatch's, without `bn`."""
         super().__init__(network, labels, num_classes, dim, **settings, bn="copy")
 
-    def outputs(self, batch: Batch, student: nn.Module, step: int) -> tuple[Tensor, ...]:
+    def teach(self, batches: Sequence[Batch], student: nn.Module, step: int) -> list[Taught]:
+        if len(batches) == 1:
+            return [self.forward_once(batches[0], student)]
+        # The prior needs all ranks' predictions before any loss: a second forward costs less than keeping all graphs.
+        with torch.no_grad(), no_statistics(self.student):
+            return [self.forward_once(batch, self.student)._replace(learnt=None) for batch in batches]
+
+    def learn(self, batch: Batch, student: nn.Module) -> Learnt:
+        return self.forward_once(batch, student).learnt
+
+    def forward_once(self, batch: Batch, student: nn.Module) -> Taught:
         sizes = len(batch.x), len(batch.u_weak), len(batch.u_strong)
         logits, z = map(precise, student(torch.cat([batch.x, batch.u_weak, batch.u_strong])))   # [B+2muB, C], [B+2muB, D]
         logits_x, logits_uw, logits_us = logits.split(sizes)                # [B, C], [muB, C], [muB, C]
         z_x, z_uw, z_us = z.split(sizes)                                    # [B, D], [muB, D], [muB, D]
-        return logits_x, logits_us, z_us, z_x.detach(), logits_uw.detach(), z_uw.detach()
+        return Taught(z_x.detach(), logits_uw.detach(), z_uw.detach(), Learnt(logits_x, logits_us, z_us))

@@ -11,6 +11,6 @@ class Supervised(Method):
     def __init__(self, network: nn.Module, *, ema_m: float):
         super().__init__(network, ema_m, "average")
 
-    def losses(self, batch: Batch, student: nn.Module, *, step: int, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+    def losses(self, batch: Batch, targets: None, student: nn.Module, *, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
         logits, _ = student(batch.x)                                        # [B, C]
         return {"loss_x": F.cross_entropy(precise(logits), batch.y)}, Fresh()

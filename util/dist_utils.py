@@ -3,8 +3,9 @@ import inspect
 import os
 import socket
 import subprocess
+from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any, Mapping, NamedTuple
+from typing import Any, ContextManager, Mapping, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -97,6 +98,11 @@ def parallel(module: nn.Module) -> nn.Module:
     return ddp(module, find_unused_parameters=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
 
 
+def sync_gradients(student: nn.Module, yes: bool) -> ContextManager[None]:
+    """Whether a backward in this context ends with averaging the gradients over processes, those of earlier ones included."""
+    return nullcontext() if yes or world_size() == 1 else student.no_sync()
+
+
 def all_gather(x: Tensor) -> Tensor:
     """[n, ...] of every rank -> [world·n, ...], in rank order, on every rank. No gradient."""
     if world_size() == 1:
@@ -135,49 +141,68 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every rank rank 0's buffers (BN statistics), in place."""
-    if world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+    """Give every rank rank 0's buffers (BN statistics), in place, in one message for each type of number."""
+    if world_size() == 1:
+        return
+    buffers = list(module.buffers())
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.flatten() for buffer in same])
+        dist.broadcast(flat, src=0)
+        for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same])):
+            buffer.copy_(values.view_as(buffer))
 
 
 class Shuffle:
     """One random regrouping of all ranks' rows, for shuffle-BN (MoCo, arXiv 1911.05722, section 3.3).
 
     `scatter` sends every row to the rank that the permutation gives it, each row travelling once; `gather` brings the
-    results home, in the order in which the rows stood. Alone it does nothing: one group keeps its statistics under any
+    results home, in the order in which the rows stood. One rank alone keeps its rows: its statistics are the same in any
     order.
     """
 
-    def __init__(self, rows: int, seed: int):
-        """rows: per rank, the same on all; seed: the same on all ranks, another one for every step."""
-        self.world = world_size()
-        if self.world == 1:
+    def __init__(self, rows: int, groups: int, seed: int):
+        """rows: of a rank, the same for all; groups: ranks that this process plays; seed: the same on all processes, another
+        one for every step.
+        """
+        self.rows, self.alone = rows, world_size() * groups == 1
+        if self.alone:
             return
+        here = groups * rows                                              # rows of a process
         generator = torch.Generator().manual_seed(seed)
-        slot = torch.randperm(self.world * rows, generator=generator)     # slot[i]: new place of global row i   [world·n]
-        home = torch.argsort(slot) // rows                                # home[s]: rank of the row in slot s   [world·n]
-        mine = slice(rank() * rows, (rank() + 1) * rows)
-        self.order = torch.argsort(slot[mine])                            # own rows by new place                [n]
-        self.sent = torch.bincount(slot[mine] // rows, minlength=self.world).tolist()    # rows to each rank     [world]
-        self.received = torch.bincount(home[mine], minlength=self.world).tolist()        # rows from each rank   [world]
+        slot = torch.randperm(world_size() * here, generator=generator)   # slot[i]: new place of global row i   [world·here]
+        mine = slice(rank() * here, (rank() + 1) * here)
+        home = torch.argsort(slot)[mine] // here                          # where the rows of the new places stand [here]
+        self.order = torch.argsort(slot[mine])                            # own rows by new place                [here]
+        self.sent = torch.bincount(slot[mine] // here, minlength=world_size()).tolist()     # to each process    [world]
+        self.received = torch.bincount(home, minlength=world_size()).tolist()               # from each          [world]
+        self.arrival = torch.argsort(home, stable=True)                   # new places in the order of arrival   [here]
 
-    def scatter(self, x: Tensor) -> Tensor:
-        """[n, ...] of this rank -> [n, ...] of the group it hosts, ordered by origin."""
-        if self.world == 1:
-            return x
-        return self._exchange(x[self.order.to(x.device)], self.received, self.sent)
+    def scatter(self, groups: Sequence[Tensor]) -> Sequence[Tensor]:
+        """[n, ...] of each rank that this process plays -> [n, ...] of the new groups in the same places."""
+        if self.alone:
+            return groups
+        x = torch.cat(list(groups))                                       # [here, ...]
+        return _inverse(self._exchange(x[self.order.to(x.device)], self.received, self.sent), self.arrival).split(self.rows)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[n, ...] of the hosted group -> [n, ...] of this rank's own rows."""
-        if self.world == 1:
-            return x
-        out = torch.empty_like(x)
-        out[self.order.to(x.device)] = self._exchange(x, self.sent, self.received)
-        return out
+    def gather(self, groups: Sequence[Tensor]) -> Sequence[Tensor]:
+        """[n, ...] of each new group -> [n, ...] of each rank's own rows."""
+        if self.alone:
+            return groups
+        x = torch.cat(list(groups))                                       # [here, ...]
+        return _inverse(self._exchange(x[self.arrival.to(x.device)], self.sent, self.received), self.order).split(self.rows)
 
     @staticmethod
     def _exchange(x: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        if world_size() == 1:
+            return x
         out = torch.empty_like(x)
-        dist.all_to_all_single(out, x.contiguous(), received, sent)
+        dist.all_to_all_single(out, x, received, sent)
         return out
+
+
+def _inverse(x: Tensor, order: Tensor) -> Tensor:
+    """y with y[order] = x, row by row."""
+    out = torch.empty_like(x)
+    out[order.to(x.device)] = x
+    return out

@@ -57,3 +57,10 @@ class Fixed(nn.Module):
 
     def forward(self, x, step=None):
         return self.logits, F.normalize(self.z.float(), dim=1).to(self.z.dtype)
+
+
+def losses(method, batch, student=None, *, step=0, bank_ready=False):
+    """Terms and what is fresh, of one rank alone."""
+    student = method.student if student is None else student
+    (target,) = method.targets([batch], student, step=step)
+    return method.losses(batch, target, student, bank_ready=bank_ready)

@@ -45,10 +45,10 @@ def test_eman_averages_bn_statistics_too_and_copies_the_count():
 def test_ema_runs_on_batch_statistics_and_collects_its_own():
     _, teacher = pair("shuffle")
     bn = teacher.net.backbone[1]
-    teacher(small.batch(0).u_weak, step=0)
+    teacher([small.batch(0).u_weak], step=0)
     assert teacher.net.training and bn.num_batches_tracked == 1
-    alone, _ = teacher(small.batch(0).u_weak[:1], step=0)
-    among, _ = teacher(small.batch(0).u_weak, step=0)
+    (alone, _), = teacher([small.batch(0).u_weak[:1]], step=0)
+    (among, _), = teacher([small.batch(0).u_weak], step=0)
     assert not torch.allclose(alone[0], among[0])           # an image's output depends on its neighbours
 
 
@@ -74,8 +74,8 @@ def test_a_kind_that_does_not_exist_is_refused():
 def test_eman_and_copy_stay_in_eval_mode_when_the_method_trains(bn):
     _, teacher = pair(bn)
     teacher.train()
-    alone, _ = teacher(small.batch(0).u_weak[:1], step=0)
-    among, _ = teacher(small.batch(0).u_weak, step=0)
+    (alone, _), = teacher([small.batch(0).u_weak[:1]], step=0)
+    (among, _), = teacher([small.batch(0).u_weak], step=0)
     torch.testing.assert_close(alone[0], among[0])
     assert not teacher.net.training and teacher.net.backbone[1].num_batches_tracked == 0
 

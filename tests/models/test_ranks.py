@@ -1,4 +1,4 @@
-"""Two real gloo ranks against the loops over ranks: shuffle-BN, the prior of the global batch, bank rows of all ranks."""
+"""Real gloo ranks, and virtual ones, against the loops over ranks: shuffle-BN, the prior of the global batch, bank rows of all."""
 import os
 import socket
 import time
@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from models import train_step
 from tests.models import small
 from util import dist_utils
 
@@ -14,7 +15,7 @@ SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 STEPS = 4
 
 
-def run_rank(rank, world, port, form, folder):
+def run_rank(rank, world, port, ranks, form, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
@@ -26,17 +27,23 @@ def run_rank(rank, world, port, form, folder):
     optimizer = torch.optim.SGD(method.student.parameters(), lr=SGD["lr"], momentum=SGD["momentum"],
                                 weight_decay=SGD["wd"], nesterov=SGD["nesterov"])
     out = []
+    here = range(rank * ranks // world, (rank + 1) * ranks // world)        # the ranks that this process plays
     for step in range(STEPS):
-        terms, fresh = method.losses(small.batch(10 * step + rank), student, step=step, bank_ready=step > 0)
-        optimizer.zero_grad()
-        sum(terms.values()).backward()
-        optimizer.step()
-        method.update(fresh)
-        out.append(({name: dist_utils.all_mean(term.detach()).item() for name, term in terms.items()},
-                    fresh.pseudo, fresh.mask))
+        terms, fresh = train_step(method, student, optimizer, [batch(step, number) for number in here], step=step,
+                                  bank_ready=step > 0)
+        out.append(({name: dist_utils.all_mean(term).item() for name, term in terms.items()}, fresh.pseudo, fresh.mask))
     dist_utils.broadcast_buffers(method.student)
     torch.save((out, method.state_dict()), f"{folder}/{rank}.pt")
     dist_utils.dist_end()
+
+
+def batch(step, rank):
+    """Where a row is in the batches of several ranks, as at the end of a pass over the labels, the last rank's write holds."""
+    own = small.batch(10 * step + rank)
+    if rank and step % 2:
+        first = small.batch(10 * step)
+        own.index[0], own.y[0] = first.index[0], first.y[0]
+    return own
 
 
 def spawn(function, world, *args, seconds=120):
@@ -57,31 +64,34 @@ def free(port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("processes, ranks", [(2, 2), (3, 3), (4, 4), (1, 4), (2, 4)])
 @pytest.mark.parametrize("form", small.FORMS)
-def test_ranks_equal_the_loops(world, form, tmp_path):
-    spawn(run_rank, world, form, str(tmp_path))
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+def test_ranks_equal_the_loops(processes, ranks, form, tmp_path):
+    """ranks / processes of them, each with BN of its own batch, share a process."""
+    spawn(run_rank, processes, ranks, form, str(tmp_path))
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
 
     net = small.network()
     torch.manual_seed(5)
     bank, (_, slow, settings) = small.method(form, net).bank.z, small.FORMS[form]
     slow = slow(net, bank, small.LABELS, small.C, **settings, **SGD)
     for step in range(STEPS):
-        batches = [small.batch(10 * step + rank) for rank in range(world)]
-        expected, pseudo, mask = slow.step(batches, step, first_epoch=step == 0)
-        for rank in range(world):
-            terms, got_pseudo, got_mask = results[rank][0][step]
-            assert terms == pytest.approx(expected, rel=1e-10)
-            torch.testing.assert_close(got_pseudo, torch.tensor(pseudo[rank], dtype=torch.float64), rtol=1e-10, atol=1e-14)
-            assert got_mask.tolist() == mask[rank]
+        expected, pseudo, mask = slow.step([batch(step, rank) for rank in range(ranks)], step, first_epoch=step == 0)
+        got_pseudo, got_mask = ([row for result in results for row in result[0][step][i].tolist()] for i in (1, 2))
+        for result in results:
+            assert result[0][step][0] == pytest.approx(expected, rel=1e-10)
+        torch.testing.assert_close(torch.tensor(got_pseudo, dtype=torch.float64), torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1),
+                                   rtol=1e-10, atol=1e-14)
+        assert got_mask == sum(mask, [])
 
     first = results[0][1]
-    for _, state in results[1:]:        # ranks agree on everything but the statistics that BN collects on each
+    for _, state in results[1:]:        # processes agree on everything but the statistics that BN collects on each
         for key in first:
             if "teacher" not in key or "running" not in key or form == "eman":
                 assert torch.equal(state[key], first[key]), key
     torch.testing.assert_close(first["bank.z"], torch.stack(slow.bank), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(first["align.ring"], torch.tensor([[float(v) for v in row] for row in slow.ring],
+                                                                 dtype=torch.float64), rtol=1e-10, atol=1e-14)
     for name, net in (("student", slow.student), ("teacher.net", slow.teacher)):
         for key, value in net.state_dict().items():
             torch.testing.assert_close(first[f"{name}.{key}"], value, rtol=1e-10, atol=1e-12, msg=f"{name}.{key}")
@@ -89,6 +99,16 @@ def test_ranks_equal_the_loops(world, form, tmp_path):
 
 def test_alone_every_collective_is_the_identity():
     x = torch.randn(4, 2)
-    shuffle = dist_utils.Shuffle(4, seed=0)
-    for f in (dist_utils.all_gather, dist_utils.all_mean, dist_utils.all_sum, shuffle.scatter, shuffle.gather):
+    shuffle = dist_utils.Shuffle(4, 1, seed=0)
+    for f in (dist_utils.all_gather, dist_utils.all_mean, dist_utils.all_sum):
         assert torch.equal(f(x), x)
+    assert shuffle.scatter([x])[0] is x and shuffle.gather([x])[0] is x
+
+
+def test_virtual_ranks_exchange_rows_and_get_them_back():
+    groups = list(torch.arange(24.).view(3, 4, 2))
+    shuffle = dist_utils.Shuffle(4, 3, seed=0)
+    mixed = shuffle.scatter(groups)
+    assert not torch.equal(torch.cat(list(mixed)), torch.cat(groups))
+    assert sorted(torch.cat(list(mixed))[:, 0].tolist()) == torch.cat(groups)[:, 0].tolist()
+    assert torch.equal(torch.cat(list(shuffle.gather(mixed))), torch.cat(groups))

@@ -3,7 +3,7 @@ import pytest
 import reference
 import torch
 
-from models import build_method
+from models import build_method, train_step
 from models.method import Fresh
 from models.network import parameter_groups
 from models.simmatch import aggregate, cross_entropy, unfold
@@ -60,11 +60,7 @@ def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
         batch = small.batch(step)
         if step % 2:            # the first labelled image comes a second time, in another view
             batch.index[2], batch.y[2] = batch.index[0], batch.y[0]
-        terms, fresh = method.losses(batch, method.student, step=step, bank_ready=step > 1)
-        optimizer.zero_grad()
-        sum(terms.values()).backward()
-        optimizer.step()
-        method.update(fresh)
+        terms, fresh = train_step(method, method.student, optimizer, [batch], step=step, bank_ready=step > 1)
         expected, pseudo, mask = slow.step([batch], step, first_epoch=step <= 1)
 
         for name, value in expected.items():
@@ -86,7 +82,7 @@ def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
 def test_losses_write_no_bank_prior_or_teacher_weight(form):
     method = small.method(form)
     kept = {key: value.clone() for key, value in method.state_dict().items() if "running" not in key and "tracked" not in key}
-    terms, fresh = method.losses(small.batch(0), method.student, step=0, bank_ready=True)
+    terms, fresh = small.losses(method, small.batch(0), step=0, bank_ready=True)
     sum(terms.values()).backward()
     after = method.state_dict()
     assert all(torch.equal(after[key], value) for key, value in kept.items())
@@ -97,7 +93,7 @@ def test_losses_write_no_bank_prior_or_teacher_weight(form):
 def test_the_head_has_no_gradient_before_the_bank_is_ready(form):
     """As published: without L_in the head is not part of the graph, so SGD does not even decay it."""
     method = small.method(form)
-    terms, _ = method.losses(small.batch(0), method.student, step=0, bank_ready=False)
+    terms, _ = small.losses(method, small.batch(0), step=0, bank_ready=False)
     sum(terms.values()).backward()
     assert terms["loss_in"].item() == 0
     assert all(p.grad is None for p in method.student.head.parameters())
@@ -112,7 +108,7 @@ def test_the_single_network_takes_nothing_from_its_teacher():
         with torch.no_grad():
             for p in method.teacher.net.parameters():
                 p *= scale
-        terms, fresh = method.losses(small.batch(0), method.student, step=0, bank_ready=True)
+        terms, fresh = small.losses(method, small.batch(0), step=0, bank_ready=True)
         values.append([*terms.values(), fresh.z, fresh.pseudo])
         assert method.teacher.net.backbone[1].num_batches_tracked == 0
     assert all(torch.equal(a, b) for a, b in zip(*values))
@@ -123,7 +119,7 @@ def test_gradients_of_the_single_network_stop_at_weak_views():
     torch.manual_seed(1)
     student = small.Fixed(torch.randn(small.B + 2 * n, small.C).double(), torch.randn(small.B + 2 * n, small.D).double())
     method.bank.z.copy_(torch.eye(small.D).repeat(2, 1)[:small.K])
-    terms, _ = method.losses(small.batch(0), student, step=0, bank_ready=True)
+    terms, _ = small.losses(method, small.batch(0), student, step=0, bank_ready=True)
     sum(terms.values()).backward()
     x, weak, strong = slice(0, small.B), slice(small.B, small.B + n), slice(small.B + n, None)
     logits, z = student.logits.grad, student.z.grad
@@ -144,11 +140,12 @@ def test_losses_and_gradients_are_finite(form, dtype, temperature, scale):
     student = small.Fixed((scale * torch.randn(n, small.C)).to(dtype), torch.randn(n, small.D).to(dtype))
     if form == "ema":
         weak = small.Fixed((scale * torch.randn(n, small.C)).to(dtype), torch.randn(n, small.D).to(dtype))
-        method.teacher.forward = weak.requires_grad_(False).forward
+        weak.requires_grad_(False)
+        method.teacher.forward = lambda groups, step: [weak(x) for x in groups]
     with torch.no_grad():       # strong views exactly on a bank row, and exactly opposite to it
         student.z[-2], student.z[-1] = method.bank.z[0].to(dtype), -method.bank.z[0].to(dtype)
     for step in range(3):
-        terms, fresh = method.losses(small.batch(0, torch.float32), student, step=step, bank_ready=True)
+        terms, fresh = small.losses(method, small.batch(0, torch.float32), student, step=step, bank_ready=True)
         sum(terms.values()).backward()
         assert reference.all_finite(terms.values()), terms
         assert all(term.dtype == torch.float32 for term in terms.values())
@@ -166,8 +163,8 @@ def test_a_class_that_underflows_everywhere_stays_finite():
     logits = torch.zeros(n, small.C)
     logits[:, 1] = -500
     fixed = small.Fixed(logits, torch.randn(n, small.D))
-    method.teacher.forward = fixed.forward
-    terms, fresh = method.losses(small.batch(0, torch.float32), fixed, step=0, bank_ready=True)
+    method.teacher.forward = lambda groups, step: [fixed(x) for x in groups]
+    terms, fresh = small.losses(method, small.batch(0, torch.float32), fixed, step=0, bank_ready=True)
     assert reference.all_finite(terms.values()) and torch.isfinite(fresh.pseudo).all()
 
 

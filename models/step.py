@@ -1,0 +1,49 @@
+"""One global training step, the same for every method, on any number of processes."""
+from contextlib import nullcontext
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.ema import no_statistics
+from models.method import Batch, Fresh, Method
+from util import dist_utils
+
+
+def train_step(method: Method, student: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], *, step: int,
+               bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+    """Losses → backward → optimizer step → bank, prior, teacher. Returns the terms (means over `batches`) and what was fresh.
+
+    batches: one for each rank that this process plays; more than one where virtual ranks share it. These take turns, each
+    with BN statistics of its own batch, and their gradients are averaged, as between processes: the step of r ranks is the
+    same on 1 to r processes, to rounding. Running statistics are those of the first.
+    student: method.student, or its data-parallel wrapper. step: from 0. bank_ready: False in the first epoch.
+    """
+    parts: list[tuple[dict[str, Tensor], Fresh]] = []
+    targets = method.targets(batches, student, step=step)
+    optimizer.zero_grad()
+    for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+        first, last = i == 0, i == len(batches) - 1
+        with nullcontext() if first else no_statistics(method.student), dist_utils.sync_gradients(student, last):
+            terms, fresh = method.losses(batch, target, student, bank_ready=bank_ready)
+            (sum(terms.values()) / len(batches)).backward()
+        parts.append(({name: term.detach() for name, term in terms.items()}, fresh))
+    optimizer.step()
+    terms, fresh = _join(parts)
+    method.update(fresh)
+    return terms, fresh
+
+
+def split(batch: Batch, ranks: int) -> list[Batch]:
+    """What `ranks` ranks see, one after the other in one batch -> a batch of each."""
+    return [Batch(*fields) for fields in zip(*(field.chunk(ranks) for field in batch), strict=True)]
+
+
+def _join(parts: list[tuple[dict[str, Tensor], Fresh]]) -> tuple[dict[str, Tensor], Fresh]:
+    """Terms as means, what was fresh one after the other; the prior is the same for all."""
+    if len(parts) == 1:
+        return parts[0]
+    terms = {name: torch.stack([part[name] for part, _ in parts]).mean(dim=0) for name in parts[0][0]}
+    fields = zip(*(fresh._replace(prior=None) for _, fresh in parts))
+    fresh = Fresh(*(None if values[0] is None else torch.cat(values) for values in fields))
+    return terms, fresh._replace(prior=parts[0][1].prior)
