@@ -33,7 +33,7 @@ def main() -> None:
     state = checkpoint.load(args.checkpoint)
     values = {**state["config"], **{k: v for k, v in vars(args).items() if k in state["config"] and v is not None}}
     config = validate(Config(**from_dict(values, f"the config in {args.checkpoint}")))
-    device = dist_utils.dist_init(config.device)
+    device = dist_utils.dist_init(config.device, config.timeout_minutes)
     if args.predict:
         predict(state, config, args.checkpoint, args.predict, args.output, device)
         return

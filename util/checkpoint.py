@@ -2,17 +2,18 @@
 import hashlib
 import os
 import pickle
+import threading
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import nn
 
 from util.errors import UserError
 
-FORMAT = 2
-KEYS = {"config": dict, "step": int, "world": int, "best": dict, "split": tuple, "data": str, "classes": list, "method": dict,
-        "optimizer": dict, "meter": dict, "bad_images": list}
+FORMAT = 3
+KEYS = {"config": dict, "step": int, "world": int, "processes": int, "batch_size": int, "best": dict, "split": tuple, "data": str,
+        "classes": list, "method": dict, "optimizer": dict, "meter": dict, "bad_images": list}      # world: ranks of a step
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
@@ -32,6 +33,65 @@ def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None
     except (OSError, RuntimeError) as error:     # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {_reason(error)}; what stood there before is intact") from None
+
+
+class Writer:
+    """Writes last.pth and best.pth in a thread of its own: training waits for a copy of the state in memory, not for the disk.
+
+    One write at a time; the next one waits for it. What could not be written is told, and then stops the run or, with
+    on_error `continue`, is tried again at the next checkpoint.
+    """
+
+    def __init__(self, folder: Path, on_error: str, say: Callable[[str], None], last_is_whole: bool = True):
+        """on_error: stop or continue. last_is_whole: False where last.pth is damaged and must not become the previous one."""
+        self.folder, self.on_error, self.say, self.last_is_whole = folder, on_error, say, last_is_whole
+        self.thread: Optional[threading.Thread] = None
+        self.best: Optional[dict[str, Any]] = None      # the state of best.pth while it is not written
+        self.error: Optional[UserError] = None
+
+    def save(self, state: dict[str, Any], best: bool) -> None:
+        """state: the KEYS; best: whether it is the best so far too. Raises UserError if the write before failed."""
+        self._finish()
+        state = on_cpu(state)
+        if best:
+            self.best = state
+        self.thread = threading.Thread(target=self._write, args=(state,))
+        self.thread.start()
+
+    def close(self) -> None:
+        """Wait until all is written. Raises UserError if the last state is not, whatever on_error says."""
+        self.on_error = "stop"
+        self._finish()
+
+    def _write(self, state: dict[str, Any]) -> None:
+        try:
+            if self.best is not None:           # best first: a run killed between the two repeats this stretch and writes it again
+                save(self.folder / "best.pth", self.best)
+                self.best = None
+            save(self.folder / "last.pth", state, keep_previous=self.last_is_whole)
+            self.last_is_whole = True
+        except UserError as error:
+            self.error = error
+
+    def _finish(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+        error, self.thread, self.error = self.error, None, None
+        if error is not None and self.on_error == "stop":
+            raise error
+        if error is not None:
+            self.say(f"{error}; training goes on, and the next checkpoint is tried as planned")
+
+
+def on_cpu(value: Any) -> Any:
+    """A copy of a state that no further step changes, its tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_cpu, value))
+    return value
 
 
 def previous(path: Path) -> Path:

@@ -29,6 +29,10 @@ class Config:
     output_dir: str = opt("", "everything a run writes; empty means checkpoints/<config name>")
     seed: int = opt(0, "decides the labelled draw, initial weights, order and views")
     device: str = opt("auto", "auto (a GPU if there is one), cpu or cuda")
+    # ranks
+    virtual_ranks: int = opt(0, "ranks of a step, shared evenly by the processes, which play theirs in turn; 0: one a process")
+    other_ranks: str = opt("refuse", "continuing with another number of ranks than before: refuse, or continue at the same step")
+    timeout_minutes: float = opt(10.0, "how long a rank waits for another one before the run ends with its name")
     # data
     dataset: str = opt("digits", "a name in dataset/build.py")
     data: str = opt("", "folder of the images; empty: the path at the top of dataset/imagenet.py, or data/ for CIFAR")
@@ -79,15 +83,20 @@ class Config:
     print_freq: int = opt(20, "steps between two train events in the log")
     eval_freq: int = opt(1, "epochs between two evaluations, each with a checkpoint")
     save_freq: int = opt(0, "steps between two further checkpoints; 0: none")
+    on_save_error: str = opt("stop", "a checkpoint or log that cannot be written, as on a full disk: stop the run, or continue "
+                                     "and try again later")
     save_minutes: float = opt(0.0, "minutes between two further checkpoints, looked at every print_freq steps; 0: none")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # How a run is watched and where its data are, not what it computes: these may change when a run is continued.
-FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "save_freq", "save_minutes", "data", "unlabelled", "val", "on_bad_image"})
+FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "save_freq", "save_minutes", "data", "unlabelled",
+                  "val", "on_bad_image", "virtual_ranks", "other_ranks", "timeout_minutes", "on_save_error"})
 
-_POSITIVE = ("image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq", "eval_freq")
-_NOT_NEGATIVE = ("save_freq", "save_minutes", "seed", "cls", "labels_per_class", "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
+_POSITIVE = ("timeout_minutes", "image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq",
+             "eval_freq")
+_NOT_NEGATIVE = ("virtual_ranks", "save_freq", "save_minutes", "seed", "cls", "labels_per_class", "workers", "steps_per_epoch",
+                 "warmup_epoch", "wd", "lambda_u", "lambda_in")
 _SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "bank_m", "ema_m")
 
 
@@ -180,6 +189,8 @@ def validate(config: Config) -> Config:
     must(config.seed < 2**63, "seed", "less than 2**63")
     must(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     must(config.device_views in ("auto", "on", "off"), "device_views", "auto, on or off")
+    must(config.other_ranks in ("refuse", "continue"), "other_ranks", "refuse or continue")
+    must(config.on_save_error in ("stop", "continue"), "on_save_error", "stop or continue")
     must(config.on_bad_image in ("stop", "skip"), "on_bad_image", "stop or skip")
     must(not (config.cos and config.cos_7_16), "cos_7_16", "false with cos: there is one schedule")
     must(not config.nesterov or config.momentum > 0, "momentum", "greater than 0 with nesterov")

@@ -3,9 +3,11 @@ import inspect
 import os
 import socket
 import subprocess
-from contextlib import nullcontext
+import threading
+import time
+from contextlib import nullcontext, suppress
 from datetime import timedelta
-from typing import Any, ContextManager, Mapping, NamedTuple, Sequence
+from typing import Any, ContextManager, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,9 +16,15 @@ from torch import Tensor, nn
 from util.errors import UserError
 
 
-# What a site may have to change: how long ranks wait for each other, and which ports are free between its nodes.
-TIMEOUT = timedelta(minutes=10)
+# What a site may have to change: which ports are free between its nodes. How long ranks wait is --timeout-minutes.
 FIRST_PORT, PORTS = 20_000, 10_000
+
+# Ranks talk twice: about tensors, over NCCL between GPUs; and about what to do next, over gloo, whose timeout leaves time to say
+# which rank did not answer. CONTROL is the group of the latter, STORE the board where the ranks met, HOSTS their machines.
+CONTROL: Optional[dist.ProcessGroup] = None
+STORE: Optional[dist.Store] = None
+HOSTS: list[str] = []
+ROLL_CALL = 10              # s in which ranks that still live put their names on the board after one was lost
 
 
 class Place(NamedTuple):
@@ -50,11 +58,12 @@ def place(env: Mapping[str, str]) -> Place:
     return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), world, hosts[0], port)
 
 
-def dist_init(device: str) -> torch.device:
+def dist_init(device: str, timeout_minutes: float) -> torch.device:
     """Join the other ranks, if there are any, and choose this rank's device: NCCL between GPUs, gloo between CPUs.
 
-    device: auto, cpu or cuda.
+    device: auto, cpu or cuda. timeout_minutes: how long a rank waits for another one, now and in any step.
     """
+    global CONTROL, STORE
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU here; use cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -63,14 +72,49 @@ def dist_init(device: str) -> torch.device:
         # A scheduler that shows every task its own GPU alone calls that one 0.
         torch.cuda.set_device(here.local_rank if torch.cuda.device_count() > 1 else 0)
     if here.world > 1:
+        timeout = timedelta(minutes=timeout_minutes)
         try:
-            dist.init_process_group("nccl" if cuda else "gloo", init_method=f"tcp://{here.host}:{here.port}", rank=here.rank,
-                                    world_size=here.world, timeout=TIMEOUT)
+            # NCCL's own timeout ends a process without naming the rank it waited for, so it is to come second.
+            hosts_it = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"      # torchrun has its own
+            STORE = dist.TCPStore(here.host, here.port, here.world, hosts_it, timeout)
+            dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", STORE), rank=here.rank,
+                                    world_size=here.world, timeout=2 * timeout if cuda else timeout)
+            CONTROL = dist.new_group(backend="gloo", timeout=timeout)
+            HOSTS[:] = all_gather_object(socket.gethostname())
         except (RuntimeError, ValueError) as error:
             raise UserError(f"rank {here.rank} of {here.world}, on {socket.gethostname()}, did not meet the others at {here.host}:"
-                            f"{here.port} within {TIMEOUT} ({str(error).splitlines()[0][:200]}): look for the rank that ended or "
-                            "never started, and whether that port is open between the nodes") from None
+                            f"{here.port} within {timeout_minutes:g} minutes ({str(error).splitlines()[0][:200]}): look for the "
+                            "rank that ended or never started, and whether that port is open between the nodes") from None
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def explain(error: RuntimeError) -> Optional[str]:
+    """A line that names the ranks that were lost, if `error` is of one that waited for them in vain; else None."""
+    text = str(error)
+    if STORE is None or not any(sign in text for sign in ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")):
+        return None
+    me, missing = f"rank {rank()} on {HOSTS[rank()]}", [0]       # if the board does not answer: the rank that keeps it
+    call = threading.Thread(target=_roll_call, args=(missing,), daemon=True)
+    call.start()
+    call.join(ROLL_CALL + 5)
+    if not missing:
+        return f"{me} lost contact with the others, which still live ({text.splitlines()[0][:200]}): look at the network between them"
+    lost = ", ".join(f"rank {r} on {HOSTS[r]}" for r in missing)
+    return (f"{me} waited in vain for {lost}: it hangs or has ended; see what it said last, and its machine. The same command "
+            "continues from the last checkpoint")
+
+
+def _roll_call(missing: list[int]) -> None:
+    """Put this rank's name on the board; the ranks that do not, within ROLL_CALL seconds, are `missing`."""
+    end, silent = time.monotonic() + ROLL_CALL, list(range(world_size()))
+    with suppress(RuntimeError):        # a board that is gone
+        STORE.set(f"lives/{rank()}", "")
+        while silent and time.monotonic() < end:
+            silent = [r for r in silent if not STORE.check([f"lives/{r}"])]
+            time.sleep(0.1)
+        missing[:] = silent
+        if rank() == 0:
+            time.sleep(3)               # others are reading still: the board goes with this process
 
 
 def dist_end() -> None:
@@ -117,8 +161,25 @@ def all_gather_object(x: Any) -> list[Any]:
     if world_size() == 1:
         return [x]
     out = [None] * world_size()
-    dist.all_gather_object(out, x)
+    dist.all_gather_object(out, x, group=CONTROL)
     return out
+
+
+def anywhere(yes: bool) -> bool:
+    """Whether it is so on any rank; the same answer on all. It waits for no GPU."""
+    if world_size() == 1:
+        return yes
+    answer = torch.tensor(int(yes))
+    dist.all_reduce(answer, dist.ReduceOp.MAX, group=CONTROL)
+    return bool(answer)
+
+
+def count(x: Tensor) -> Tensor:
+    """Sum over ranks of a count, [...] on the CPU."""
+    x = x.cpu()
+    if world_size() > 1:
+        dist.all_reduce(x, group=CONTROL)
+    return x
 
 
 def from_rank_0(yes: bool) -> bool:

@@ -1,8 +1,10 @@
 """Mistakes a user can mend end in one line on stderr and exit code 2, never in a traceback."""
 import argparse
+import os
 import sys
+import threading
 import traceback
-from typing import Callable, NoReturn
+from typing import Callable, NoReturn, Optional
 
 
 class UserError(Exception):
@@ -19,14 +21,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists every flag")
 
 
-def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code 130."""
+def run(main: Callable[[], None], interrupted: str = "interrupted",
+        explain: Callable[[RuntimeError], Optional[str]] = lambda error: None) -> None:
+    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code 130.
+
+    explain: a line for a RuntimeError that is nobody's mistake in this process, such as another one that was lost; exit code 1.
+    """
     try:
         main()
     except UserError as error:      # from a worker process, PyTorch hands it on with the traceback before it
         message = str(error).rpartition("util.errors.UserError: ")[2].strip()
         traceback.clear_frames(error.__traceback__)     # ends the workers that a loop there still holds
         sys.exit(_last_words(f"error: {message}", 2))
+    except RuntimeError as error:
+        line = explain(error)
+        if line is None:
+            raise
+        _last_words(f"error: {line}", 1)
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.main_thread():
+                thread.join()       # a checkpoint on its way to the disk
+        os._exit(1)                 # what still waits for a lost rank would not let the process end
     except KeyboardInterrupt:
         sys.exit(_last_words(interrupted, 130))
 

@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Optional, Sequence
@@ -29,12 +30,16 @@ def _cannot_write(output_dir: Path, error: OSError) -> UserError:
 class Log:
     """Events of one run. `start` is the step it continues from: later events of an earlier attempt are dropped."""
 
-    def __init__(self, output_dir: Path, start: int, total: int, active: bool):
-        self.start, self.total, self.active = start, total, active
+    def __init__(self, output_dir: Path, start: int, total: int, active: bool, patient: bool = False):
+        """patient: events that cannot be written, as on a full disk, wait in memory, and the run goes on; otherwise it stops."""
+        self.start, self.total, self.active, self.patient = start, total, active, patient
+        self.owed = b""                         # what is to be written still: lines of the log
+        self.untold: list[tuple[str, float, int]] = []      # and scalars for TensorBoard
         self.terminal = sys.stdout.isatty()
         self.begun: Optional[float] = None      # when the first step of this process was done
         if not active:
             return
+        threading.excepthook = _thread_hook
         self.path = output_dir / "log.jsonl"
         try:
             if start == 0 and self.path.exists() and self.path.stat().st_size:      # of a run whose checkpoint is gone
@@ -43,8 +48,8 @@ class Log:
             temporary = self.path.with_name("log.jsonl.tmp")
             temporary.write_text("".join(kept), encoding="utf-8")
             os.replace(temporary, self.path)
-            self.file = open(self.path, "a", encoding="utf-8")
-            self.tb = SummaryWriter(str(output_dir / "tb"), purge_step=start + 1)
+            self.file = open(self.path, "ab", buffering=0)
+            self.tb: Optional[SummaryWriter] = SummaryWriter(str(output_dir / "tb"), purge_step=start + 1)
         except OSError as error:
             raise _cannot_write(output_dir, error) from None
         except (ValueError, KeyError, TypeError):
@@ -97,22 +102,44 @@ class Log:
                  f"teacher {values['teacher_top1']:.3f} / {values['teacher_top5']:.3f}  (top-1 / top-5 %)")
 
     def close(self) -> None:
-        if self.active:
-            self.file.close()
+        """Raises UserError if there are events that could not be written."""
+        if not self.active:
+            return
+        self.patient = False
+        self._flush()
+        self.file.close()
+        if self.tb is not None:
             self.tb.close()
 
     def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
         if not self.active:
             return
+        self.owed += json.dumps({"event": event, "step": step, **values}, allow_nan=False).encode() + b"\n"
+        self.untold += [(f"{event}/{key}", value, step) for key, value in values.items() if isinstance(value, (int, float))]
+        if not self._flush():
+            return
         try:
-            self.file.write(json.dumps({"event": event, "step": step, **values}, allow_nan=False) + "\n")
-            self.file.flush()
+            self.tb = self.tb or SummaryWriter(str(self.path.parent / "tb"))
+            for scalar in self.untold:
+                self.tb.add_scalar(*scalar)
+            self.tb.flush()
+            self.untold.clear()
+        except OSError as error:        # the writer's thread is gone with it; the next event tries a new one
+            self.tb = None
+            if not self.patient:
+                raise UserError(f"cannot write {self.path.parent / 'tb'}: {error.strerror}; the checkpoints are intact") from None
+
+    def _flush(self) -> bool:
+        """Whether all events are written."""
+        try:
+            while self.owed:
+                self.owed = self.owed[self.file.write(self.owed):]
+            return True
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are intact") from None
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                self.tb.add_scalar(f"{event}/{key}", value, step)
-        self.tb.flush()
+            if not self.patient:
+                raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are intact") from None
+            self.say(f"cannot write {self.path}: {error.strerror}; {len(self.owed)} bytes wait in memory")
+            return False
 
     def _eta(self, step: int) -> str:
         now = time.monotonic()
@@ -121,6 +148,12 @@ class Log:
             return "?"
         seconds = round((self.total - step) * (now - self.begun) / (step - self.start))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _thread_hook(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread that dies of a full disk, loudly; the same error comes out of the next flush."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _lines(path: Path) -> list[str]:

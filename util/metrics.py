@@ -30,7 +30,7 @@ def evaluate(networks: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]], batc
             for row, value in enumerate((hit[:, 0], hit.sum(dim=1), torch.ones_like(hit[:, 0]))):
                 own[row].index_add_(0, y, value)
     out = []
-    for top1, top5, images in dist_utils.all_sum(counts):                       # [C] each
+    for top1, top5, images in dist_utils.count(counts):                       # [C] each
         total = images.sum()
         if total == 0:
             raise UserError("none of the test images can be read: python -m dataset.check lists them")

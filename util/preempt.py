@@ -2,8 +2,6 @@
 import signal
 from typing import Optional
 
-import torch
-
 from util import dist_utils
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -13,8 +11,7 @@ CODE = 75                   # exit code of a run that was asked to stop and can 
 class Preempt:
     """Listens for SIGUSR1 and SIGTERM. They end the run at the next step on which all ranks agree."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self) -> None:
         self.signal: Optional[int] = None
         for number in SIGNALS:
             signal.signal(number, self._take)
@@ -24,11 +21,9 @@ class Preempt:
 
     def asked(self, done: int, every: int) -> bool:
         """Whether to stop after `done` steps, the same answer on all ranks; these ask each other once in `every` steps."""
-        if dist_utils.world_size() == 1:
-            return self.signal is not None
-        if done % every:
+        if dist_utils.world_size() > 1 and done % every:
             return False
-        return bool(dist_utils.all_sum(torch.tensor(float(self.signal is not None), device=self.device)) > 0)
+        return dist_utils.anywhere(self.signal is not None)
 
 
 GRACE = 30                  # s

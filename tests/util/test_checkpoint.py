@@ -22,7 +22,7 @@ class Bomb:
 
 @pytest.fixture
 def state():
-    return {"config": {"seed": 1}, "step": 3, "world": 1, "best": {"student_top1": 1.5}, "split": ("s", "0"), "data": "d", "classes": ["a"],
+    return {"config": {"seed": 1}, "step": 3, "world": 1, "processes": 1, "batch_size": 8, "best": {"student_top1": 1.5}, "split": ("s", "0"), "data": "d", "classes": ["a"],
             "method": {"w": torch.arange(1000.0)}, "optimizer": {}, "meter": {}, "bad_images": []}
 
 
@@ -30,7 +30,7 @@ def test_round_trip(state, tmp_path):
     checkpoint.save(tmp_path / "a.pth", state)
     loaded = checkpoint.load(tmp_path / "a.pth")
     assert torch.equal(loaded.pop("method")["w"], torch.arange(1000.0))
-    assert loaded == {"format": 2, **{key: value for key, value in state.items() if key != "method"}}
+    assert loaded == {"format": checkpoint.FORMAT, **{key: value for key, value in state.items() if key != "method"}}
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
@@ -91,7 +91,7 @@ def test_not_a_checkpoint(content, tmp_path):
 
 @pytest.mark.parametrize("key, value", [("config", 3), ("method", [1]), ("step", "3"), ("best", None)])
 def test_a_key_of_the_wrong_kind(state, key, value, tmp_path):
-    torch.save({"format": 2, **state, key: value}, tmp_path / "a.pth")
+    torch.save({"format": checkpoint.FORMAT, **state, key: value}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=f"no proper '{key}'"):
         checkpoint.load(tmp_path / "a.pth")
 

@@ -1,0 +1,49 @@
+"""How a run goes on with another number of processes."""
+import pytest
+
+from util.errors import UserError
+from util.ranks import Ranks, continue_with, ranks_of
+
+
+def saved(world, processes, batch_size):
+    return {"world": world, "processes": processes, "batch_size": batch_size}
+
+
+def test_a_new_run():
+    assert ranks_of(8, 0, 4) == Ranks(4, 4, 8) and ranks_of(8, 0, 4).here == 1
+    assert ranks_of(8, 8, 2) == Ranks(8, 2, 8) and ranks_of(8, 8, 2).here == 4
+    assert "4 on each of 2 processes" in str(ranks_of(8, 8, 2))
+    with pytest.raises(UserError, match="8 virtual ranks cannot be shared evenly by 3 processes"):
+        ranks_of(8, 8, 3)
+
+
+def test_the_same_number_of_ranks_goes_on_without_a_word():
+    assert continue_with(ranks_of(8, 0, 4), 0, "refuse", saved(4, 4, 8)) == (Ranks(4, 4, 8), "")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_virtual_ranks_compute_the_same_step_on_other_processes(processes):
+    ranks, remark = continue_with(ranks_of(8, 8, processes), 8, "refuse", saved(8, 8, 8))
+    assert ranks == Ranks(8, processes, 8) and ("the same step" in remark) == (processes != 8)
+
+
+def test_other_ranks_are_refused_unless_the_user_says_so():
+    with pytest.raises(UserError, match="of 8 ranks, this start is of 4: --virtual-ranks 8"):
+        continue_with(ranks_of(8, 0, 4), 0, "refuse", saved(8, 8, 8))
+
+
+def test_continue_takes_virtual_ranks_where_they_fit():
+    ranks, remark = continue_with(ranks_of(8, 0, 4), 0, "continue", saved(8, 8, 8))
+    assert ranks == Ranks(8, 4, 8) and "the same step" in remark
+
+
+@pytest.mark.parametrize("asked, virtual, expected", [(ranks_of(8, 0, 16), 0, Ranks(16, 16, 4)), (ranks_of(8, 4, 2), 4, Ranks(4, 2, 16))])
+def test_otherwise_the_same_images_are_grouped_anew(asked, virtual, expected):
+    ranks, remark = continue_with(asked, virtual, "continue", saved(8, 8, 8))
+    assert ranks == expected and "other groups" in remark
+    assert continue_with(asked, virtual, "refuse", saved(*expected)) == (expected, "")      # and the next start goes on with that
+
+
+def test_images_that_cannot_be_shared():
+    with pytest.raises(UserError, match="the 64 labelled images of a step cannot be shared evenly by 3 ranks"):
+        continue_with(ranks_of(8, 0, 3), 0, "continue", saved(8, 8, 8))
