@@ -19,17 +19,23 @@ BACKBONES = {
 
 
 class Network(nn.Module):
-    """Student F_s or teacher F_t. Parameters are named as in the published checkpoints: backbone.*, fc.*, head.0.*, head.2.*"""
+    """Student F_s or teacher F_t. Parameters are named, and in the order, of the published checkpoints: backbone.*, fc.*,
+    head.0.*, head.2.*, norm.*
+    """
 
-    def __init__(self, backbone: str, channels: int, num_classes: int, dim: int):
-        """backbone: one of BACKBONES; channels: of the images; num_classes: C; dim: D."""
+    def __init__(self, backbone: str, channels: int, num_classes: int, dim: int, norm: bool = False):
+        """backbone: one of BACKBONES; channels: of the images; num_classes: C; dim: D, 0 for a network without a head,
+        whose embedding is the feature; norm: LayerNorm on the feature that fc and head read (SimMatchV2's norm_feat).
+        """
         super().__init__()
         self.backbone, width = BACKBONES[backbone](channels)
         self.fc = nn.Linear(width, num_classes)
-        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+        self.head = (nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim)) if dim
+                     else nn.Identity())
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        feature = self.backbone(x)                                          # [n, d]
+        feature = self.norm(self.backbone(x))                               # [n, d]
         return self.fc(feature), F.normalize(self.head(feature), dim=1)     # [n, C], [n, D]
 
 

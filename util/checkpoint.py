@@ -3,8 +3,9 @@ import hashlib
 import os
 import pickle
 import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, BinaryIO, Callable, Optional
 
 import torch
 from torch import nn
@@ -17,22 +18,37 @@ KEYS = {"config": dict, "step": int, "world": int, "processes": int, "batch_size
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
-    """Write `state` (the KEYS) to `path`: into a temporary file beside it, flushed, then renamed over it.
+    """Write `state` (the KEYS) to `path`, whole or not at all; keep_previous: see `write_whole`."""
+    write_whole(path, lambda file: write_torch({**state, "format": FORMAT, "sha256": digest(state)}, file), keep_previous)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None], keep_previous: bool = False) -> None:
+    """Have `write` fill a temporary file beside `path`, flush it, then rename it over `path`. OSError becomes a UserError.
 
     keep_previous: what stood there becomes `previous(path)`; at no moment are there fewer whole files than before.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({**state, "format": FORMAT, "sha256": digest(state)}, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
             os.replace(path, previous(path))
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:     # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
         raise UserError(f"cannot write {path}: {_reason(error)}; what stood there before is intact") from None
+    finally:
+        with suppress(OSError):         # gone after the renaming; and nothing can be done where removing it fails
+            temporary.unlink()
+
+
+def write_torch(value: Any, file: BinaryIO) -> None:
+    """torch.save, with its failures as OSError."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:       # torch's way to report a full disk
+        raise OSError(str(error)) from None
 
 
 class Writer:
@@ -132,8 +148,15 @@ def load_newest(path: Path) -> tuple[Optional[dict[str, Any]], str]:
 
 def load(path: Path) -> dict[str, Any]:
     """The state saved at `path`, on the CPU. Raises UserError when it is missing, damaged or not one of ours."""
+    return check(read(path), path)
+
+
+def read(path: Path) -> Any:
+    """What torch.save has put into the file at `path`, ours or not, on the CPU. Raises UserError when it is missing or
+    damaged, or holds anything but tensors and plain values.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist; train_semi.py writes best.pth and last.pth") from None
     except OSError as error:
@@ -145,6 +168,10 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} is not a PyTorch checkpoint, or damaged") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError):
         raise UserError(f"checkpoint {path} is damaged or cut short; take another one, such as best.pth") from None
+
+
+def check(state: Any, path: Path) -> dict[str, Any]:
+    """`state`, read from `path`, without its checksum. Raises UserError when it is not one of ours, whole and unchanged."""
     if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
         raise UserError(f"checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}")
     missing = [key for key, kind in KEYS.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
@@ -163,17 +190,25 @@ def must_be_finite(values: dict[str, Any], step: int) -> None:
                             "it was: try a lower --lr")
 
 
-def load_module(module: nn.Module, values: dict[str, Any], path: Path) -> None:
-    """module.load_state_dict with exact keys and shapes; a UserError names the first that differ."""
-    own = module.state_dict()
+def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: str = "") -> None:
+    """module.load_state_dict with exact keys and shapes; a UserError names the first that differ.
+
+    prefix: what the module's keys start with in `values`; other keys there are left alone.
+    """
+    own = {prefix + key: value for key, value in module.state_dict().items()}
+    values = {key: value for key, value in values.items() if key.startswith(prefix)}
     wrong = [f"{key} is missing" for key in own if key not in values]
     wrong += [f"{key} is unknown" for key in values if key not in own]
     wrong += [f"{key} is {_shape(values[key])}, not {_shape(own[key])}"
               for key in own if key in values and _shape(values[key]) != _shape(own[key])]
     if wrong:
-        raise UserError(f"checkpoint {path} is of another network or class count: {'; '.join(wrong[:3])}"
-                        + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    module.load_state_dict(values)
+        raise UserError(f"checkpoint {path} is of another network or class count: {first_three(wrong)}")
+    module.load_state_dict({key[len(prefix):]: value for key, value in values.items()})
+
+
+def first_three(wrong: list[str]) -> str:
+    """The first three of a list of what is wrong, and the number of the rest."""
+    return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def _shape(value: Any) -> Any:

@@ -19,6 +19,24 @@ def test_published_parameter_names_and_unit_embeddings():
     assert rest == {"fc.weight", "fc.bias", "head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
 
 
+def test_a_normalised_feature_and_no_head():
+    """SimMatchV2's norm_feat: fc and head both read the normalised feature. FixMatch has no head."""
+    torch.manual_seed(0)
+    net, x = Network("small_encoder", 1, num_classes=3, dim=4, norm=True).eval(), torch.randn(2, 1, 8, 8)
+    nn.init.uniform_(net.norm.weight)
+    nn.init.uniform_(net.norm.bias)
+    f = net.backbone(x)
+    f = (f - f.mean(1, keepdim=True)) / (f.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() * net.norm.weight + net.norm.bias
+    logits, z = net(x)
+    torch.testing.assert_close(logits, net.fc(f))
+    torch.testing.assert_close(z, F.normalize(net.head(f), dim=1))
+    assert [key for key in net.state_dict() if not key.startswith("backbone.")][-2:] == ["norm.weight", "norm.bias"]
+
+    bare = Network("small_encoder", 1, num_classes=3, dim=0).eval()
+    assert {key.split(".")[0] for key in bare.state_dict()} == {"backbone", "fc"}
+    torch.testing.assert_close(bare(x)[1], F.normalize(bare.backbone(x), dim=1))
+
+
 @pytest.mark.parametrize("name, millions", [("resnet18_encoder", 11.18), ("resnet34_encoder", 21.28),
                                             ("resnet50_encoder", 23.51), ("resnet101_encoder", 42.50),
                                             ("resnet50w2x_encoder", 93.91)])

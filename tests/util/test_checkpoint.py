@@ -135,6 +135,27 @@ def test_what_stood_there_survives_a_failed_write(state, tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pth"]
 
 
+@pytest.mark.parametrize("stopped", [UserError("a bad image"), KeyboardInterrupt()])
+def test_a_write_that_is_stopped_leaves_nothing(stopped, tmp_path):
+    def write(file):
+        file.write(b"half")
+        raise stopped
+    (tmp_path / "a.csv").write_bytes(b"before")
+    with pytest.raises(type(stopped)):
+        checkpoint.write_whole(tmp_path / "a.csv", write)
+    assert (tmp_path / "a.csv").read_bytes() == b"before" and os.listdir(tmp_path) == ["a.csv"]
+    checkpoint.write_whole(tmp_path / "a.csv", lambda file: file.write(b"after"))
+    assert (tmp_path / "a.csv").read_bytes() == b"after" and os.listdir(tmp_path) == ["a.csv"]
+    with pytest.raises(UserError, match="cannot write .*a.csv/b"):
+        checkpoint.write_whole(tmp_path / "a.csv" / "b", lambda file: None)
+
+
+def test_a_full_disk_as_torch_reports_it_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot write") as error:
+        checkpoint.write_whole(tmp_path / "a.pth", lambda file: checkpoint.write_torch(torch.zeros(9), open("/dev/full", "wb", 0)))
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
+
+
 def test_load_module_names_what_differs(tmp_path):
     net = Network("small_encoder", 1, 10, 8)
     values = net.state_dict()
@@ -145,3 +166,13 @@ def test_load_module_names_what_differs(tmp_path):
         checkpoint.load_module(net, values, tmp_path / "a.pth")
     for part in ("head.2.bias is missing", "odd is unknown", "fc.weight is [7, 128], not [10, 128]"):
         assert part in str(error.value)
+
+
+def test_load_module_of_a_part_names_whole_keys(tmp_path):
+    net = Network("small_encoder", 1, 10, 8)
+    values = {f"a.{key}": value for key, value in Network("small_encoder", 1, 10, 8).state_dict().items()}
+    checkpoint.load_module(net, {**values, "b.other": torch.zeros(1)}, tmp_path / "a.pth", prefix="a.")
+    assert all(torch.equal(value, values[f"a.{key}"]) for key, value in net.state_dict().items())
+    del values["a.fc.bias"]
+    with pytest.raises(UserError, match="a.fc.bias is missing; a.odd is unknown"):
+        checkpoint.load_module(net, {**values, "a.odd": torch.zeros(1)}, tmp_path / "a.pth", prefix="a.")
