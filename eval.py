@@ -1,100 +1,204 @@
-"""Evaluate a checkpoint, or use it: python eval.py --checkpoint checkpoints/digits/best.pth [--per-class] [--predict DIR]"""
+"""Evaluate a checkpoint, or use it: python eval.py --checkpoint checkpoints/digits/best.pth [--per-class] [--predict DIR]
+
+Files of the published SimMatch, SimMatchV2 and FixMatch serve as well; --export writes for other programs.
+"""
 import csv
-import os
+import io
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, Optional
 
 import numpy as np
 import torch
 
-from dataset.build import build_data, plain_view
+from dataset.build import build_data, build_validation, plain_view
+from dataset.imagenet import Validation
 from dataset.listing import pile
-from dataset.loader import BadImages, SplitId, evaluation_batches, image_batches
+from dataset.loader import BadImages, Data, SplitId, Stream, evaluation_batches, image_batches
 from dataset.source import Files
-from models import build_method, build_network
-from util import checkpoint, dist_utils
-from util.config import Config, from_dict, validate
+from models import METHODS, build_network
+from models.network import Network
+from util import checkpoint, dist_utils, export, published
+from util.config import Config, from_dict, to_dict, validate
 from util.errors import Parser, UserError, run
 from util.metrics import evaluate
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="best.pth or last.pth of a run, "
+                        "or a published file")
     parser.add_argument("--per-class", action="store_true", help="also print the student's top-1 of each class")
     parser.add_argument("--predict", type=Path, metavar="DIR", help="classify all images below DIR instead, into a CSV file")
     parser.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="where --predict writes "
                         "(default: predictions.csv)")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the checkpoint for another program instead")
+    parser.add_argument("--format", choices=("published", "torchvision", "timm", "onnx"), help="for --export")
+    parser.add_argument("--teacher", action="store_true", help="--predict and --export use the teacher, not the student")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     for name in ("data", "val", "unlabelled", "workers", "on_bad_image"):
         parser.add_argument(f"--{name.replace('_', '-')}", help="as in train_semi.py (default: as in training)")
     args = parser.parse_args()
+    if bool(args.export) != bool(args.format):
+        raise UserError("--export FILE and --format go together")
+    if args.teacher and (args.format == "published" or not (args.predict or args.export)):
+        raise UserError("--teacher is for --predict and for exporting one network; else both are there anyway")
 
-    state = checkpoint.load(args.checkpoint)
-    values = {**state["config"], **{k: v for k, v in vars(args).items() if k in state["config"] and v is not None}}
-    config = validate(Config(**from_dict(values, f"the config in {args.checkpoint}")))
+    opened = open_checkpoint(args.checkpoint, vars(args))
+    config = opened.config
+    network = opened.teacher if args.teacher else opened.student
+    if network is None:
+        raise UserError(f"{args.checkpoint} holds no teacher")
+    if args.export:
+        export_to(args.export, args.format, opened, network, args.checkpoint)
+        return
     device = dist_utils.dist_init(config.device, config.timeout_minutes)
     if args.predict:
-        predict(state, config, args.checkpoint, args.predict, args.output, device)
+        predict(network.to(device), opened, args.predict, args.output, device)
         return
-    data = build_data(config, gpu=device.type == "cuda")
-    if data.split != SplitId(*state["split"]):
-        raise UserError(f"{args.checkpoint} was trained on the split {SplitId(*state['split'])}, but the data here give "
-                        f"{data.split}")
-    if data.classes != state["classes"]:
-        odd = next((a, b) for a, b in zip(state["classes"], data.classes) if a != b)
-        raise UserError(f"{args.checkpoint} knows a class {odd[0]} where the data here have {odd[1]}")
-    try:
-        method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labelled]))
-    except ValueError as error:
-        raise UserError(f"the config in {args.checkpoint}: {error}") from None
-    checkpoint.load_module(method, state["method"], args.checkpoint)
-    method.to(device).eval()
 
-    print(f"{config.method}, {config.backbone}, {data.split}; step {state['step']}; {len(data.test_labels)} test images")
+    data = test_images(opened, args.checkpoint, device)
+    print(f"{opened.what}; {len(data.test_labels)} test images")
     bad = BadImages(config.on_bad_image)
+    networks = [net.to(device) for net in (opened.student, opened.teacher) if net is not None]
     x_and_y = evaluation_batches(data, 0, 1, config.workers, device, bad)
-    student, teacher = evaluate([method.student, method.teacher.net], x_and_y, len(data.classes), device)
+    results = evaluate(networks, x_and_y, len(data.classes), device)
     for name, cause in bad.take():
         print(f"left out: {name}: {cause}")
     if args.per_class:
-        for name, value in zip(data.classes, student.per_class):
+        for name, value in zip(data.classes, results[0].per_class):
             print(f"class {name}: {value:.3f}")
-    for name, result in (("student", student), ("teacher", teacher)):
+    for name, result in zip(("student", "teacher"), results):
         print(f"{name}: top-1 {result.top1:.3f} %, top-5 {result.top5:.3f} %")
-    print(f"* Acc@1 {student.top1:.3f} Acc@5 {student.top5:.3f}")
+    print(f"* Acc@1 {results[0].top1:.3f} Acc@5 {results[0].top5:.3f}")
+
+
+class Opened(NamedTuple):
+    """A checkpoint of any layout, as evaluation uses it."""
+    kind: str                       # as told by published.recognise
+    state: dict[str, Any]           # the file's content
+    config: Config                  # of a published file: what its tensors tell, and ImageNet
+    what: str                       # a line that says what it is
+    classes: list[str]              # names; of a published file: numbers                               [C]
+    student: Network                # both in eval mode, on the CPU
+    teacher: Optional[Network]
+
+
+def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
+    """Read a checkpoint of any layout and build its networks. flags: fields of the config that the command line overrides."""
+    where = f"checkpoint {path}"
+    state = checkpoint.read(path)
+    kind = published.recognise(state, where)
+    if kind == "moco":
+        raise UserError(f"{where} is of MoCo and has no classifier: it is what a training starts from, by train_semi.py "
+                        "--moco-path")
+    if kind == "ours":
+        state = checkpoint.check(state, path)
+        values, classes, tensors = state["config"], state["classes"], state["method"]
+        prefixes = ("student.", "teacher.net.")
+    else:
+        found, tensors, prefixes = published.networks(state, where), published.tensors(state), ("main.", "ema.")
+        values = to_dict(Config(dataset="imagenet", backbone=found.backbone, cls=found.num_classes))
+        classes = [str(label) for label in range(found.num_classes)]
+    values = {**values, **{key: value for key, value in flags.items() if key in values and value is not None}}
+    config = validate(Config(**from_dict(values, f"the config in {path}")))
+    if config.cls != len(classes):
+        raise UserError(f"the config in {path}: cls is {config.cls}, but there are {len(classes)} classes")
+    if config.method not in METHODS:
+        raise UserError(f"the config in {path}: unknown method {config.method!r}; known: {', '.join(METHODS)}")
+
+    networks: list[Optional[Network]] = []
+    for prefix in prefixes:
+        if kind == "fixmatch" and not any(key.startswith(prefix) for key in tensors):
+            networks.append(None)
+            continue
+        try:
+            network = (build_network(config, channels(tensors, f"{prefix}backbone.")) if kind == "ours"
+                       else Network(found.backbone, found.channels, found.num_classes, found.dim, found.norm))
+        except ValueError as error:
+            raise UserError(f"the config in {path}: {error}") from None
+        checkpoint.load_module(network, tensors, path, prefix)
+        networks.append(network.eval())
+    what = (f"{config.method}, {config.backbone}, {SplitId(*state['split'])}; step {state['step']}" if kind == "ours"
+            else published.describe(state, kind, found))
+    return Opened(kind, state, config, what, classes, *networks)
+
+
+def test_images(opened: Opened, path: Path, device: torch.device) -> Data | Validation:
+    """The images that a checkpoint is evaluated on: those of its run, or, for a published one, ImageNet's val/ alone."""
+    gpu = device.type == "cuda"
+    if opened.kind != "ours":
+        data = build_validation(opened.config, gpu)
+        if len(data.classes) != len(opened.classes):
+            raise UserError(f"{path} knows {len(opened.classes)} classes, but {data.test_images.root} has "
+                            f"{len(data.classes)}")
+        return data
+    data = build_data(opened.config, gpu)
+    if data.split != SplitId(*opened.state["split"]):
+        raise UserError(f"{path} was trained on the split {SplitId(*opened.state['split'])}, but the data here give "
+                        f"{data.split}")
+    if data.classes != opened.classes:
+        odd = next((a, b) for a, b in zip(opened.classes, data.classes) if a != b)
+        raise UserError(f"{path} knows a class {odd[0]} where the data here have {odd[1]}")
+    return data
+
+
+def export_to(file: Path, form: str, opened: Opened, network: Network, path: Path) -> None:
+    """Write the checkpoint read from `path`, or one network of it, to `file` for another program."""
+    where, values, said = f"checkpoint {path}", network.state_dict(), opened.config.backbone
+    if form == "onnx":
+        content, checked = export.onnx(network, channels(values, "backbone."), opened.config.image_size)
+        checkpoint.write_whole(file, lambda out: out.write(content))
+        said += f"; {checked}"
+    else:
+        value = published_state(opened, where) if form == "published" else export.plain_resnet(values, said, where)
+        checkpoint.write_whole(file, lambda out: checkpoint.write_torch(value, out))
+        said += f"; {value['epoch']} whole epochs" if form == "published" else ""
+    print(f"{file}: {form}, {said}")
+
+
+def published_state(opened: Opened, where: str) -> dict[str, Any]:
+    """What the published SimMatch loads. It counts epochs, whose length follows from the data: these have to be there."""
+    state, config = opened.state, opened.config
+    if opened.kind != "ours":
+        method, optimizer, epoch, _ = published.to_training_state(state, 0, where)
+    elif config.method != "simmatch":
+        raise UserError(f"{where} is of the method {config.method}; the published layout is for simmatch")
+    else:
+        method, optimizer = state["method"], state["optimizer"]
+        length = config.steps_per_epoch or Stream(build_data(config, gpu=False), config.batch_size, config.mu, config.seed, 0,
+                                                  state["world"]).steps_per_epoch
+        epoch = state["step"] // length
+    return published.from_ours(method, optimizer, epoch, where)
+
+
+def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
+    """Of the images, from the first convolution below `prefix`; 3 where there is none, which loading then reports."""
+    return next((value.shape[1] for key, value in values.items() if key.startswith(prefix) and value.ndim == 4), 3)
 
 
 @torch.no_grad()
-def predict(state: dict[str, Any], config: Config, path: Path, folder: Path, output: Path, device: torch.device) -> None:
-    """Classify every image below `folder` with the student. A line of `output`: path, class, probability, the five likeliest."""
-    view, channels = plain_view(config, gpu=device.type == "cuda")
-    try:
-        student = build_network(config, channels)
-    except ValueError as error:
-        raise UserError(f"the config in {path}: {error}") from None
-    own = {key.removeprefix("student."): value for key, value in state["method"].items() if key.startswith("student.")}
-    checkpoint.load_module(student, own, path)
-    student.to(device).eval()
-    images, classes, bad = pile(folder), state["classes"], BadImages(config.on_bad_image)
-    count, temporary = 0, output.with_name(output.name + ".tmp")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            lines = csv.writer(file)
-            lines.writerow(["path", "class", "probability", "top5"])
-            for x, rows in image_batches(Files(images.root, images.names), view, np.arange(len(images.names)), config.workers,
-                                         device, bad):
-                p = torch.softmax(student(x)[0].float(), dim=1)                         # [n, C]
-                best = p.topk(min(5, len(classes)), dim=1)                              # [n, 5] each
-                for row, values, places in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):
-                    top = [f"{classes[c]}={value:.4f}" for value, c in zip(values, places)]
-                    lines.writerow([images.names[row], classes[places[0]], f"{values[0]:.4f}", ";".join(top)])
-                    count += 1
-        os.replace(temporary, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; choose another place with --output") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+def predict(network: Network, opened: Opened, folder: Path, output: Path, device: torch.device) -> None:
+    """Classify every image below `folder`. A line of `output`: path, class, probability, the five likeliest."""
+    view, _ = plain_view(opened.config, gpu=device.type == "cuda")
+    images, classes, bad = pile(folder), opened.classes, BadImages(opened.config.on_bad_image)
+    count = 0
+
+    def write(out: BinaryIO) -> None:
+        nonlocal count
+        file = io.TextIOWrapper(out, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        lines = csv.writer(file)
+        lines.writerow(["path", "class", "probability", "top5"])
+        for x, rows in image_batches(Files(images.root, images.names), view, np.arange(len(images.names)),
+                                     opened.config.workers, device, bad):
+            p = torch.softmax(network(x)[0].float(), dim=1)                         # [n, C]
+            best = p.topk(min(5, len(classes)), dim=1)                              # [n, 5] each
+            for row, values, places in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):
+                top = [f"{classes[c]}={value:.4f}" for value, c in zip(values, places)]
+                lines.writerow([images.names[row], classes[places[0]], f"{values[0]:.4f}", ";".join(top)])
+                count += 1
+        file.detach()           # or it would close `out`
+
+    checkpoint.write_whole(output, write)
     for name, cause in bad.take():
         print(f"left out: {name}: {cause}")
     print(f"{count} images below {folder} classified: {output}")

@@ -2,6 +2,7 @@
 from typing import Any
 
 from dataset import cifar, digits, folder, imagenet
+from dataset.imagenet import Validation
 from dataset.loader import Data, View
 from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, IMAGENET_NORM, photo_view, pipeline
 from util.errors import UserError
@@ -50,3 +51,8 @@ def build_data(config: Any, gpu: bool) -> Data:
     if config.cls and len(data.classes) != config.cls:
         raise UserError(f"cls is {config.cls}, but {config.dataset} has {len(data.classes)} classes: use --cls {len(data.classes)}")
     return data
+
+
+def build_validation(config: Any, gpu: bool) -> Validation:
+    """ImageNet's val/ alone, below config.data: what a published checkpoint is evaluated on."""
+    return imagenet.validation(config.data, config.image_size, _on_device(config, gpu))

@@ -1,12 +1,12 @@
 """ImageNet-1k with a labelled share. Edit the path here; --data and the environment variable IMAGENET_ROOT override it."""
 import os
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 
 from dataset import listing, splits
-from dataset.loader import Data, SplitId
+from dataset.loader import Data, SplitId, View
 from dataset.source import Files
 from dataset.views import IMAGENET_NORM, photo_view, pipeline
 from util.errors import UserError
@@ -86,6 +86,20 @@ def build(data: str, split: str, labels_per_class: int, anno_percent: float, see
                 raise UserError(f"{root}: label {label} is {a} in train/ and {b} in val/; {hint}")
     chosen = choose_split(train, split, labels_per_class, anno_percent, seed)
     return assemble(train, val, chosen, weak, strong, image_size, on_device)
+
+
+class Validation(NamedTuple):
+    """val/ alone, under the names that `Data` has for it."""
+    test_images: Files
+    test_labels: np.ndarray         # [M] int64
+    plain: View
+    classes: list[str]              # [C]
+
+
+def validation(data: str, image_size: int, on_device: bool) -> Validation:
+    """ImageNet's val/ without its train/ and without a labelled list."""
+    val = Imagenet(find_root(data), "val")
+    return Validation(val, val.labels, photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device), val.classes)
 
 
 def assemble(train: Files, test: Files, chosen: splits.Split, weak: str, strong: str, image_size: int,

@@ -57,9 +57,13 @@ def test_models_neither_print_nor_choose_devices():
 
 
 def test_the_packages_of_requirements_are_all_that_is_imported():
-    allowed = {"torch", "torchvision", "numpy", "yaml", "tensorboard", "PIL"} | ROOMS       # PIL comes with torchvision
+    """… but for those of tests/optional.txt that a function imports where a user asks for what they do."""
+    allowed = {"torch", "torchvision", "numpy", "yaml", "tensorboard", "PIL", "onnxruntime"} | ROOMS    # PIL: of torchvision
     import sys
     for path in [*files("models"), *files("dataset"), *files("util"), ROOT / "train_semi.py", ROOT / "eval.py"]:
         for name in imported(path):
             top = name.split(".")[0]
             assert top in allowed or top in sys.stdlib_module_names, (path, name)
+        at_the_top = [alias.name for node in ast.parse(path.read_text(encoding="utf-8")).body
+                      if isinstance(node, ast.Import) for alias in node.names]
+        assert "onnxruntime" not in at_the_top, path
