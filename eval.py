@@ -13,7 +13,7 @@ import torch
 from dataset.build import build_data, build_validation, plain_view
 from dataset.imagenet import Validation
 from dataset.listing import pile
-from dataset.loader import BadImages, Data, SplitId, Stream, evaluation_batches, image_batches
+from dataset.loader import BadImages, Data, SplitId, evaluation_batches, image_batches
 from dataset.source import Files
 from models import METHODS, build_network
 from models.network import Network
@@ -52,17 +52,24 @@ def main() -> None:
         export_to(args.export, args.format, opened, network, args.checkpoint)
         return
     device = dist_utils.dist_init(config.device, config.timeout_minutes)
+    rank, world = dist_utils.rank(), dist_utils.world_size()
     if args.predict:
+        if world > 1:
+            raise UserError("--predict runs in one process: start it without torchrun or srun")
         predict(network.to(device), opened, args.predict, args.output, device)
         return
 
     data = test_images(opened, args.checkpoint, device)
-    print(f"{opened.what}; {len(data.test_labels)} test images")
     bad = BadImages(config.on_bad_image)
     networks = [net.to(device) for net in (opened.student, opened.teacher) if net is not None]
-    x_and_y = evaluation_batches(data, 0, 1, config.workers, device, bad)
+    x_and_y = evaluation_batches(data, rank, world, config.workers, device, bad)      # of all ranks, every image once
     results = evaluate(networks, x_and_y, len(data.classes), device)
-    for name, cause in bad.take():
+    left_out = sum(dist_utils.all_gather_object(bad.take()), [])
+    dist_utils.dist_end()
+    if rank > 0:
+        return
+    print(f"{opened.what}; {len(data.test_labels)} test images")
+    for name, cause in left_out:
         print(f"left out: {name}: {cause}")
     if args.per_class:
         for name, value in zip(data.classes, results[0].per_class):
@@ -157,7 +164,7 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
 
 
 def published_state(opened: Opened, where: str) -> dict[str, Any]:
-    """What the published SimMatch loads. It counts epochs, whose length follows from the data: these have to be there."""
+    """What the published SimMatch loads. It counts whole epochs."""
     state, config = opened.state, opened.config
     if opened.kind != "ours":
         method, optimizer, epoch, _ = published.to_training_state(state, 0, where)
@@ -165,9 +172,7 @@ def published_state(opened: Opened, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is of the method {config.method}; the published layout is for simmatch")
     else:
         method, optimizer = state["method"], state["optimizer"]
-        length = config.steps_per_epoch or Stream(build_data(config, gpu=False), config.batch_size, config.mu, config.seed, 0,
-                                                  state["world"]).steps_per_epoch
-        epoch = state["step"] // length
+        epoch = state["step"] // state["steps_per_epoch"]
     return published.from_ours(method, optimizer, epoch, where)
 
 
@@ -205,4 +210,4 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, explain=dist_utils.explain)

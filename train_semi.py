@@ -101,7 +101,8 @@ def main() -> None:
         if evaluate_now or stop or late or (config.save_freq and done % config.save_freq == 0):
             # A mean since the last train event and a list of bad images in an unfinished epoch are part of the state.
             state = {"config": to_dict(config), "step": done, "world": ranks.total, "processes": ranks.processes,
-                     "batch_size": ranks.batch_size, "split": tuple(data.split), "classes": data.classes, "data": fingerprint,
+                     "batch_size": ranks.batch_size, "steps_per_epoch": stream.steps_per_epoch, "split": tuple(data.split),
+                     "classes": data.classes, "data": fingerprint,
                      "method": method.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
                      "meter": meter.state_dict(), "bad_images": sum(dist_utils.all_gather_object(bad.seen), [])}
             checkpoint.must_be_finite(state["method"], done)

@@ -2,6 +2,7 @@
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -134,7 +135,7 @@ def test_files_that_are_refused(simmatch_file, val, mistake, tmp_path):
     values = state["state_dict"]
     refused({**state, "arch": Bomb(tmp_path / "boom")}, "refused", "could run code")
     assert not (tmp_path / "boom").exists()
-    refused(contents(MoCo(), "resnet50"), "MoCo", "no classifier", "--moco-path")
+    refused(contents(MoCo(), "MoCoEMAN", best_acc1=np.float64(60.5)), "MoCo", "no classifier", "--moco-path")
     refused({**state, "state_dict": {key: torch.zeros(1) for key in ("online.a", "b", "c", "d")}}, "'online.a'; 'b'; 'c'; and 1")
     refused({**state, "state_dict": {key: value for key, value in values.items() if "layer2.0.bn1." not in key}},
             "main.backbone.layer2.0.bn1.weight is missing; main.backbone.layer2.0.bn1.bias is missing; "

@@ -7,14 +7,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Optional
 
+import numpy as np
 import torch
 from torch import nn
 
 from util.errors import UserError
 
 FORMAT = 3
-KEYS = {"config": dict, "step": int, "world": int, "processes": int, "batch_size": int, "best": dict, "split": tuple, "data": str,
-        "classes": list, "method": dict, "optimizer": dict, "meter": dict, "bad_images": list}      # world: ranks of a step
+KEYS = {"config": dict, "step": int, "world": int, "processes": int, "batch_size": int, "steps_per_epoch": int, "best": dict,
+        "split": tuple, "data": str, "classes": list, "method": dict, "optimizer": dict, "meter": dict,
+        "bad_images": list}         # world: ranks of a step; batch_size: labelled images of a rank
+# EMAN's files hold their best accuracy as a number of NumPy, whose module has had two names. It is made without running code.
+NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+                 np.dtype, type(np.dtype(np.float64))]
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
@@ -156,7 +161,8 @@ def read(path: Path) -> Any:
     damaged, or holds anything but tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist; train_semi.py writes best.pth and last.pth") from None
     except OSError as error:

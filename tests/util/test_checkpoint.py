@@ -1,7 +1,9 @@
 """Files that are whole, files that are not, and files that are not ours."""
 import os
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ class Bomb:
 
 @pytest.fixture
 def state():
-    return {"config": {"seed": 1}, "step": 3, "world": 1, "processes": 1, "batch_size": 8, "best": {"student_top1": 1.5}, "split": ("s", "0"), "data": "d", "classes": ["a"],
+    return {"config": {"seed": 1}, "step": 3, "world": 1, "processes": 1, "batch_size": 8, "steps_per_epoch": 2, "best": {"student_top1": 1.5}, "split": ("s", "0"), "data": "d", "classes": ["a"],
             "method": {"w": torch.arange(1000.0)}, "optimizer": {}, "meter": {}, "bad_images": []}
 
 
@@ -80,6 +82,20 @@ def test_code_in_a_pickle_is_not_run(state, tmp_path):
         with pytest.raises(UserError, match="refused") as error:
             checkpoint.load(path)
         assert "\n" not in str(error.value) and not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_a_number_of_numpy_is_read_and_no_other_object_of_it(core, tmp_path):
+    """As in EMAN's MoCo files; NumPy 2 has renamed the module."""
+    def write(value):
+        torch.save({"best_acc1": value}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+        raw = (tmp_path / "a.pth").read_bytes()
+        (tmp_path / "a.pth").write_bytes(re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", raw))
+    write(np.float64(60.5))
+    assert checkpoint.read(tmp_path / "a.pth") == {"best_acc1": 60.5}
+    write(np.zeros(2))
+    with pytest.raises(UserError, match="refused"):
+        checkpoint.read(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"\x80\x04garbage", os.urandom(1000), b"PK\x03\x04" + bytes(100)])
