@@ -5,7 +5,7 @@ Files of the published SimMatch, SimMatchV2 and FixMatch serve as well; --export
 import csv
 import io
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Optional
+from typing import Any, BinaryIO, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from util.errors import Parser, UserError, run
 from util.metrics import evaluate
 
 
-def main() -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """argv: the command line; None: this program's own."""
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="best.pth or last.pth of a run, "
                         "or a published file")
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     for name in ("data", "val", "unlabelled", "workers", "on_bad_image"):
         parser.add_argument(f"--{name.replace('_', '-')}", help="as in train_semi.py (default: as in training)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.export) != bool(args.format):
         raise UserError("--export FILE and --format go together")
     if args.teacher and (args.format == "published" or not (args.predict or args.export)):
@@ -51,7 +52,7 @@ def main() -> None:
     if args.export:
         export_to(args.export, args.format, opened, network, args.checkpoint)
         return
-    device = dist_utils.dist_init(config.device, config.timeout_minutes)
+    device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
     rank, world = dist_utils.rank(), dist_utils.world_size()
     if args.predict:
         if world > 1:

@@ -2,31 +2,38 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dataset.build import build_data
-from dataset.loader import BadImages, Data, SplitId, Stream, batches, evaluation_batches, to_device
-from models import Batch, Method, build_method, parameter_groups, split, train_step
+from dataset.loader import BadImages, Data, Stream, batches, evaluation_batches, to_device
+from eval import main as evaluate_checkpoint
+from models import Batch, Method, build_method, parameter_groups, split, train_step, tune
 from util import checkpoint, dist_utils
-from util.config import FREE, Config, parse, to_dict, to_yaml
+from util.config import Config, parse, to_dict, to_yaml
 from util.errors import UserError, run
 from util.log import Log, prepare
 from util.metrics import Meter, evaluate
 from util.preempt import CODE, Preempt
 from util.ranks import Ranks, continue_with, ranks_of
+from util.resume import is_published, load_last, resume, resume_published, start_from_moco
 from util.schedule import learning_rate
 
 
 def main() -> None:
     config = parse(sys.argv[1:], __doc__)
-    device = dist_utils.dist_init(config.device, config.timeout_minutes)
+    device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
     rank, out = dist_utils.rank(), Path(config.output_dir)
-    state, damage = checkpoint.load_newest(out / "last.pth")
+    last = Path("checkpoints", config.checkpoint) if config.checkpoint else out / "last.pth"
+    if config.evaluate:
+        evaluate_checkpoint(["--checkpoint", str(last), "--device", config.device, "--workers", str(config.workers),
+                             *(["--data", config.data] if config.data else [])])
+        return
+    saved_state, damage = load_last(last)
+    ours = saved_state is not None and not is_published(saved_state)
     ranks, remark = ranks_of(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
-    if state is not None:
-        ranks, remark = continue_with(ranks, config.virtual_ranks, config.other_ranks, state)
+    if ours:
+        ranks, remark = continue_with(ranks, config.virtual_ranks, config.other_ranks, saved_state)
 
     data = build_data(config, gpu=device.type == "cuda")
     config.cls = len(data.classes)
@@ -45,16 +52,27 @@ def main() -> None:
     optimizer = torch.optim.SGD(parameter_groups(method.student, config.wd, config.no_decay_bn), lr=config.lr,
                                 momentum=config.momentum, nesterov=config.nesterov)
 
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter, bad = Meter(), BadImages(config.on_bad_image)
-    start, best = 0, {"step": 0, "student_top1": -1.0}
-    if state is not None:
-        start, best = resume(out / "last.pth", state, config, data, fingerprint, method, optimizer, meter, bad)
+    start, best = config.start_epoch * stream.steps_per_epoch, {"step": 0, "student_top1": -1.0}
+    if ours:
+        resume(last, saved_state, config, data.split, fingerprint, method, optimizer)
+        start, best, bad.seen = saved_state["step"], saved_state["best"], saved_state["bad_images"] if rank == 0 else []
+        meter.load_state_dict(saved_state["meter"])
+        scaler.load_state_dict(saved_state["scaler"])
+    elif saved_state is not None:
+        start = resume_published(last, saved_state, stream.steps_per_epoch, method, optimizer)
+    elif config.moco_path:
+        start_from_moco(Path(config.moco_path), method)
+    if start > total:
+        raise UserError(f"{config.epochs} epochs are fewer than the {start // stream.steps_per_epoch} that are done: raise --epochs")
     if rank == 0:
-        prepare(out, to_yaml(config))
+        prepare(out, last.parent, to_yaml(config))
+    tune(method, config.precision, config.channels_last, config.compile)
     student = dist_utils.parallel(method.student)
     log = Log(out, start, total, active=rank == 0, patient=config.on_save_error == "continue")
-    describe(log, config, data, stream, ranks, method, device, start, total, [damage, remark])
-    writer = checkpoint.Writer(out, config.on_save_error, log.say, last_is_whole=not damage)
+    describe(log, config, data, stream, ranks, method, device, start, total, last, [damage, remark])
+    writer = checkpoint.Writer(last, out / "best.pth", config.on_save_error, log.say, last_is_whole=not damage)
 
     preempt, saved = Preempt(), time.monotonic()
     clock, clock_step = saved, start
@@ -71,7 +89,7 @@ def main() -> None:
                       to_device(data.strong, item.u_strong, device))
 
         terms, fresh = train_step(method, student, optimizer, split(batch, ranks.here), step=step,
-                                  bank_ready=stream.bank_ready(step))
+                                  bank_ready=stream.bank_ready(step), scaler=scaler)
         meter.add(step, terms, fresh.pseudo, fresh.mask, item.hidden)
 
         done, epoch = step + 1, step // stream.steps_per_epoch + 1
@@ -103,7 +121,7 @@ def main() -> None:
             state = {"config": to_dict(config), "step": done, "world": ranks.total, "processes": ranks.processes,
                      "batch_size": ranks.batch_size, "steps_per_epoch": stream.steps_per_epoch, "split": tuple(data.split),
                      "classes": data.classes, "data": fingerprint,
-                     "method": method.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
+                     "method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best,
                      "meter": meter.state_dict(), "bad_images": sum(dist_utils.all_gather_object(bad.seen), [])}
             checkpoint.must_be_finite(state["method"], done)
             if rank == 0:
@@ -111,44 +129,16 @@ def main() -> None:
             saved = time.monotonic()
         if stop:
             writer.close()
-            log.say(f"asked to stop: saved step {done} in {out / 'last.pth'}; the same command continues")
+            log.say(f"asked to stop: saved step {done} in {last}; the same command continues")
             log.close()
             dist_utils.dist_end()
             sys.exit(CODE)
 
     writer.close()
-    log.say(f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}")
+    if best["step"]:
+        log.say(f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}")
     log.close()
     dist_utils.dist_end()
-
-
-def resume(path: Path, state: dict[str, Any], config: Config, data: Data, fingerprint: str, method: Method,
-           optimizer: torch.optim.Optimizer, meter: Meter, bad: BadImages) -> tuple[int, dict]:
-    """Continue from `state`, the checkpoint at `path`: (steps done, best scores so far).
-
-    1. The same command continues; nothing has to be said.
-    2. What the run computes must be the same: every field but FREE, the labelled split and the names of all images. Anything
-       else is refused. The number of ranks, which decides what a step is, is util/ranks.py's business.
-    3. Everything is restored from the one file: weights, bank, prior, teacher, optimizer, best score, and what the log has
-       yet to tell. The order of the data and all views follow from the step.
-    4. Where the last checkpoint is damaged or gone, the one before it serves, and the run says so.
-    """
-    now = to_dict(config)
-    changed = [f"{key} was {state['config'].get(key)!r} and is now {now[key]!r}" for key in now
-               if key not in FREE and state["config"].get(key) != now[key]]
-    if SplitId(*state["split"]) != data.split:
-        changed.append(f"the split was {str(SplitId(*state['split']))!r} and is now {str(data.split)!r}")
-    if not changed and state["data"] != fingerprint:
-        changed.append("training or test images were added, removed or renamed")
-    if changed:
-        raise UserError(f"{path} belongs to another run ({'; '.join(changed[:3])}): choose another --output-dir, "
-                        "or move that file away to start anew")
-    checkpoint.load_module(method, state["method"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    meter.load_state_dict(state["meter"])
-    if dist_utils.rank() == 0:
-        bad.seen = state["bad_images"]
-    return state["step"], state["best"]
 
 
 def accuracies(method: Method, data: Data, workers: int, device: torch.device, bad: BadImages) -> dict[str, float]:
@@ -166,7 +156,7 @@ def accuracies(method: Method, data: Data, workers: int, device: torch.device, b
 
 
 def describe(log: Log, config: Config, data: Data, stream: Stream, ranks: Ranks, method: Method, device: torch.device,
-             start: int, total: int, remarks: list[str]) -> None:
+             start: int, total: int, last: Path, remarks: list[str]) -> None:
     """Say once what follows from the settings."""
     millions = sum(p.numel() for p in method.student.parameters()) / 1e6
     log.begin(start, *data.split)
@@ -179,9 +169,9 @@ def describe(log: Log, config: Config, data: Data, stream: Stream, ranks: Ranks,
         log.say(remark)
     if start:
         finished = "it is finished" if start == total else f"{total - start} steps to go"
-        log.say(f"continues from {Path(config.output_dir) / 'last.pth'} at step {start}: {finished}")
+        log.say(f"continues from {last} at step {start}: {finished}")
     else:
-        log.say(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, last.pth, best.pth")
+        log.say(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, best.pth; and {last}")
 
 
 if __name__ == "__main__":

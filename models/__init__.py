@@ -8,7 +8,7 @@ from models.method import Batch, Fresh, Method
 from models.network import BACKBONES, Network, parameter_groups
 from models.simmatch import SimMatch
 from models.simmatch_single import SimMatchSingle
-from models.step import split, train_step
+from models.step import split, train_step, tune
 from models.supervised import Supervised
 
 METHODS = {

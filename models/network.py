@@ -1,7 +1,8 @@
 """Backbone -> class logits, and backbone -> projection head -> unit embedding (paper, Figure 2)."""
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,9 +35,15 @@ class Network(nn.Module):
                      else nn.Identity())
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
 
+        self.low: Optional[torch.dtype] = None      # bfloat16 or float16 for matrix products and convolutions in autocast
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        feature = self.norm(self.backbone(x))                               # [n, d]
-        return self.fc(feature), F.normalize(self.head(feature), dim=1)     # [n, C], [n, D]
+        """x [n, c, h, w] -> logits [n, C], unit z [n, D], both in the type of the parameters."""
+        with torch.autocast(x.device.type, self.low, enabled=self.low is not None):
+            feature = self.norm(self.backbone(x))                           # [n, d]
+            logits, z = self.fc(feature), self.head(feature)                # [n, C], [n, D]
+        exact = self.fc.weight.dtype
+        return logits.to(exact), F.normalize(z.to(exact), dim=1)            # [n, C], [n, D]
 
 
 def parameter_groups(module: nn.Module, wd: float, no_decay_bn: bool) -> list[dict[str, Any]]:

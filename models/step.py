@@ -1,6 +1,6 @@
 """One global training step, the same for every method, on any number of processes."""
 from contextlib import nullcontext
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,16 @@ from util import dist_utils
 
 
 def train_step(method: Method, student: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], *, step: int,
-               bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
+               bank_ready: bool, scaler: Optional[torch.amp.GradScaler] = None) -> tuple[dict[str, Tensor], Fresh]:
     """Losses → backward → optimizer step → bank, prior, teacher. Returns the terms (means over `batches`) and what was fresh.
 
     batches: one for each rank that this process plays; more than one where virtual ranks share it. These take turns, each
     with BN statistics of its own batch, and their gradients are averaged, as between processes: the step of r ranks is the
     same on 1 to r processes, to rounding. Running statistics are those of the first.
-    student: method.student, or its data-parallel wrapper. step: from 0. bank_ready: False in the first epoch.
+    student: method.student, or its data-parallel wrapper. step: from 0. bank_ready: False in the first epoch. scaler: for fp16,
+    whose small gradients would be 0; a step whose gradients overflow leaves the weights as they are.
     """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     parts: list[tuple[dict[str, Tensor], Fresh]] = []
     targets = method.targets(batches, student, step=step)
     optimizer.zero_grad()
@@ -26,9 +28,10 @@ def train_step(method: Method, student: nn.Module, optimizer: torch.optim.Optimi
         first, last = i == 0, i == len(batches) - 1
         with nullcontext() if first else no_statistics(method.student), dist_utils.sync_gradients(student, last):
             terms, fresh = method.losses(batch, target, student, bank_ready=bank_ready)
-            (sum(terms.values()) / len(batches)).backward()
+            scaler.scale(sum(terms.values()) / len(batches)).backward()
         parts.append(({name: term.detach() for name, term in terms.items()}, fresh))
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     terms, fresh = _join(parts)
     method.update(fresh)
     return terms, fresh
@@ -47,3 +50,16 @@ def _join(parts: list[tuple[dict[str, Tensor], Fresh]]) -> tuple[dict[str, Tenso
     fields = zip(*(fresh._replace(prior=None) for _, fresh in parts))
     fresh = Fresh(*(None if values[0] is None else torch.cat(values) for values in fields))
     return terms, fresh._replace(prior=parts[0][1].prior)
+
+
+def tune(method: Method, precision: str, channels_last: bool, compiled: bool) -> None:
+    """How fast the networks of `method` run, not what they compute: to rounding the step stays the same.
+
+    precision: fp32, bf16 or fp16. Keys of the state_dict stay as they are.
+    """
+    for network in (method.student, method.teacher.net):
+        network.low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
+        if compiled:
+            network.compile()

@@ -58,7 +58,7 @@ def test_models_neither_print_nor_choose_devices():
 
 def test_the_packages_of_requirements_are_all_that_is_imported():
     """… but for those of tests/optional.txt that a function imports where a user asks for what they do."""
-    allowed = {"torch", "torchvision", "numpy", "yaml", "tensorboard", "PIL", "onnxruntime"} | ROOMS    # PIL: of torchvision
+    allowed = {"torch", "torchvision", "numpy", "yaml", "tensorboard", "PIL", "onnxruntime", "eval"} | ROOMS    # PIL: of torchvision
     import sys
     for path in [*files("models"), *files("dataset"), *files("util"), ROOT / "train_semi.py", ROOT / "eval.py"]:
         for name in imported(path):

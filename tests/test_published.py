@@ -225,7 +225,7 @@ def test_networks_that_torchvision_does_not_have(mistake, tmp_path):
     method = build_method(settings, 3, torch.arange(3))
     checkpoint.save(tmp_path / "ours.pth", {
         "config": config.to_dict(settings), "step": 3, "world": 1, "processes": 1, "batch_size": 8, "steps_per_epoch": 2, "best": {}, "split": ("s", "0"), "data": "",
-        "classes": list("abc"), "method": method.state_dict(), "optimizer": {}, "meter": {}, "bad_images": []})
+        "classes": list("abc"), "method": method.state_dict(), "optimizer": {}, "scaler": {}, "meter": {}, "bad_images": []})
     flags[1] = tmp_path / "ours.pth"
     for form, words in (("torchvision", "a wrn_28_2, which torchvision and timm do not have"), ("published", "method fixmatch")):
         mistake(eval_script.main, [*flags, form], words)

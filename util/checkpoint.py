@@ -15,7 +15,7 @@ from util.errors import UserError
 
 FORMAT = 3
 KEYS = {"config": dict, "step": int, "world": int, "processes": int, "batch_size": int, "steps_per_epoch": int, "best": dict,
-        "split": tuple, "data": str, "classes": list, "method": dict, "optimizer": dict, "meter": dict,
+        "split": tuple, "data": str, "classes": list, "method": dict, "optimizer": dict, "scaler": dict, "meter": dict,
         "bad_images": list}         # world: ranks of a step; batch_size: labelled images of a rank
 # EMAN's files hold their best accuracy as a number of NumPy, whose module has had two names. It is made without running code.
 NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -63,9 +63,9 @@ class Writer:
     on_error `continue`, is tried again at the next checkpoint.
     """
 
-    def __init__(self, folder: Path, on_error: str, say: Callable[[str], None], last_is_whole: bool = True):
-        """on_error: stop or continue. last_is_whole: False where last.pth is damaged and must not become the previous one."""
-        self.folder, self.on_error, self.say, self.last_is_whole = folder, on_error, say, last_is_whole
+    def __init__(self, last: Path, best: Path, on_error: str, say: Callable[[str], None], last_is_whole: bool = True):
+        """on_error: stop or continue. last_is_whole: False where `last` is damaged and must not become the previous one."""
+        self.paths, self.on_error, self.say, self.last_is_whole = (last, best), on_error, say, last_is_whole
         self.thread: Optional[threading.Thread] = None
         self.best: Optional[dict[str, Any]] = None      # the state of best.pth while it is not written
         self.error: Optional[UserError] = None
@@ -87,9 +87,9 @@ class Writer:
     def _write(self, state: dict[str, Any]) -> None:
         try:
             if self.best is not None:           # best first: a run killed between the two repeats this stretch and writes it again
-                save(self.folder / "best.pth", self.best)
+                save(self.paths[1], self.best)
                 self.best = None
-            save(self.folder / "last.pth", state, keep_previous=self.last_is_whole)
+            save(self.paths[0], state, keep_previous=self.last_is_whole)
             self.last_is_whole = True
         except UserError as error:
             self.error = error

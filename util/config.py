@@ -1,6 +1,7 @@
 """One flat dataclass of settings: YAML gives values, flags override, anything unknown or of the wrong type is an error.
 
-A field that the published command line has too keeps its name, default and meaning.
+A field that the published program's command line has too keeps its name, default and meaning, so that a published command, with
+no --config, is the published recipe.
 """
 import dataclasses
 import difflib
@@ -26,15 +27,21 @@ def opt(default: Any, reason: str) -> Any:
 class Config:
     # what runs, and where it leaves its results
     method: str = opt("simmatch", "simmatch, simmatch_single (one network, as for CIFAR), fixmatch or supervised")
-    output_dir: str = opt("", "everything a run writes; empty means checkpoints/<config name>")
+    output_dir: str = opt("", "everything a run writes; empty means checkpoints/<name of the config or of checkpoint>")
+    checkpoint: str = opt("", "NAME: checkpoints/NAME stands for last.pth, and may be a published file")
+    evaluate: bool = opt(False, "evaluate that checkpoint instead of training")
     seed: int = opt(0, "decides the labelled draw, initial weights, order and views")
     device: str = opt("auto", "auto (a GPU if there is one), cpu or cuda")
+    precision: str = opt("fp32", "of the networks' forward and backward: fp32, bf16 or fp16; losses and weights stay in fp32")
+    channels_last: bool = opt(False, "convolve in the memory layout that GPUs prefer")
+    compile: bool = opt(False, "torch.compile the networks; the first steps then take minutes")
     # ranks
+    port: int = opt(23456, "where ranks started by srun meet; the job's number is added to it")
     virtual_ranks: int = opt(0, "ranks of a step, shared evenly by the processes, which play theirs in turn; 0: one a process")
     other_ranks: str = opt("refuse", "continuing with another number of ranks than before: refuse, or continue at the same step")
     timeout_minutes: float = opt(10.0, "how long a rank waits for another one before the run ends with its name")
     # data
-    dataset: str = opt("digits", "a name in dataset/build.py")
+    dataset: str = opt("imagenet", "a name in dataset/build.py")
     data: str = opt("", "folder of the images; empty: the path at the top of dataset/imagenet.py, or data/ for CIFAR")
     unlabelled: str = opt("", "dataset folder: more images, in any nesting, that have no labels")
     val: str = opt("", "dataset folder: the test images, in class folders; empty: data/val, or val_share")
@@ -55,11 +62,14 @@ class Config:
     backbone: str = opt("resnet50_encoder", "a name in models/network.py")
     cls: int = opt(1000, "number of classes (C); must agree with the data; 0: as many as these have")
     dim: int = opt(128, "length of the embedding z (D)")
+    norm: str = opt("None", "the backbone's normalisation: None or BN, both BN per rank")
+    moco_path: str = opt("", "a MoCo checkpoint that a new run's backbone and head start from")
     # optimisation: SGD
-    epochs: int = opt(400, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
+    epochs: int = opt(200, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
+    start_epoch: int = opt(0, "where a new run starts; a checkpoint's own place goes first")
     steps_per_epoch: int = opt(0, "steps that count as an epoch; 0: one pass over the unlabelled images")
-    lr: float = opt(0.03, "learning rate after warm-up")
-    warmup_epoch: int = opt(5, "epochs of linear warm-up")
+    lr: float = opt(0.1, "learning rate after warm-up")
+    warmup_epoch: int = opt(0, "epochs of linear warm-up")
     cos: bool = opt(False, "cosine decay to 0, once an epoch; otherwise --schedule")
     cos_7_16: bool = opt(False, "FixMatch's decay, every step: lr * cos(7 pi / 16 * share of the training done)")
     schedule: list[int] = opt([120, 160], "without --cos and --cos-7-16: epochs at which the rate falls tenfold")
@@ -69,11 +79,11 @@ class Config:
     no_decay_bn: bool = opt(False, "no weight decay on biases and BN, as for CIFAR")
     # method (symbols of the paper)
     lambda_u: float = opt(10.0, "weight of the unsupervised (pseudo-label) loss L_u")
-    lambda_in: float = opt(5.0, "weight of the instance similarity loss L_in")
+    lambda_in: float = opt(1.0, "weight of the instance similarity loss L_in")
     threshold: float = opt(0.7, "pseudo-labels whose largest probability is below this do not count in L_u")
     st: float = opt(0.1, "temperature of the student's similarities")
     tt: float = opt(0.1, "temperature of the teacher's similarities")
-    c_smooth: float = opt(0.9, "share of the class prediction in the pseudo-label; the rest comes from the bank (alpha)")
+    c_smooth: float = opt(1.0, "share of the class prediction in the pseudo-label; the rest comes from the bank (alpha)")
     DA: bool = opt(False, "distribution alignment of the teacher's predictions")
     da_len: int = opt(256, "steps whose mean prediction counts in distribution alignment")
     bank_m: float = opt(0.0, "share of its old row that a bank row keeps when written (temporal ensemble)")
@@ -90,12 +100,17 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # How a run is watched and where its data are, not what it computes: these may change when a run is continued.
-FREE = frozenset({"output_dir", "device", "workers", "print_freq", "eval_freq", "save_freq", "save_minutes", "data", "unlabelled",
-                  "val", "on_bad_image", "virtual_ranks", "other_ranks", "timeout_minutes", "on_save_error"})
+FREE = frozenset({"output_dir", "checkpoint", "evaluate", "moco_path", "start_epoch", "port", "device", "workers",
+                  "print_freq", "eval_freq", "save_freq", "save_minutes", "data", "unlabelled", "val", "on_bad_image",
+                  "virtual_ranks", "other_ranks", "timeout_minutes", "on_save_error"})
+# Further spellings on the published command line, and flags that stand for a value of a field.
+ALIASES = {"workers": ["-j"], "batch_size": ["-b"], "print_freq": ["-p"], "evaluate": ["-e"], "lr": ["--learning-rate"],
+           "wd": ["--weight-decay"]}
+SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
 
-_POSITIVE = ("timeout_minutes", "image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq",
+_POSITIVE = ("timeout_minutes", "port", "image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq",
              "eval_freq")
-_NOT_NEGATIVE = ("virtual_ranks", "save_freq", "save_minutes", "seed", "cls", "labels_per_class", "workers", "steps_per_epoch",
+_NOT_NEGATIVE = ("virtual_ranks", "start_epoch", "save_freq", "save_minutes", "seed", "cls", "labels_per_class", "workers", "steps_per_epoch",
                  "warmup_epoch", "wd", "lambda_u", "lambda_in")
 _SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "bank_m", "ema_m")
 
@@ -103,21 +118,31 @@ _SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "ban
 def parse(argv: Sequence[str], description: str) -> Config:
     """Config of a command line: `--config FILE` first, then every `--field value` over it."""
     parser = Parser(description)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with any of the fields below")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the fields below; without it the published "
+                        "program's defaults hold, which are for ImageNet")
     for name, f in FIELDS.items():
-        flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
-        how = {"nargs": "?", "const": "true"} if f.type is bool else {"nargs": "+"} if f.type == list[int] else {}
+        flags = dict.fromkeys([*ALIASES.get(name, ()), f"--{name.replace('_', '-')}", f"--{name}"])
+        how = {"nargs": "?", "const": "true"} if f.type is bool else {"nargs": "*"} if f.type == list[int] else {}
         parser.add_argument(*flags, dest=name, default=None, metavar=_type_name(f.type).upper(),
                             help=f"{f.metadata['help']} (default: {getattr(Config(), name)!r})", **how)
+    for flag, (name, value) in SHORTHANDS.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=f"the same as --{name} {value}")
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(_unknown(unknown[0], "on the command line"))
-    values = read_yaml(known.config)
+    values = read_yaml(known.config) if known.config else {}
     for name in FIELDS:
         if getattr(known, name) is not None:
             values[name] = coerce(name, getattr(known, name), f"--{name.replace('_', '-')}")
+    said = [flag for flag in SHORTHANDS if getattr(known, flag)]
+    if len(said) + (known.strong is not None) > 1:
+        raise UserError(f"--{' and --'.join([*said, 'strong'][:2])} both choose the strong view: give one of them")
+    values |= dict(SHORTHANDS[flag] for flag in said)
     config = Config(**values)
-    config.output_dir = config.output_dir or os.path.join("checkpoints", Path(known.config).stem)
+    if not known.config and not config.checkpoint:
+        raise UserError("--config FILE or --checkpoint NAME must say what to train: try --config configs/digits.yaml")
+    if not config.output_dir:
+        config.output_dir = os.path.join("checkpoints", Path(config.checkpoint or known.config).stem)
     return validate(config)
 
 
@@ -189,6 +214,10 @@ def validate(config: Config) -> Config:
     must(config.seed < 2**63, "seed", "less than 2**63")
     must(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     must(config.device_views in ("auto", "on", "off"), "device_views", "auto, on or off")
+    must(config.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
+    must(config.norm in ("None", "BN"), "norm", "None or BN: the published recipe has BN per rank")
+    must(Path(config.checkpoint).name == config.checkpoint, "checkpoint", "a file name, of a file in checkpoints/")
+    must(config.checkpoint != "" or not config.evaluate, "evaluate", "given together with checkpoint")
     must(config.other_ranks in ("refuse", "continue"), "other_ranks", "refuse or continue")
     must(config.on_save_error in ("stop", "continue"), "on_save_error", "stop or continue")
     must(config.on_bad_image in ("stop", "skip"), "on_bad_image", "stop or skip")

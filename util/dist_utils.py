@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from util.errors import UserError
 
 
-# What a site may have to change: which ports are free between its nodes. How long ranks wait is --timeout-minutes.
-FIRST_PORT, PORTS = 20_000, 10_000
+# What a site may have to change, in a config or on the command line: --port, the first of the PORTS that must be free between
+# nodes, and --timeout-minutes.
+PORTS = 5_000
 
 # Ranks talk twice: about tensors, over NCCL between GPUs; and about what to do next, over gloo, whose timeout leaves time to say
 # which rank did not answer. CONTROL is the group of the latter, STORE the board where the ranks met, HOSTS their machines.
@@ -36,10 +37,10 @@ class Place(NamedTuple):
     port: int = 0
 
 
-def place(env: Mapping[str, str]) -> Place:
+def place(env: Mapping[str, str], port: int) -> Place:
     """From the environment: of torchrun, of srun, or alone.
 
-    Under srun the ranks are the tasks of the step, they meet on the first host of its nodes, and the port follows from the
+    Under srun the ranks are the tasks of the step, they meet on the first host of its nodes, at `port` and some more by the
     job's number, so that two jobs on one node do not meet. A batch script without srun is alone.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -54,24 +55,25 @@ def place(env: Mapping[str, str]) -> Place:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"cannot tell the first of the nodes {nodes} ({error}): is scontrol there on the nodes? Otherwise start "
                         "with torchrun") from None
-    port = FIRST_PORT + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % PORTS
+    port += (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % PORTS
     return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), world, hosts[0], port)
 
 
-def dist_init(device: str, timeout_minutes: float) -> torch.device:
+def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
     """Join the other ranks, if there are any, and choose this rank's device: NCCL between GPUs, gloo between CPUs.
 
     device: auto, cpu or cuda. timeout_minutes: how long a rank waits for another one, now and in any step.
+    port: for `place`.
     """
     global CONTROL, STORE
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU here; use cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
-    here = place(os.environ)
+    here = place(os.environ, port)
     if cuda:
         # A scheduler that shows every task its own GPU alone calls that one 0.
         torch.cuda.set_device(here.local_rank if torch.cuda.device_count() > 1 else 0)
-    if here.world > 1:
+    if here.world > 1 and not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         try:
             # NCCL's own timeout ends a process without naming the rank it waited for, so it is to come second.

@@ -14,10 +14,11 @@ from util.errors import UserError
 TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s")
 
 
-def prepare(output_dir: Path, config_yaml: str) -> None:
-    """Make the output directory and write config.yaml into it. Raises UserError if that is not possible."""
+def prepare(output_dir: Path, checkpoint_dir: Path, config_yaml: str) -> None:
+    """Make the directories and write config.yaml into the first. Raises UserError if that is not possible."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
     except OSError as error:
         raise _cannot_write(output_dir, error) from None
@@ -45,6 +46,7 @@ class Log:
             if start == 0 and self.path.exists() and self.path.stat().st_size:      # of a run whose checkpoint is gone
                 os.replace(self.path, self.path.with_name("log.jsonl.old"))
             kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
+            self.empty = not kept
             temporary = self.path.with_name("log.jsonl.tmp")
             temporary.write_text("".join(kept), encoding="utf-8")
             os.replace(temporary, self.path)
@@ -62,7 +64,7 @@ class Log:
 
     def begin(self, step: int, split: str, sha256: str) -> None:
         """split, sha256: of the labelled images; util.report refuses to compare runs on different ones."""
-        if step == 0:
+        if self.active and self.empty:
             self._write("start", step, {"split": split, "sha256": sha256})
 
     def bad_images(self, step: int, bad: Sequence[tuple[str, str]], fate: str) -> None:

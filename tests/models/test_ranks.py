@@ -19,7 +19,7 @@ def run_rank(rank, world, port, ranks, form, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    dist_utils.dist_init("cpu", 2)
+    dist_utils.dist_init("cpu", 2, 0)
     net = small.network()
     torch.manual_seed(5)
     method = small.method(form, net)

@@ -25,7 +25,7 @@ class Bomb:
 @pytest.fixture
 def state():
     return {"config": {"seed": 1}, "step": 3, "world": 1, "processes": 1, "batch_size": 8, "steps_per_epoch": 2, "best": {"student_top1": 1.5}, "split": ("s", "0"), "data": "d", "classes": ["a"],
-            "method": {"w": torch.arange(1000.0)}, "optimizer": {}, "meter": {}, "bad_images": []}
+            "method": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": {}, "meter": {}, "bad_images": []}
 
 
 def test_round_trip(state, tmp_path):

@@ -18,36 +18,36 @@ def scontrol(tmp_path, monkeypatch):
 
 
 def test_alone():
-    assert place({}) == Place(0, 0, 1, "", 0)
+    assert place({}, 20000) == Place(0, 0, 1, "", 0)
 
 
 def test_a_batch_script_without_srun_is_alone():
-    assert place({key: value for key, value in SRUN.items() if not key.startswith("SLURM_STEP")} | {"SLURM_NTASKS": "16"}) == Place()
+    assert place({key: value for key, value in SRUN.items() if not key.startswith("SLURM_STEP")} | {"SLURM_NTASKS": "16"}, 20000) == Place()
 
 
 def test_one_task_of_srun_is_alone():
-    assert place({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}) == Place()
+    assert place({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, 20000) == Place()
 
 
 def test_torchrun():
     env = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5", **SRUN}
-    assert place(env) == Place(3, 1, 4, "a", 5)
+    assert place(env, 20000) == Place(3, 1, 4, "a", 5)
 
 
 def test_srun(scontrol):
-    assert place(SRUN) == Place(9, 1, 16, "gpu07", dist_utils.FIRST_PORT + 123456 % dist_utils.PORTS)
-    other = place({**SRUN, "SLURM_JOB_ID": "123457"})
-    assert other.port != place(SRUN).port and dist_utils.FIRST_PORT <= other.port < dist_utils.FIRST_PORT + dist_utils.PORTS
+    assert place(SRUN, 20000) == Place(9, 1, 16, "gpu07", 20000 + 123456 % dist_utils.PORTS)
+    other = place({**SRUN, "SLURM_JOB_ID": "123457"}, 20000)
+    assert other.port != place(SRUN, 20000).port and 20000 <= other.port < 20000 + dist_utils.PORTS
 
 
 def test_without_scontrol(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="first of the nodes gpu.*scontrol"):
-        place(SRUN)
+        place(SRUN, 20000)
 
 
 def test_nobody_comes(monkeypatch):
     for key, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="rank 1 of 2, on .* did not meet the others at 127.0.0.1:9"):
-        dist_utils.dist_init("cpu", 1 / 60)
+        dist_utils.dist_init("cpu", 1 / 60, 0)
