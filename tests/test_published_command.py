@@ -1,0 +1,115 @@
+"""The ImageNet recipe through exactly the published command line, on the published list of labelled images.
+
+The images are made up and small, 15,000 names for a few files, and seen at 32 px; everything else is the recipe on one rank.
+"""
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from tests.models.test_recipes import PUBLISHED
+from test_train import assert_same_bits
+from trees import picture
+
+from util import checkpoint
+from util.errors import UserError
+
+LISTS = os.environ.get("SIMMATCH_SPLITS", "")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not LISTS, reason="SIMMATCH_SPLITS names no folder with the published lists")]
+SMALLER = "--image-size 32 --workers 1 --device cpu --save-freq 50"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of this one, with the lists fetched and the path at the top of dataset/imagenet.py edited, as a user does."""
+    here = tmp_path_factory.mktemp("user")
+    copy = here / "SimMatch"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "checkpoints", "__pycache__", "log"))
+    done = subprocess.run(["bash", "script/get_splits.sh", "--from", os.path.abspath(LISTS)], cwd=copy, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr
+    names = (copy / "dataset" / "semi_files" / "simmatch-1p.txt").read_text().split()
+    files = [here / f"{k}.jpg" for k in range(20)]
+    for k, file in enumerate(files):
+        picture(k, size=(64, 48)).save(file)
+    classes = sorted({name.split("_")[0] for name in names})
+    names += [f"{wnid}_more{k}.JPEG" for wnid in classes for k in range(2)]         # the unlabelled ones
+    for k, (part, name) in enumerate([("train", name) for name in names] + [("val", f"{wnid}_val.JPEG") for wnid in classes]):
+        folder = here / "imagenet" / part / name.split("_")[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(files[k % 20], folder / name)
+    code = copy / "dataset" / "imagenet.py"
+    code.write_text(code.read_text().replace('IMAGENET_ROOT = "/path/to/imagenet"', f'IMAGENET_ROOT = "{here}/imagenet"'))
+    return copy
+
+
+def start(repository, *flags):
+    command = [sys.executable, "train_semi.py", *shlex.split(f"{PUBLISHED['imagenet_1p']} {SMALLER}"), *flags]
+    return subprocess.Popen(command, cwd=repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "SIMMATCH_CACHE": str(repository.parent / "cache")})
+
+
+def until(process, file, step, seconds=600):
+    """The state saved at `file` once it is of that step or a later one."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            state = checkpoint.load(file)
+            if state["step"] >= step:
+                return state
+        except UserError:       # not there yet
+            pass
+        time.sleep(0.3)
+    raise AssertionError(process.communicate()[1] if process.poll() is not None else f"no step {step} in {seconds} s")
+
+
+def test_two_hundred_steps_are_the_same_after_a_kill(repository):
+    """Also: what eval.py and --evaluate print for it."""
+    states, file = {}, repository / "checkpoints" / "simmatch-1p.pth"
+    for name in ("whole", "killed"):
+        process = start(repository)
+        if name == "killed":
+            until(process, file, 50)
+            time.sleep(2)
+            process.kill()
+            process.communicate()
+            reached = checkpoint.load(file)["step"]
+            process = start(repository)
+        states[name] = until(process, file, 200)
+        process.kill()
+        out, err = process.communicate()
+        assert "64" not in out.split("images a step")[0] and "8 + 40 images a step, 50 steps an epoch, 400 epochs = 20000 steps" in out
+        assert "13000 labelled, 2000 unlabelled, 1000 test images, 1000 classes" in out and "simmatch-1p (sha256 90c1450521fa)" in out
+        if name == "whole":
+            (repository / "checkpoints" / "simmatch-1p").rename(repository / "checkpoints" / "whole")
+            file.rename(repository / "checkpoints" / "whole.pth")
+            checkpoint.previous(file).unlink()
+    assert f"continues from checkpoints/simmatch-1p.pth at step {reached}" in out
+    assert states["whole"]["step"] == 200 == states["killed"]["step"]
+    assert_same_bits(*states.values())
+
+    def said(*words):
+        done = subprocess.run([sys.executable, *words], cwd=repository, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+    flags = "--workers 1 --device cpu".split()
+    line = said("train_semi.py", *shlex.split("--evaluate --anno-percent 0.01 --DA --checkpoint whole.pth"), *flags)
+    assert line.startswith("* Acc@1 ") and line == said("eval.py", "--checkpoint", "checkpoints/whole.pth", *flags)
+
+    said("eval.py", "--checkpoint", "checkpoints/whole.pth", "--export", "checkpoints/simmatch-10p.pth", "--format", "published")
+    assert line == said("eval.py", "--checkpoint", "checkpoints/simmatch-10p.pth", *flags, "--image-size", "32")
+    theirs = torch.load(repository / "checkpoints" / "simmatch-10p.pth", weights_only=True)
+    assert theirs["epoch"] == 4 and theirs["state_dict"]["module.bank"].shape == (128, 13000)
+    kept = (repository / "checkpoints" / "simmatch-10p.pth").read_bytes()
+    process = start(repository, "--checkpoint", "simmatch-10p.pth")             # the last --checkpoint counts
+    after = until(process, repository / "checkpoints" / "simmatch-10p.pth", 250)
+    process.kill()
+    out, _ = process.communicate()
+    assert "is a checkpoint of the published program" in out and "at step 200: 19800 steps to go" in out
+    assert after["step"] == 250 and Path(repository, "checkpoints", "simmatch-10p.published.pth").read_bytes() == kept
