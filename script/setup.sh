@@ -42,3 +42,13 @@ find_python() {  # find_python FILE...: sets PYTHON
   "$PYTHON" -m pip install --quiet --disable-pip-version-check "${args[@]}" \
     || { echo "error: pip install failed; the lines above say why. Run this again to go on" >&2; exit 2; }
 }
+
+one_gpu_a_task() {  # in a Slurm job: refuses ranks that would share a GPU, warns of GPUs that no rank would use
+  local gpus=${SLURM_GPUS_ON_NODE:-0} tasks=${SLURM_TASKS_PER_NODE:-1}
+  tasks=${tasks%%[(,]*}                                     # "8(x2)" and "8,4" -> 8, on the first node, where this runs
+  [ "$gpus" = 0 ] || [ "$tasks" = "$gpus" ] && return
+  local asked="$tasks tasks and $gpus GPUs a node were asked for"
+  local instead="write --ntasks-per-node=$gpus --gres=gpu:$gpus"
+  [ "$tasks" -gt "$gpus" ] && { echo "error: $asked, so tasks would share a GPU: $instead (--gres=none: CPUs only)" >&2; exit 2; }
+  echo "warning: $asked, so $((gpus - tasks)) of them idle on each: $instead, or --gres=gpu:$tasks" >&2
+}

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster, or, without one, on all GPUs of this machine:
+# Train on a Slurm cluster, or, without one, on all GPUs of this machine (docs/SLURM.md):
 #   sbatch script/train.sh                                                       the 1 % recipe on one node with 8 GPUs
 #   sbatch --nodes=2 script/train.sh configs/imagenet_10p.yaml --seed 1          the 10 % one on two
+#   sbatch --ntasks-per-node=4 --gres=gpu:4 script/train.sh                      on nodes with 4 GPUs
 #   bash script/train.sh configs/digits.yaml --epochs 5                          here
 # Every line below can be overridden on sbatch's command line. Before the time limit, or when it is preempted, the job saves,
-# puts itself back into the queue and later goes on at the same step.
+# goes back into the queue and later continues at the same step.
 #SBATCH --job-name=simmatch
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -15,26 +16,35 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=log/%x-%j.out
-here=${SLURM_JOB_ID:+$SLURM_SUBMIT_DIR}                     # Slurm runs a copy of this file from a folder of its own
-here=${here:-$(dirname "${BASH_SOURCE[0]}")/..}
+here=$(dirname "${BASH_SOURCE[0]}")/..
+[ -f "$here/script/setup.sh" ] || here=$SLURM_SUBMIT_DIR    # Slurm runs a copy of this file from a folder of its own
 [ -f "$here/script/setup.sh" ] || { echo "error: $here is not the repository: call sbatch from its top folder" >&2; exit 2; }
 source "$here/script/setup.sh"
+one_gpu_a_task
 find_python requirements.txt
 config=configs/imagenet_1p.yaml
 case ${1:-} in ''|-*) ;; *) config=$1; shift ;; esac
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-  gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-  [ "$gpus" = 1 ] && exec "$PYTHON" train_semi.py --config "$config" "$@"
+  gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+  if [ "$gpus" = 0 ] && command -v sbatch >/dev/null; then
+    echo "train: no GPU here, so on the CPU; to use this cluster's GPUs: sbatch script/train.sh $config $*"
+  fi
+  [ "$gpus" -le 1 ] && exec "$PYTHON" train_semi.py --config "$config" "$@"
   exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" train_semi.py --config "$config" "$@"
 fi
 echo "train: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number ${SLURM_RESTART_COUNT:-0}: $config $*"
-trap : USR1                                                 # the signal is for the ranks; the script waits for them
-srun --wait=60 "$PYTHON" train_semi.py --config "$config" "$@" &     # a rank that dies takes the others along after a minute
+# USR1 is for the ranks; this script waits for them. It must die of TERM: that is scancel, or Slurm requeues by itself.
+trap : USR1
+# A rank that dies takes the others along after a minute. Not at once: ranks that were asked to stop do not end together.
+srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+  "$PYTHON" train_semi.py --config "$config" "$@" &
 wait $!; code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done     # `wait` also ends when the trap was called
 if [ $code = 75 ]; then                                     # asked to stop, and saved (util/preempt.py)
   echo "train: back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || echo "train: Slurm did not take it back; the same sbatch command continues" >&2
+elif [ $code != 0 ]; then
+  echo "train: ended with code $code and is not started again; once mended, the same sbatch command continues" >&2
 fi
 exit $code
