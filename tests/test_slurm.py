@@ -1,69 +1,138 @@
-"""script/train.sh on a real Slurm of two nodes; skipped where none is running."""
+"""Jobs of script/train.sh that are interrupted, on a real Slurm of two nodes; skipped where none is running."""
 import os
 import shutil
-import subprocess
-import sys
-import time
+import signal
 
 import pytest
+from cluster import clean_up, digits, needs_slurm, nodes, show, slurm, task, wait, wait_running
 from conftest import ROOT
 from test_train import assert_same_run, weights
 
-
-def slurm(*words):
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
+pytestmark = needs_slurm
 
 
-def nodes():
-    return len(slurm("sinfo", "-N", "-h").stdout.split("\n")) - 1 if shutil.which("sbatch") else 0
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    yield
+    clean_up()
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(nodes() < 2, reason="no Slurm with two nodes is running here (sbatch, sinfo)")]
-SMALL = ["--nodes=2", "--ntasks-per-node=1", "--gres=none", "--cpus-per-task=1", "--time=10"]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("slurm") / "whole"
+    wait(digits(folder))
+    assert weights(folder)["step"] == 400 and weights(folder)["world"] == 2
+    return folder
 
 
-def submit(folder, *flags, options=SMALL):
-    done = slurm("sbatch", "--parsable", *options, f"--output={folder}.out", "script/train.sh", "configs/digits.yaml", "--device",
-                 "cpu", "--batch-size", "5", "--epochs", "20", "--print-freq", "10", "--eval-freq", "5", "--workers", "1",
-                 "--output-dir", str(folder), *flags)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def log(folder):
+    return folder.with_name(folder.name + ".out").read_text()
 
 
-def wait(job, until=lambda: False, seconds=240):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not until():
-        if not slurm("squeue", "-h", "-j", job).stdout.strip():
-            return
-        time.sleep(0.5)
-    assert until(), f"job {job} took longer than {seconds} s"
-
-
-def test_a_job_on_two_nodes_that_is_asked_to_stop_is_requeued_and_ends_with_the_same_bits(tmp_path):
-    whole, asked = tmp_path / "whole", tmp_path / "asked"
-    wait(submit(whole))
-    assert weights(whole)["step"] == 400 and weights(whole)["world"] == 2
-    job = submit(asked)
-    wait(job, until=(asked / "last.pth").exists)
-    assert slurm("scancel", "--signal=USR1", job).returncode == 0
+@pytest.mark.parametrize("how, by", [(["scancel", "--signal=USR1"], "train: back into the queue"),
+                                     (["scontrol", "requeue"], "DUE TO JOB REQUEUE")])
+def test_a_job_that_is_asked_to_stop_is_requeued_and_ends_with_the_same_bits(how, by, whole, tmp_path):
+    """By a signal to the ranks; and by SIGTERM as Slurm puts it back itself, which is what a preemption does."""
+    folder = tmp_path / "asked"
+    job = digits(folder)
+    wait_running(job, folder / "last.pth")
+    assert slurm(*how, job).returncode == 0
     wait(job)
-    said = (tmp_path / "asked.out").read_text()
-    assert "asked to stop: saved step" in said and "back into the queue" in said and "start number 1" in said, said
-    assert "Restarts=1" in slurm("scontrol", "show", "job", job).stdout and "JobState=COMPLETED" in slurm(
-        "scontrol", "show", "job", job).stdout
-    assert_same_run(whole, asked)
+    assert "asked to stop: saved step" in log(folder) and by in log(folder) and "start number 1" in log(folder), log(folder)
+    assert "start number 2" not in log(folder)
+    assert show(job)["Restarts"] == "1" and show(job)["JobState"] == "COMPLETED"
+    assert_same_run(whole, folder)
+
+
+def test_slurm_signals_before_the_time_limit_and_the_job_goes_on_later(whole, tmp_path):
+    """The limit is two minutes and the signal due a minute before it; Slurm looks every 30 s. So that no machine is fast enough
+    to end before it, the ranks stand still (SIGSTOP) until Slurm sends it, which wakes them.
+    """
+    folder = tmp_path / "limited"
+    job = digits(folder, options=["--time=2", "--signal=USR1@60"])
+    wait_running(job, folder / "last.pth", seconds=60)
+    assert slurm("scancel", "--signal=STOP", job).returncode == 0
+    assert "asked to stop" not in log(folder)
+    wait(job)
+    assert "asked to stop: saved step" in log(folder) and "start number 1" in log(folder), log(folder)
+    assert "TIME LIMIT" not in log(folder) and show(job)["JobState"] == "COMPLETED" and int(show(job)["Restarts"]) >= 1
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_node_that_goes_down_is_waited_for(which, whole, tmp_path):
+    """Slurm requeues by itself; the run goes on from what --save-freq saved."""
+    folder, node = tmp_path / "down", nodes()[which]
+    job = digits(folder, "--save-freq", "7")
+    wait_running(job, folder / "last.pth")
+    try:
+        down = slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        if down.returncode:
+            pytest.skip(f"this user may not set a node down: {down.stderr.strip()}")
+        wait(job, until=lambda: show(job)["JobState"] == "PENDING", seconds=60)
+        reached = weights(folder)["step"]
+    finally:
+        slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    wait(job)
+    assert "NODE FAILURE" in log(folder) and "start number 1" in log(folder), log(folder)
+    assert 0 < reached < 400 and f"at step {reached}: " in log(folder)
+    assert show(job)["JobState"] == "COMPLETED"
+    assert_same_run(whole, folder)
+
+
+def test_a_cancelled_job_saves_stays_cancelled_and_the_same_command_continues(whole, tmp_path):
+    folder = tmp_path / "cancelled"
+    job = digits(folder)
+    wait_running(job, folder / "last.pth")
+    assert slurm("scancel", job).returncode == 0
+    wait(job)
+    saved = weights(folder)["step"]
+    assert f"asked to stop: saved step {saved} " in log(folder) and saved < 400, log(folder)
+    assert show(job)["JobState"] == "CANCELLED" and show(job)["Restarts"] == "0"
+    wait(digits(folder))
+    assert f"at step {saved}: {400 - saved} steps to go" in log(folder)
+    assert_same_run(whole, folder)
+
+
+def ended_by_itself(job, folder):
+    """The job failed, and is not started again."""
+    state = show(job)
+    assert state["JobState"] == "FAILED" and state["ExitCode"] != "0:0" and state["Restarts"] == "0", state
+    assert "is not started again" in log(folder) and "back into the queue" not in log(folder), log(folder)
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_the_log_names_it(tmp_path):
+    folder = tmp_path / "killed"
+    job = digits(folder)
+    wait_running(job, folder / "last.pth")
+    node = nodes()[1]
+    os.kill(task(job, 1, node), signal.SIGKILL)
+    wait(job, seconds=120)
+    assert f"{node}: task 1: Killed" in log(folder), log(folder)
+    ended_by_itself(job, folder)
+
+
+def test_a_rank_that_hangs_ends_the_job_after_the_timeout_a_site_has_set(tmp_path):
+    """In a copy of the repository whose TIMEOUT at the top of util/dist_utils.py is shorter."""
+    site, folder = tmp_path / "site", tmp_path / "hung"
+    shutil.copytree(ROOT, site, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "checkpoints", "data"))
+    source = site / "util" / "dist_utils.py"
+    before = source.read_text()
+    source.write_text(before.replace("TIMEOUT = timedelta(minutes=10)", "TIMEOUT = timedelta(seconds=20)"))
+    assert source.read_text() != before
+    job = digits(folder, cwd=site)
+    wait_running(job, folder / "last.pth")
+    os.kill(task(job, 1, nodes()[1]), signal.SIGSTOP)
+    wait(job, seconds=180)
+    assert f"{nodes()[0]}: task 0: " in log(folder) and "imed out" in log(folder), log(folder)
+    ended_by_itself(job, folder)
 
 
 def test_a_mistake_ends_the_job_with_its_line_and_is_not_requeued(tmp_path):
-    job = submit(tmp_path / "run", "--strong", "strongest", "--dataset", "cifar10", "--data", str(tmp_path))
+    folder = tmp_path / "run"
+    job = digits(folder, "--strong", "strongest", "--dataset", "cifar10", "--data", tmp_path)
     wait(job)
-    said = (tmp_path / "run.out").read_text()
-    assert "error: " in said and "back into the queue" not in said and "Traceback" not in said, said
-    assert "ExitCode=2:0" in slurm("scontrol", "show", "job", job).stdout
-
-
-def test_train_sh_says_where_to_call_it_from(tmp_path):
-    done = subprocess.run(["bash", str(ROOT / "script" / "train.sh")], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)})
-    assert done.returncode == 2 and "call sbatch from its top folder" in done.stderr
+    assert "error: " in log(folder) and "Traceback" not in log(folder), log(folder)
+    assert show(job)["ExitCode"] == "2:0"
+    ended_by_itself(job, folder)
