@@ -1,10 +1,11 @@
 """Jobs of script/train.sh that are interrupted, on a real Slurm of two nodes; skipped where none is running."""
 import os
+import re
 import shutil
 import signal
 
 import pytest
-from cluster import clean_up, digits, needs_slurm, nodes, show, slurm, task, wait, wait_running
+from cluster import clean_up, digits, needs_slurm, nodes, sbatch, show, slurm, task, wait, wait_running
 from conftest import ROOT
 from test_train import assert_same_run, weights
 
@@ -46,8 +47,8 @@ def test_a_job_that_is_asked_to_stop_is_requeued_and_ends_with_the_same_bits(how
 
 
 def test_slurm_signals_before_the_time_limit_and_the_job_goes_on_later(whole, tmp_path):
-    """The limit is two minutes and the signal due a minute before it; Slurm looks every 30 s. So that no machine is fast enough
-    to end before it, the ranks stand still (SIGSTOP) until Slurm sends it, which wakes them.
+    """The limit is two minutes and the signal due a minute before it; Slurm looks every 30 s. So that no machine is fast
+    enough to end before it, the ranks stand still (SIGSTOP) until Slurm sends it, which wakes them.
     """
     folder = tmp_path / "limited"
     job = digits(folder, options=["--time=2", "--signal=USR1@60"])
@@ -78,6 +79,26 @@ def test_a_node_that_goes_down_is_waited_for(which, whole, tmp_path):
     assert "NODE FAILURE" in log(folder) and "start number 1" in log(folder), log(folder)
     assert 0 < reached < 400 and f"at step {reached}: " in log(folder)
     assert show(job)["JobState"] == "COMPLETED"
+    assert_same_run(whole, folder)
+
+
+def by_urgency():
+    """Names of the partitions, the least urgent first, if Slurm puts a job of one back into the queue for one of a later."""
+    if not nodes() or not re.search(r"PreemptMode\s*=\s*REQUEUE", slurm("scontrol", "show", "config").stdout):
+        return []
+    tiers = re.findall(r"PartitionName=(\S+).*?PriorityTier=(\d+)", slurm("scontrol", "show", "partition").stdout, re.S)
+    return [name for name, tier in sorted(tiers, key=lambda pair: int(pair[1]))]
+
+
+@pytest.mark.skipif(len(by_urgency()) < 2, reason="this Slurm does not preempt: PreemptMode=REQUEUE and two partitions are needed")
+def test_a_preempted_job_goes_on_later(whole, tmp_path):
+    folder, (least, *_, most) = tmp_path / "preempted", by_urgency()
+    job = digits(folder, options=[f"--partition={least}"])
+    wait_running(job, folder / "last.pth")
+    sbatch(f"--partition={most}", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 5")
+    wait(job)
+    assert "DUE TO PREEMPTION" in log(folder) and "asked to stop: saved step" in log(folder), log(folder)
+    assert "start number 1" in log(folder) and show(job)["JobState"] == "COMPLETED"
     assert_same_run(whole, folder)
 
 
@@ -119,12 +140,12 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_a_site_has_set(tmp_pat
     shutil.copytree(ROOT, site, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "checkpoints", "data"))
     source = site / "util" / "dist_utils.py"
     before = source.read_text()
-    source.write_text(before.replace("TIMEOUT = timedelta(minutes=10)", "TIMEOUT = timedelta(seconds=20)"))
+    source.write_text(re.sub(r"^TIMEOUT = .*", "TIMEOUT = timedelta(seconds=20)", before, flags=re.M))
     assert source.read_text() != before
     job = digits(folder, cwd=site)
     wait_running(job, folder / "last.pth")
     os.kill(task(job, 1, nodes()[1]), signal.SIGSTOP)
-    wait(job, seconds=180)
+    wait(job, seconds=300)
     assert f"{nodes()[0]}: task 0: " in log(folder) and "imed out" in log(folder), log(folder)
     ended_by_itself(job, folder)
 
