@@ -3,6 +3,11 @@ import sys
 import time
 from pathlib import Path
 
+from util import preempt
+
+if __name__ == "__main__":
+    preempt.listen()        # a signal that comes while PyTorch is imported must not end the run
+
 import torch
 
 from dataset.build import build_data
@@ -14,7 +19,6 @@ from util.config import Config, parse, to_dict, to_yaml
 from util.errors import UserError, run
 from util.log import Log, prepare
 from util.metrics import Meter, evaluate
-from util.preempt import CODE, Preempt
 from util.ranks import Ranks, continue_with, ranks_of
 from util.resume import is_published, load_last, resume, resume_published, start_from_moco
 from util.schedule import learning_rate
@@ -74,7 +78,7 @@ def main() -> None:
     describe(log, config, data, stream, ranks, method, device, start, total, last, [damage, remark])
     writer = checkpoint.Writer(last, out / "best.pth", config.on_save_error, log.say, last_is_whole=not damage)
 
-    preempt, saved = Preempt(), time.monotonic()
+    saved = time.monotonic()
     clock, clock_step = saved, start
     loader = batches(stream, range(start, total), config.workers, pin_memory=device.type == "cuda")
     for step, item in enumerate(loader, start):
@@ -93,7 +97,8 @@ def main() -> None:
         meter.add(step, terms, fresh.pseudo, fresh.mask, item.hidden)
 
         done, epoch = step + 1, step // stream.steps_per_epoch + 1
-        stop = preempt.asked(done, config.print_freq) and done < total
+        agree = ranks.processes == 1 or done % config.print_freq == 0
+        stop = agree and dist_utils.anywhere(preempt.asked()) and done < total
         at_end_of_epoch = done % stream.steps_per_epoch == 0
         evaluate_now = at_end_of_epoch and (epoch % config.eval_freq == 0 or done == total)
         if done % config.print_freq == 0 or evaluate_now:
@@ -132,7 +137,7 @@ def main() -> None:
             log.say(f"asked to stop: saved step {done} in {last}; the same command continues")
             log.close()
             dist_utils.dist_end()
-            sys.exit(CODE)
+            sys.exit(preempt.CODE)
 
     writer.close()
     if best["step"]:

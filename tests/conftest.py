@@ -1,6 +1,5 @@
 """Shared by all tests: the repository on the path, one thread, small settings, and commands as a user types them."""
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 
-from util import errors, preempt  # noqa: E402  (the repository is on the path only now)
-
-
-@pytest.fixture(autouse=True)
-def usual_signals():
-    """train_semi.main, called in this process, listens to signals that are meant for the tests."""
-    before = [(number, signal.getsignal(number)) for number in preempt.SIGNALS]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
+from util import errors  # noqa: E402  (the repository is on the path only now)
 
 
 @pytest.fixture

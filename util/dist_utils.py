@@ -120,7 +120,9 @@ def _roll_call(missing: list[int]) -> None:
 
 
 def dist_end() -> None:
+    """Part when all ranks are here: none ends before rank 0 has written its last checkpoint."""
     if dist.is_initialized():
+        all_gather_object(None)
         dist.destroy_process_group()
 
 
