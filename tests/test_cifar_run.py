@@ -23,7 +23,7 @@ def test_the_recipe_trains_evaluates_and_continues_exactly(tmp_path, monkeypatch
         main()
 
     def train(folder, *flags):
-        call(train_semi.main, "--config", ROOT / "configs" / "cifar10_40.yaml", "--data", root, "--batch-size", "4", "--mu", "2",
+        call(train_semi.main, "--config", ROOT / "configs" / "cifar10_40.yaml", "--data", root, "--batch-size", "2", "--mu", "2",
              "--steps-per-epoch", "100", "--epochs", "2", "--print-freq", "20", "--device", "cpu", "--output-dir", folder, *flags)
     train(tmp_path / "a", "--workers", "0")
     assert "40 labelled, 200 unlabelled, 20 test images" in capsys.readouterr().out
