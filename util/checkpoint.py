@@ -189,9 +189,18 @@ def check(state: Any, path: Path) -> dict[str, Any]:
 
 
 def must_be_finite(values: dict[str, Any], step: int) -> None:
-    """Raise UserError, naming the first, if a tensor of a module's state is not finite: such a state is never saved."""
-    for name, value in values.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+    """Raise UserError, naming the first, if a tensor of a module's state is not finite: such a state is never saved.
+
+    Training waits for this, so that it reads every tensor once, and a GPU is asked once: the smallest and the largest value of
+    a tensor are finite, and not NaN, if and only if all are.
+    """
+    floating = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
+    if not floating:
+        return
+    extremes = torch.stack([end for value in floating.values() for end in torch.aminmax(value.detach())])    # [2·tensors]
+    finite = torch.isfinite(extremes).view(-1, 2).all(dim=1).tolist()
+    for name, fine in zip(floating, finite):
+        if not fine:
             raise UserError(f"{name} is not finite after step {step - 1}; training stops, and the last checkpoint stays as "
                             "it was: try a lower --lr")
 

@@ -112,10 +112,42 @@ def test_a_key_of_the_wrong_kind(state, key, value, tmp_path):
         checkpoint.load(tmp_path / "a.pth")
 
 
+def test_the_writer_writes_the_state_as_it_was_when_it_was_handed_over(state, tmp_path):
+    momentum = torch.zeros(10**6)
+    writer = checkpoint.Writer(tmp_path, "stop", print)
+    for step in range(1, 6):
+        state["step"] = step
+        state["optimizer"] = {"state": {0: {"momentum_buffer": momentum}}}
+        state["method"]["w"].fill_(step)
+        momentum.fill_(step)
+        writer.save(state, best=step == 3)
+        state["method"]["w"].fill_(-1)          # the next step, while that is written
+        momentum.fill_(-1)
+    writer.close()
+    for name, step in (("best", 3), ("last.previous", 4), ("last", 5)):
+        saved = checkpoint.load(tmp_path / f"{name}.pth")
+        assert saved["step"] == step
+        assert (saved["method"]["w"] == step).all() and (saved["optimizer"]["state"][0]["momentum_buffer"] == step).all()
+
+
 def test_a_state_that_is_not_finite_is_named():
     checkpoint.must_be_finite({"a": torch.ones(2), "n": torch.tensor(3)}, step=7)
     with pytest.raises(UserError, match="b is not finite after step 6"):
         checkpoint.must_be_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}, step=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_wherever_it_stands(bad, dtype):
+    whole = {"x": torch.ones(3, dtype=torch.float64), "empty": torch.empty(0), "count": torch.tensor(3),
+             "big": torch.tensor(torch.finfo(dtype).max, dtype=dtype)}
+    for place in (0, 1, 500, 999, 1000):
+        value = torch.linspace(-2, 2, 1001).to(dtype).view(7, 143).T       # not contiguous
+        checkpoint.must_be_finite({**whole, "y": value}, step=1)
+        value[place % 143, place // 143] = bad
+        with pytest.raises(UserError, match="^y is not finite"):
+            checkpoint.must_be_finite({**whole, "y": value, "z": value}, step=1)
+    checkpoint.must_be_finite({}, step=1)
 
 
 @pytest.mark.parametrize("value", [{"state_dict": {}}, [1, 2], torch.zeros(3), {}])
