@@ -10,12 +10,14 @@ if __name__ == "__main__":
 
 import torch
 
+from dataset.age import ages
 from dataset.build import build_data
 from dataset.loader import BadImages, Data, Stream, batches, evaluation_batches, to_device
 from eval import main as evaluate_checkpoint
-from models import Batch, Method, build_method, parameter_groups, split, train_step, tune
+from models import Batch, Method, build_method, diagnose, parameter_groups, split, train_step, tune
 from util import checkpoint, dist_utils
 from util.config import Config, parse, to_dict, to_yaml
+from util.diagnostics import diagnostics, told
 from util.errors import UserError, run
 from util.log import Log, prepare
 from util.metrics import Meter, evaluate
@@ -92,17 +94,28 @@ def main() -> None:
                       item.index.to(device, non_blocking=True), to_device(data.weak, item.u_weak, device),
                       to_device(data.strong, item.u_strong, device))
 
-        terms, fresh = train_step(method, student, optimizer, split(batch, ranks.here), step=step,
-                                  bank_ready=stream.bank_ready(step), scaler=scaler)
-        meter.add(step, terms, fresh.pseudo, fresh.mask, item.hidden)
-
         done, epoch = step + 1, step // stream.steps_per_epoch + 1
-        agree = ranks.processes == 1 or done % config.print_freq == 0
-        stop = agree and dist_utils.anywhere(preempt.asked()) and done < total
         at_end_of_epoch = done % stream.steps_per_epoch == 0
         evaluate_now = at_end_of_epoch and (epoch % config.eval_freq == 0 or done == total)
+        parts, bank_ready = split(batch, ranks.here), stream.bank_ready(step)
+        diagnose_now = done % config.diagnose_freq == 0 if config.diagnose_freq else evaluate_now
+        if diagnose_now:
+            before = time.monotonic()
+            looked = diagnose(method, parts, step=step, bank_ready=bank_ready, scale=scaler.get_scale())
+            clock += time.monotonic() - before
+
+        terms, fresh = train_step(method, student, optimizer, parts, step=step, bank_ready=bank_ready, scaler=scaler)
+        meter.add(step, terms, fresh.pseudo, fresh.mask, item.hidden)
+
+        if diagnose_now:
+            log.write("diagnostics", done, diagnostics(
+                epoch, stream.steps_per_epoch, stream.n_x * ranks.processes, looked, meter.take_counts(),
+                data.labels[data.labelled], data.classes, ages(stream, done)))
+        agree = ranks.processes == 1 or done % config.print_freq == 0
+        stop = agree and dist_utils.anywhere(preempt.asked()) and done < total
         if done % config.print_freq == 0 or evaluate_now:
-            values = meter.read()       # stops here if a loss was not finite, before anything is saved
+            with told(log, done):
+                values = meter.read()   # stops here if a loss was not finite, before anything is saved
             seconds = time.monotonic() - clock
             speed = (done - clock_step) * images / seconds
             log.train(done, epoch, config.epochs, {**values, "lr": lr, "images_per_s": round(speed, 1)})
@@ -128,7 +141,8 @@ def main() -> None:
                      "classes": data.classes, "data": fingerprint,
                      "method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best,
                      "meter": meter.state_dict(), "bad_images": sum(dist_utils.all_gather_object(bad.seen), [])}
-            checkpoint.must_be_finite(state["method"], done)
+            with told(log, done):
+                checkpoint.must_be_finite(state["method"], done)
             if rank == 0:
                 writer.save(state, best=evaluate_now and better)
             saved = time.monotonic()

@@ -3,6 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
+from models.diagnose import diagnose
 from models.fixmatch import FixMatch
 from models.method import Batch, Fresh, Method
 from models.network import BACKBONES, Network, parameter_groups

@@ -51,9 +51,13 @@ class DistributionAlignment(nn.Module):
 
         mean [C]: of p over the global batch; it counts in the prior as if it were in the ring already.
         """
-        prior = self._with(mean).mean(dim=0)                                            # [C]
+        prior = self.prior(mean)                                                        # [C]
         tiny = torch.finfo(prior.dtype).tiny    # a class that p underflows on has a prior of 0: keep its log finite
         return torch.log_softmax(log_p - prior.clamp_min(tiny).log(), dim=1)            # [n, C]
+
+    def prior(self, mean: Tensor) -> Tensor:
+        """Mean of the ring [C] with this step's mean of p in it; it sums to 1 once the ring is full."""
+        return self._with(mean).mean(dim=0)
 
     @torch.no_grad()
     def write(self, mean: Tensor) -> None:

@@ -59,6 +59,10 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def signs(self, batch: Batch, targets: Any, *, bank_ready: bool) -> dict[str, Tensor]:
+        """What only this method can tell of its health, for the diagnostics (docs/DOCTOR.md). Changes nothing."""
+        return {}
+
     def update(self, fresh: Fresh) -> None:
         """The one writer, called once after the optimizer step. fresh: of all ranks that this process plays."""
         self.teacher.update(self.student)

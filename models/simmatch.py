@@ -78,10 +78,10 @@ class SimMatch(Method):
         if bank_ready:
             labels = self.bank.labels                                       # [K]
             with torch.no_grad():
-                log_q_w = torch.log_softmax(z_uw @ self.bank.z.T / self.tt, dim=1)  # [muB, K]
+                log_q_w = self.similarities(z_uw, self.tt)                  # [muB, K]
                 q_hat = unfold(log_q_w, log_p, labels).exp()                # [muB, K]
                 p = self.c_smooth * p + (1 - self.c_smooth) * aggregate(log_q_w, labels, p.shape[1])    # [muB, C]
-            log_q_s = torch.log_softmax(z_us @ self.bank.z.T / self.st, dim=1)  # [muB, K]
+            log_q_s = self.similarities(z_us, self.st)                      # [muB, K]
             loss_in = cross_entropy(q_hat, log_q_s).mean()
 
         mask = (p.amax(dim=1) >= self.threshold).to(p.dtype)                # [muB]
@@ -90,6 +90,24 @@ class SimMatch(Method):
                  "loss_u": self.lambda_u * loss_u,
                  "loss_in": self.lambda_in * loss_in}
         return terms, Fresh(z_x, batch.y, batch.index, prior, p, mask)
+
+    def similarities(self, z: Tensor, t: float) -> Tensor:
+        """log q, the similarities of embeddings z [n, D] to the bank at temperature t, each row a distribution -> [n, K]."""
+        return torch.log_softmax(z @ self.bank.z.T / t, dim=1)
+
+    @torch.no_grad()
+    def signs(self, batch: Batch, targets: Target, *, bank_ready: bool) -> dict[str, Tensor]:
+        """bank_rows, K; from the second epoch on q_entropy, the mean entropy of q_w in nats, and bank_drift, 1 − the mean cosine
+        of the rows to be written and what they are written over; with DA the `prior` [C], this step's included.
+        """
+        out = {"bank_rows": torch.tensor(len(self.bank.labels), device=self.bank.z.device)}
+        if bank_ready:
+            log_q_w = self.similarities(targets.z_uw, self.tt)              # [muB, K]
+            out["q_entropy"] = cross_entropy(log_q_w.exp(), log_q_w).mean()
+            out["bank_drift"] = 1 - F.cosine_similarity(targets.z_x, self.bank.z[batch.index]).mean()
+        if self.align is not None:
+            out["prior"] = self.align.prior(targets.prior)
+        return out
 
     def update(self, fresh: Fresh) -> None:
         gather = dist_utils.all_gather

@@ -13,6 +13,7 @@ from conftest import one_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_semi
+from util.diagnostics import KEYS
 
 TRAIN = {"event", "step", "epoch", "loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s"}
 EVAL = {"event", "step", "student_top1", "student_top5", "teacher_top1", "teacher_top5"}
@@ -73,14 +74,16 @@ def test_the_log_has_the_promised_keys_in_order(finished):
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     start = log.pop(0)
     assert start["event"] == "start" and [start["split"], start["sha256"]] == list(weights(folder)["split"])
-    assert {event["event"] for event in log} == {"train", "eval"}
+    keys = {"train": TRAIN, "eval": EVAL, "diagnostics": {"event", "step", *KEYS}}
+    assert {event["event"] for event in log} == set(keys)
     for event in log:
-        assert set(event) == (TRAIN if event["event"] == "train" else EVAL)
+        assert set(event) == keys[event["event"]]
     trains = [event for event in log if event["event"] == "train"]
     steps = [event["step"] for event in trains]
     assert steps == sorted(set(steps))
     assert all(event["loss"] == pytest.approx(event["loss_x"] + event["loss_u"] + event["loss_in"], rel=1e-5) for event in trains)
-    assert [event["step"] for event in log if event["event"] == "eval"] == [max(steps) // 2, max(steps)]
+    for kind in ("eval", "diagnostics"):
+        assert [event["step"] for event in log if event["event"] == kind] == [max(steps) // 2, max(steps)]
 
 
 def test_tensorboard_reads_the_same_values(finished):
@@ -90,6 +93,8 @@ def test_tensorboard_reads_the_same_values(finished):
     for event in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
         for key, value in event.items():
             if key in ("event", "step") or event["event"] == "start":
+                continue
+            if not isinstance(value, (int, float)):     # null, and lists of the diagnostics
                 continue
             found = [s.value for s in reader.Scalars(f"{event['event']}/{key}") if s.step == event["step"]]
             assert found == [pytest.approx(value, rel=1e-6)]
@@ -125,6 +130,16 @@ def test_another_seed_is_another_run(train, tmp_path):
         assert train(tmp_path / seed, "--seed", seed).returncode == 0
     assert events(tmp_path / "0") != events(tmp_path / "1")
     assert weights(tmp_path / "0")["split"] != weights(tmp_path / "1")["split"]
+
+
+@pytest.mark.slow
+def test_diagnostics_change_no_bit(train, tmp_path):
+    for name, every in (("each", 1), ("never", 1000)):
+        assert train(tmp_path / name, "--diagnose-freq", every, "--virtual-ranks", 2, "--batch-size", 5).returncode == 0
+    each, never = (weights(tmp_path / name) for name in ("each", "never"))
+    assert [e for e in events(tmp_path / "each") if e["event"] != "diagnostics"] == events(tmp_path / "never")
+    for key in ("method", "optimizer", "best"):
+        assert_same_bits(each[key], never[key])
 
 
 @pytest.mark.slow

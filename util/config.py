@@ -92,6 +92,8 @@ class Config:
     # what is reported, and how often
     print_freq: int = opt(20, "steps between two train events in the log")
     eval_freq: int = opt(1, "epochs between two evaluations, each with a checkpoint")
+    diagnose_freq: int = opt(0, "steps between two diagnostics (docs/DOCTOR.md), each at the cost of some three steps; 0: with "
+                                "every evaluation")
     save_freq: int = opt(0, "steps between two further checkpoints; 0: none")
     on_save_error: str = opt("stop", "a checkpoint or log that cannot be written, as on a full disk: stop the run, or continue "
                                      "and try again later")
@@ -101,8 +103,8 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # How a run is watched and where its data are, not what it computes: these may change when a run is continued.
 FREE = frozenset({"output_dir", "checkpoint", "evaluate", "moco_path", "start_epoch", "port", "device", "workers",
-                  "print_freq", "eval_freq", "save_freq", "save_minutes", "data", "unlabelled", "val", "on_bad_image",
-                  "virtual_ranks", "other_ranks", "timeout_minutes", "on_save_error"})
+                  "print_freq", "eval_freq", "diagnose_freq", "save_freq", "save_minutes", "data", "unlabelled", "val",
+                  "on_bad_image", "virtual_ranks", "other_ranks", "timeout_minutes", "on_save_error"})
 # Further spellings on the published command line, and flags that stand for a value of a field.
 ALIASES = {"workers": ["-j"], "batch_size": ["-b"], "print_freq": ["-p"], "evaluate": ["-e"], "lr": ["--learning-rate"],
            "wd": ["--weight-decay"]}
@@ -110,8 +112,8 @@ SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
 
 _POSITIVE = ("timeout_minutes", "port", "image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq",
              "eval_freq")
-_NOT_NEGATIVE = ("virtual_ranks", "start_epoch", "save_freq", "save_minutes", "seed", "cls", "labels_per_class", "workers", "steps_per_epoch",
-                 "warmup_epoch", "wd", "lambda_u", "lambda_in")
+_NOT_NEGATIVE = ("virtual_ranks", "start_epoch", "diagnose_freq", "save_freq", "save_minutes", "seed", "cls", "labels_per_class",
+                 "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
 _SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "bank_m", "ema_m")
 
 

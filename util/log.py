@@ -65,14 +65,14 @@ class Log:
     def begin(self, step: int, split: str, sha256: str) -> None:
         """split, sha256: of the labelled images; util.report refuses to compare runs on different ones."""
         if self.active and self.empty:
-            self._write("start", step, {"split": split, "sha256": sha256})
+            self.write("start", step, {"split": split, "sha256": sha256})
 
     def bad_images(self, step: int, bad: Sequence[tuple[str, str]], fate: str) -> None:
         """bad: (name, cause) of images that could not be used; fate: what became of them."""
         if not bad:
             return
         unique = sorted({(name, cause) for name, cause in bad})
-        self._write("bad_images", step, {"fate": fate, "count": len(bad), "images": [list(pair) for pair in unique]})
+        self.write("bad_images", step, {"fate": fate, "count": len(bad), "images": [list(pair) for pair in unique]})
         self.say(f"{len(unique)} bad images were {fate} ({len(bad)} times):")
         for name, cause in unique[:20]:
             self.say(f"  {name}: {cause}")
@@ -82,7 +82,7 @@ class Log:
     def train(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
         """step: steps done; epoch: the one in progress, from 1; values: TRAIN_KEYS, as far as the method has them."""
         values = {key: values.get(key) for key in TRAIN_KEYS}
-        self._write("train", step, {"epoch": epoch, **values})
+        self.write("train", step, {"epoch": epoch, **values})
         if not self.active:
             return
         terms = " ".join(f"{key[5:]} {values[key]:.3f}" for key in TRAIN_KEYS[1:4] if values[key] is not None)
@@ -99,7 +99,7 @@ class Log:
 
     def eval(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """values: student_top1, student_top5, teacher_top1, teacher_top5, in percent."""
-        self._write("eval", step, values)
+        self.write("eval", step, values)
         self.say(f"epoch {epoch}  student {values['student_top1']:.3f} / {values['student_top5']:.3f}  "
                  f"teacher {values['teacher_top1']:.3f} / {values['teacher_top5']:.3f}  (top-1 / top-5 %)")
 
@@ -113,7 +113,8 @@ class Log:
         if self.tb is not None:
             self.tb.close()
 
-    def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """values: of JSON, and finite."""
         if not self.active:
             return
         self.owed += json.dumps({"event": event, "step": step, **values}, allow_nan=False).encode() + b"\n"

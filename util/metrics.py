@@ -40,11 +40,15 @@ def evaluate(networks: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]], batc
 
 
 class Meter:
-    """Means over the steps since the last reading. Values stay on the device until then: no step waits for a GPU."""
+    """Means over the steps since the last reading; and which classes were given as pseudo-labels, since they were last taken.
+
+    Values stay on the device until then: no step waits for a GPU.
+    """
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, Tensor]] = []
         self.names: tuple[str, ...] = ()
+        self.counts: Optional[Tensor] = None        # as `take_counts` gives them, on this rank
 
     def add(self, step: int, terms: dict[str, Tensor], pseudo: Optional[Tensor], mask: Optional[Tensor],
             hidden: Optional[Tensor]) -> None:
@@ -53,18 +57,43 @@ class Meter:
         values["loss"] = sum(values.values())
         if mask is not None:
             values["mask"] = mask.mean()
-        if pseudo is not None and hidden is not None:
-            values["pseudo_acc"] = (pseudo.argmax(dim=1) == hidden.to(pseudo.device)).float().mean()
+        if pseudo is not None:
+            label = pseudo.argmax(dim=1)                                        # [muB]
+            counted = [torch.ones_like(mask), mask]
+            if hidden is not None:
+                right = (label == hidden.to(label.device)).float()              # [muB]
+                values["pseudo_acc"] = right.mean()
+                counted += [right, right * mask]
+            self._count(label, torch.stack(counted).long(), pseudo.shape[1])
         self.names = tuple(values)
         self.rows.append((step, torch.stack([v.float() for v in values.values()])))
 
     def state_dict(self) -> dict[str, Any]:
         """What has been added since the last reading, as means over ranks: a continued run then reads the same."""
         rows = dist_utils.all_mean(torch.stack([row for _, row in self.rows])).cpu() if self.rows else torch.empty(0)
-        return {"names": list(self.names), "steps": [step for step, _ in self.rows], "rows": rows}     # rows [steps, names]
+        counts = None if self.counts is None else dist_utils.all_sum(self.counts).cpu()
+        return {"names": list(self.names), "steps": [step for step, _ in self.rows], "rows": rows,     # rows [steps, names]
+                "counts": counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.names, self.rows = tuple(state["names"]), list(zip(state["steps"], state["rows"]))
+        self.counts = state.get("counts")           # checkpoints did not always have them
+        if self.counts is not None and dist_utils.rank():
+            self.counts = torch.zeros_like(self.counts)     # whole numbers: rank 0 goes on with the sum over all, exactly
+
+    def _count(self, label: Tensor, rows: Tensor, num_classes: int) -> None:
+        """Add each column of `rows` [2 or 4, muB] to that of its `label` [muB]."""
+        if self.counts is None:
+            self.counts = rows.new_zeros(len(rows), num_classes)
+        self.counts = self.counts.to(rows.device).index_add_(1, label, rows)
+
+    def take_counts(self) -> Optional[Tensor]:
+        """How many pseudo-labels of each class there were on all ranks, and forget them: [4, C] int64 on the CPU.
+
+        The rows: all; confident ones; right ones; both. [2, C] where no hidden labels tell; None without pseudo-labels.
+        """
+        counts, self.counts = self.counts, None
+        return None if counts is None else dist_utils.all_sum(counts).cpu()
 
     def read(self) -> dict[str, float]:
         """Means by name, over steps and ranks, and forget them. A value that is not finite raises, with its step."""
