@@ -20,15 +20,20 @@ class Run(NamedTuple):
     split: str                      # id and SHA-256 of the labelled images
 
 
-def read(folder: Path) -> Run:
-    """A run from its config.yaml and log.jsonl. Raises UserError if it has not been evaluated yet."""
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run's log.jsonl, in order. Raises UserError if there is none, or it is damaged."""
     try:
         text = (folder / "log.jsonl").read_text(encoding="utf-8")
-        events = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]   # a crash may cut the last line
+        return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]     # a crash may cut the last line
     except OSError as error:
         raise UserError(f"{folder} is not the output directory of a run: log.jsonl: {error.strerror}") from None
     except ValueError:
         raise UserError(f"{folder / 'log.jsonl'} is damaged: a line is not JSON") from None
+
+
+def read(folder: Path) -> Run:
+    """A run from its config.yaml and log.jsonl. Raises UserError if it has not been evaluated yet."""
+    events = read_events(folder)
     trains, evals = ([e for e in events if e["event"] == kind] for kind in ("train", "eval"))
     if not evals:
         raise UserError(f"{folder} has no evaluation yet: let it train for an epoch first")
