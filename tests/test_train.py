@@ -13,42 +13,16 @@ from conftest import one_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_semi
+from benchmark.same_run import difference, events, weights
 from util.diagnostics import KEYS
 
 TRAIN = {"event", "step", "epoch", "loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s"}
 EVAL = {"event", "step", "student_top1", "student_top5", "teacher_top1", "teacher_top5"}
 
 
-def events(folder):
-    """The log, without what differs from run to run: speed."""
-    return [{key: value for key, value in json.loads(line).items() if key != "images_per_s"}
-            for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def weights(folder, name="last.pth"):
-    return torch.load(folder / name, weights_only=True)
-
-
-def assert_same_bits(a, b, where="checkpoint"):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_bits(a[key], b[key], f"{where}[{key!r}]")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
 def assert_same_run(a, b):
     """Bit for bit: logs, weights, bank, prior, teacher, optimizer, best score."""
-    assert events(a) == events(b)
-    first, second = weights(a), weights(b)
-    for state in (first, second):
-        for key in ("output_dir", "workers", "save_freq"):
-            del state["config"][key]
-        state.pop("sha256")
-    assert_same_bits(first, second)
+    assert difference(a, b) == ""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,249 @@
+"""Kills training without warning, again and again: python benchmark/kill_campaign.py [--kills 40] [--seed 0] [--jobs 2]
+
+Each method trains once undisturbed. Then it trains again and is killed (SIGKILL) during steps, while a checkpoint is written,
+during an evaluation, and while its workers start, at moments that --seed draws; the same command goes on after every kill.
+In the end the two must agree bit for bit. Digits, CPU, alone and as two ranks; needs Linux (/proc).
+"""
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Callable, NamedTuple, Optional, Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmark.digits import machine  # noqa: E402
+from benchmark.same_run import difference, events  # noqa: E402
+from util.errors import Parser, UserError, run  # noqa: E402
+
+FLAGS = ["--config", str(ROOT / "configs" / "digits.yaml"), "--device", "cpu", "--epochs", "4", "--eval-freq", "1", "--print-freq",
+         "2", "--timeout-minutes", "1"]
+OFTEN = ["--workers", "2", "--save-freq", "3"]      # of the runs that are killed
+KINDS = {"step": "some steps after a start", "save": "while a checkpoint is written", "evaluation": "during an evaluation",
+         "worker start": "while the workers start"}
+PATIENCE = 300              # s until a process that does not end counts as hanging
+
+
+class Case(NamedTuple):
+    method: str
+    eman: bool = False
+    ranks: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.method}{' --eman' * self.eman}, {self.ranks} rank{'s' * (self.ranks > 1)}"
+
+
+CASES = [Case("simmatch"), Case("simmatch", eman=True), Case("simmatch_single"), Case("fixmatch"), Case("fixmatch", eman=True),
+         Case("supervised"), Case("simmatch", ranks=2), Case("simmatch_single", ranks=2), Case("fixmatch", eman=True, ranks=2)]
+
+
+class Kill(NamedTuple):
+    kind: str
+    victims: list[int]      # ranks that were killed
+    met: bool               # whether the run's files show that the kill came at such a moment, not just before or after
+    survived: bool = True   # the other ranks ended as they should, and the same command went on
+
+
+class Rank(NamedTuple):
+    process: subprocess.Popen
+    out: Path
+    err: Path
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+
+def start(case: Case, folder: Path, number: int, *flags: str) -> list[Rank]:
+    """The ranks, each with its workers in a process group of its own; what they print goes to files beside `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env, ranks = {**os.environ, "OMP_NUM_THREADS": "1"}, []
+    flags = [*FLAGS, "--method", case.method, *["--eman"] * case.eman, "--batch-size", str(10 // case.ranks), *flags]
+    for rank in range(case.ranks):
+        if case.ranks > 1:
+            env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+        out, err = (folder.with_name(f"{folder.name}-{number}-{rank}.{kind}") for kind in ("out", "err"))
+        with open(out, "wb") as stdout, open(err, "wb") as stderr:
+            ranks.append(Rank(subprocess.Popen([sys.executable, "train_semi.py", *flags, "--output-dir", str(folder)], cwd=ROOT,
+                                               env=env, stdout=stdout, stderr=stderr, start_new_session=True), out, err))
+    return ranks
+
+
+def end(ranks: list[Rank], victims: Sequence[int] = ()) -> tuple[bool, str]:
+    """Wait for all ranks -> (whether the kill of `victims` came before their end, what went wrong or "")."""
+    try:
+        codes = [rank.process.wait(PATIENCE) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(rank.process.pid, signal.SIGKILL)
+        return True, f"still there after {PATIENCE} s:\n{tails(ranks)}"
+    killed = [r for r in victims if codes[r] == -signal.SIGKILL]
+    for r, (code, rank) in enumerate(zip(codes, ranks)):
+        lost = code == 1 and any(f"waited in vain for rank {k} on " in rank.err.read_text() for k in killed)
+        if r not in killed and code != 0 and not lost:
+            return bool(killed), f"rank {r} ended with exit code {code}:\n{tails(ranks)}"
+    return bool(killed), ""
+
+
+def tails(ranks: list[Rank]) -> str:
+    """The last lines that each rank has said about what went wrong."""
+    return "\n".join(f"  rank {r}: {line}" for r, rank in enumerate(ranks) for line in rank.err.read_text().splitlines()[-8:])
+
+
+def steps(rank: Rank) -> set[int]:
+    """Steps of the train events of this start. (log.jsonl, where they are written first, has those of earlier ones too.)"""
+    return {int(step) for step in re.findall(r"^epoch \d+/\d+  step (\d+)/.*\n", rank.out.read_text(), re.MULTILINE)}
+
+
+def writing(folder: Path) -> set[tuple]:
+    """What tells the unfinished checkpoints that lie there apart: those that an earlier kill has left from a new one."""
+    found = set()
+    for path in (folder / "last.pth.tmp", folder / "best.pth.tmp"):
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            found.add((path.name, stat.st_ino, stat.st_mtime_ns))
+    return found
+
+
+def has_children(pid: int) -> bool:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if path.read_text().rpartition(")")[2].split()[1] == str(pid):
+                return True
+    return False
+
+
+def strike(case: Case, ranks: list[Rank], folder: Path, kind: str, evaluations: set[int], random: Random) -> Optional[Kill]:
+    """Kill one or all of the ranks at the next such moment; None if the run ended before, or hangs.
+
+    evaluations: steps after which there is one.
+    """
+    victims = list(range(case.ranks)) if random.random() < 0.5 else [random.randrange(case.ranks)]
+    delay, little, first, deadline = random.uniform(0, 1), random.uniform(0, 1), ranks[0], time.monotonic() + PATIENCE
+
+    def until(moment: Callable[[], object]) -> bool:
+        while not (came := moment()) and not any(rank.ended() for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        return bool(came)
+    before = writing(folder)
+    if kind == "worker start":
+        came = until(lambda: re.search(r"^(writes|continues from) ", first.out.read_text(), re.MULTILINE)) and until(
+            lambda: has_children(first.process.pid))
+        time.sleep(0.05 * little)
+    else:
+        came = until(lambda: steps(first))
+        time.sleep(delay)
+        if kind == "save":
+            before = writing(folder)
+            came = came and until(lambda: writing(folder) - before)
+            time.sleep(0.01 * little)
+        elif kind == "evaluation":
+            passed = steps(first)
+            came = came and until(lambda: evaluations & (steps(first) - passed))
+            time.sleep(0.05 * little)
+    if not came:
+        return None
+    for r in victims:
+        if not ranks[r].ended():
+            os.killpg(ranks[r].process.pid, signal.SIGKILL)
+            ranks[r].process.wait()
+    last = events(folder)[-1]
+    met = {"step": bool(steps(first)), "save": bool(writing(folder) - before), "worker start": not steps(first),
+           "evaluation": last["event"] == "train" and last["step"] in evaluations}
+    return Kill(kind, victims, met[kind])
+
+
+def disturb(case: Case, whole: Path, folder: Path, kinds: Sequence[str], random: Random) -> tuple[list[Kill], str]:
+    """Train in `folder`, killed at the moments `kinds` as far as the run gets to them -> (kills, how it differs from `whole`)."""
+    kills, evaluations = [], {event["step"] for event in events(whole) if event["event"] == "eval"}
+    for number in range(len(kinds) + 1):
+        ranks, kill = start(case, folder, number, *OFTEN), None
+        if number < len(kinds):
+            kill = strike(case, ranks, folder, kinds[number], evaluations, random)
+        in_time, wrong = end(ranks, kill.victims if kill else ())
+        if in_time and kill:
+            kills.append(kill)
+        if wrong and not kills:
+            raise UserError(f"{case} does not train at all: {wrong}")
+        if wrong:
+            kills[-1] = kills[-1]._replace(survived=False)
+            return kills, f"start {number + 1} after {kills[-1]}: {wrong}"
+        if not in_time:             # it is finished
+            break
+    return kills, difference(whole, folder)
+
+
+def trial(case: Case, kinds: Sequence[str], folder: Path, seed: int) -> tuple[list[Kill], list[str]]:
+    """All kills of a case, in one run or, where that ends before the last of them, in more -> (kills, difference of each run)."""
+    folder.mkdir()
+    _, wrong = end(start(case, folder / "whole", 0, "--workers", "0"))
+    if wrong:
+        raise UserError(f"{case} does not train at all: {wrong}")
+    kills, differences, random = [], [], Random(f"{seed} {case}")
+    while len(kills) < len(kinds):
+        copy = folder / f"killed-{len(differences)}"
+        fallen, different = disturb(case, folder / "whole", copy, kinds[len(kills):], random)
+        if not fallen:
+            raise UserError(f"{case} ended before any kill: a run is too short for this machine")
+        kills += fallen
+        differences.append(different)
+        print(f"{case}: {len(fallen)} kills, {different or 'bit-equal'}", flush=True)
+    return kills, differences
+
+
+def campaign(kills: int, seed: int, folder: Path, cases: Sequence[Case] = CASES, jobs: int = 1) -> tuple[list[Kill], list[str]]:
+    """Share `kills` of the four kinds among the cases -> (kills, difference of each killed run from its undisturbed one)."""
+    plan = {case: [] for case in cases[:kills]}
+    for number, case in zip(range(kills), list(plan) * kills):
+        plan[case].append(list(KINDS)[number % len(KINDS)])
+    for case, kinds in plan.items():
+        Random(f"order {seed} {case}").shuffle(kinds)
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda case: trial(case, plan[case], folder / str(case).replace(" ", ""), seed), plan))
+    return [kill for fallen, _ in results for kill in fallen], [one for _, differences in results for one in differences]
+
+
+def table(kills: list[Kill], differences: list[str]) -> str:
+    rows = ["| killed | kills | met | survived |", "|---|---|---|---|"]
+    for kind, words in [*KINDS.items(), ("", "all")]:
+        these = [kill for kill in kills if kind in ("", kill.kind)]
+        rows.append(f"| {words} | {len(these)} | {sum(k.met for k in these)} | {sum(k.survived for k in these)} |")
+    equal = sum(not one for one in differences)
+    return "\n".join([*rows, "", f"{sum(k.survived for k in kills)}/{len(kills)} survived; {equal}/{len(differences)} runs ended "
+                      f"bit-equal. On {machine()}."])
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each has one thread a rank")
+    args = parser.parse_args()
+    if args.kills < 1 or args.jobs < 1:
+        raise UserError("--kills and --jobs must be 1 or more")
+    if not Path("/proc/self/stat").exists():
+        raise UserError("this needs Linux: the processes that a run starts are found in /proc")
+    work = Path(tempfile.mkdtemp(prefix="simmatch-kills-"))
+    kills, differences = campaign(args.kills, args.seed, work, jobs=args.jobs)
+    print(f"\n{table(kills, differences)}")
+    if any(differences) or not all(kill.survived for kill in kills):
+        print(f"what the runs left is in {work}")
+        sys.exit(1)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    run(main)
