@@ -28,7 +28,7 @@ def difference(a: Path, b: Path) -> str:
             return f"log.jsonl, line {number}: {one} and {other}"
     if len(first) != len(second):
         return f"log.jsonl: {len(first)} and {len(second)} lines"
-    found = (_difference(_state(a, name), _state(b, name), name) for name in ("best.pth", "last.pth"))
+    found = (first_difference(_state(a, name), _state(b, name), name) for name in ("best.pth", "last.pth"))
     return next(filter(None, found), "")
 
 
@@ -38,13 +38,14 @@ def _state(folder: Path, name: str) -> dict[str, Any]:
     return {**state, "config": config, "sha256": ""}        # the checksum covers how, too
 
 
-def _difference(a: Any, b: Any, where: str) -> str:
+def first_difference(a: Any, b: Any, where: str) -> str:
+    """Where two states first differ, or ""; `where` is what they are called."""
     if isinstance(a, (list, tuple)) and type(a) is type(b):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return f"{where}: has {sorted(map(str, a.keys() ^ b.keys()))[0]!r} in one of them only"
-        return next(filter(None, (_difference(a[key], b[key], f"{where}[{key!r}]") for key in a)), "")
+        return next(filter(None, (first_difference(a[key], b[key], f"{where}[{key!r}]") for key in a)), "")
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return "" if (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(_bits(a), _bits(b)) else where
     return "" if repr(a) == repr(b) else f"{where}: {a!r} and {b!r}"
