@@ -234,8 +234,8 @@ def main() -> None:
     print(f"\nBytes a step and rank. The bound is 1.1 × gradients + 1 × the rank's images ({size['images']:,} bytes in fp32). "
           f"The student's gradients are {size['gradients']:,} bytes, its buffers {size['buffers']:,}.")
     if not args.paper:
-        print(f"Means over ranks and {args.steps} steps each; the largest share of the bound of any rank and step. The largest of "
-              f"the last ranks took {size['memory'] / 1e9:.1f} GB. {machine()}, Linux {os.uname().release}, gloo.")
+        print(f"Means over the ranks and steps (--steps {args.steps}); the largest share of the bound of any rank and step. The "
+              f"largest of the last ranks took {size['memory'] / 1e9:.1f} GB. {machine()}, Linux {os.uname().release}, gloo.")
 
 
 if __name__ == "__main__":
