@@ -34,7 +34,6 @@ from util import dist_utils  # noqa: E402
 from util.config import Config, parse  # noqa: E402
 from util.errors import Parser, UserError, run  # noqa: E402
 from util.metrics import Meter  # noqa: E402
-from util.preempt import Preempt  # noqa: E402
 
 CAUSES = ("gradients", "features", "shuffle-BN out", "shuffle-BN home", "other", "unassigned")
 NOT_SENT, SENT_AND_RESENT, LENGTH = 144, 200, 216   # linux/tcp.h: tcpi_notsent_bytes; tcpi_bytes_sent, _retrans; their end
@@ -134,12 +133,12 @@ def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, An
     method = build_method(config, 3, labels).train()
     optimizer = torch.optim.SGD(parameter_groups(method.student, config.wd, config.no_decay_bn), lr=config.lr,
                                 momentum=config.momentum, nesterov=config.nesterov)
-    student, meter, preempt, sent = dist_utils.parallel(method.student), Meter(), Preempt(), []
+    student, meter, sent = dist_utils.parallel(method.student), Meter(), []
     ledger.take()
     for step in range(steps):
         terms, fresh = train_step(method, student, optimizer, [made_up(config, labels, step)], step=step, bank_ready=True)
         meter.add(step, terms, fresh.pseudo, fresh.mask, None)
-        preempt.asked(step + 1, 1)
+        dist_utils.anywhere(False)           # whether to stop
         meter.read()
         sent.append(ledger.take())
     return {"sent": sent, **sizes(config, method)}
