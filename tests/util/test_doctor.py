@@ -211,7 +211,7 @@ SICK_RUNS = [
     (["--threshold", "1.0", "--epochs", "4"], 0, {"mask at 0", "dead loss term", "no gradient"}),
     (["--lr", "50", "--epochs", "3"], 2, {"not finite", "exploding loss"}),
     (["--tt", "0.001", "--epochs", "10"], 0, {"q_w too certain"}),
-    (["--lr", "0.000001", "--epochs", "4"], 0, {"not learning", "pseudo-labels at chance"}),
+    (["--lr", "0.000001", "--epochs", "4"], 0, {"not learning", "accuracy at chance"}),
 ]
 
 
@@ -233,8 +233,8 @@ def test_real_healthy_runs(method, train, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_run_that_loses_a_class(train, tmp_path):
-    """FixMatch on one label a class, without alignment: no 3 is called a 3, which the doctor sees before the accuracy does."""
-    assert train(tmp_path, "--method", "fixmatch", "--epochs", "10").returncode == 0
+    """FixMatch on one label a class, without alignment: hardly any image is labelled a 3."""
+    assert train(tmp_path, "--method", "fixmatch", "--epochs", "20").returncode == 0
     run, _ = doctor.read(tmp_path)
     (finding,) = [f for f in doctor.examine(run) if f["rule"] == "collapsed classes"]
     assert "1 of 10 classes are starved: least 3" in finding["what"]
