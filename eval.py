@@ -23,6 +23,10 @@ from util.errors import Parser, UserError, run
 from util.metrics import evaluate
 
 
+# Fields of the training's config that the command line of an evaluation may replace.
+OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "image_size")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """argv: the command line; None: this program's own."""
     parser = Parser(__doc__)
@@ -36,7 +40,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--format", choices=("published", "torchvision", "timm", "onnx"), help="for --export")
     parser.add_argument("--teacher", action="store_true", help="--predict and --export use the teacher, not the student")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    for name in ("data", "val", "unlabelled", "workers", "on_bad_image"):
+    for name in OVERRIDES[1:]:
         parser.add_argument(f"--{name.replace('_', '-')}", help="as in train_semi.py (default: as in training)")
     args = parser.parse_args(argv)
     if bool(args.export) != bool(args.format):
@@ -107,7 +111,7 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
         found, tensors, prefixes = published.networks(state, where), published.tensors(state), ("main.", "ema.")
         values = to_dict(Config(dataset="imagenet", backbone=found.backbone, cls=found.num_classes))
         classes = [str(label) for label in range(found.num_classes)]
-    values = {**values, **{key: value for key, value in flags.items() if key in values and value is not None}}
+    values = {**values, **{key: flags[key] for key in OVERRIDES if flags[key] is not None}}
     config = validate(Config(**from_dict(values, f"the config in {path}")))
     if config.cls != len(classes):
         raise UserError(f"the config in {path}: cls is {config.cls}, but there are {len(classes)} classes")

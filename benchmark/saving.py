@@ -119,7 +119,7 @@ def main() -> None:
         raise UserError(f"cannot make a folder in {args.folder}: {error.strerror}; choose another --folder") from None
     with work as name:
         folder = Path(name)
-        writer = checkpoint.Writer(folder, "stop", print)
+        writer = checkpoint.Writer(folder / "last.pth", folder / "best.pth", "stop", print)
         rounds = [one_round(folder, writer, state, step, args.steps) for _ in range(args.rounds + 1)][1:]
         writer.close()
         size = (folder / "last.pth").stat().st_size

@@ -114,7 +114,7 @@ def test_a_key_of_the_wrong_kind(state, key, value, tmp_path):
 
 def test_the_writer_writes_the_state_as_it_was_when_it_was_handed_over(state, tmp_path):
     momentum = torch.zeros(10**6)
-    writer = checkpoint.Writer(tmp_path, "stop", print)
+    writer = checkpoint.Writer(tmp_path / "last.pth", tmp_path / "best.pth", "stop", print)
     for step in range(1, 6):
         state["step"] = step
         state["optimizer"] = {"state": {0: {"momentum_buffer": momentum}}}
