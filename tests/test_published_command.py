@@ -18,7 +18,6 @@ from trees import picture
 from benchmark.same_run import first_difference
 from tests.models.test_recipes import PUBLISHED
 from util import checkpoint
-from util.errors import UserError
 
 LISTS = os.environ.get("SIMMATCH_SPLITS", "")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not LISTS, reason="SIMMATCH_SPLITS names no folder with the published lists")]
@@ -57,15 +56,14 @@ def start(repository, *flags):
 
 def until(process, file, step, seconds=600):
     """The state saved at `file` once it is of that step or a later one."""
-    end = time.monotonic() + seconds
+    end, seen = time.monotonic() + seconds, 0
     while process.poll() is None and time.monotonic() < end:
-        try:
+        time.sleep(0.3)
+        if file.exists() and file.stat().st_mtime_ns != seen:
+            seen = file.stat().st_mtime_ns
             state = checkpoint.load(file)
             if state["step"] >= step:
                 return state
-        except UserError:       # not there yet
-            pass
-        time.sleep(0.3)
     raise AssertionError(process.communicate()[1] if process.poll() is not None else f"no step {step} in {seconds} s")
 
 
