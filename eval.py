@@ -45,6 +45,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     if bool(args.export) != bool(args.format):
         raise UserError("--export FILE and --format go together")
+    if args.export and args.predict:
+        raise UserError("--export and --predict are two things: call eval.py once for each")
     if args.teacher and (args.format == "published" or not (args.predict or args.export)):
         raise UserError("--teacher is for --predict and for exporting one network; else both are there anyway")
 

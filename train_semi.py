@@ -13,10 +13,11 @@ import torch
 from dataset.age import ages
 from dataset.build import build_data
 from dataset.loader import BadImages, Data, Stream, batches, evaluation_batches, to_device
+from eval import OVERRIDES
 from eval import main as evaluate_checkpoint
 from models import Batch, Method, build_method, diagnose, parameter_groups, split, train_step, tune
 from util import checkpoint, dist_utils
-from util.config import Config, parse, to_dict, to_yaml
+from util.config import FREE, Config, parse, to_dict, to_yaml
 from util.diagnostics import diagnostics, told
 from util.errors import UserError, run
 from util.log import Log, prepare
@@ -32,8 +33,10 @@ def main() -> None:
     rank, out = dist_utils.rank(), Path(config.output_dir)
     last = Path("checkpoints", config.checkpoint) if config.checkpoint else out / "last.pth"
     if config.evaluate:
-        evaluate_checkpoint(["--checkpoint", str(last), "--device", config.device, "--workers", str(config.workers),
-                             *(["--data", config.data] if config.data else [])])
+        preempt.stop_listening()
+        said = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in OVERRIDES
+                if getattr(config, name) != getattr(Config(), name)]
+        evaluate_checkpoint(["--checkpoint", str(last), *(word for pair in said for word in pair)])
         return
     saved_state, damage = load_last(last)
     ours = saved_state is not None and not is_published(saved_state)
@@ -60,7 +63,7 @@ def main() -> None:
 
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter, bad = Meter(), BadImages(config.on_bad_image)
-    start, best = config.start_epoch * stream.steps_per_epoch, {"step": 0, "student_top1": -1.0}
+    start, best = 0, {"step": 0, "student_top1": -1.0}
     if ours:
         resume(last, saved_state, config, data.split, fingerprint, method, optimizer)
         start, best, bad.seen = saved_state["step"], saved_state["best"], saved_state["bad_images"] if rank == 0 else []
@@ -70,14 +73,18 @@ def main() -> None:
         start = resume_published(last, saved_state, stream.steps_per_epoch, method, optimizer)
     elif config.moco_path:
         start_from_moco(Path(config.moco_path), method)
+    elif config.start_epoch:
+        raise UserError(f"there is no checkpoint {last} to start epoch {config.start_epoch} from: a new run starts at epoch 0")
     if start > total:
         raise UserError(f"{config.epochs} epochs are fewer than the {start // stream.steps_per_epoch} that are done: raise --epochs")
-    if rank == 0:
-        prepare(out, last.parent, to_yaml(config))
+    computed = {key: value for key, value in to_dict(config).items() if key not in FREE}
+    dist_utils.must_agree({**computed, "step": start, "ranks": ranks, "split": data.split, "images": fingerprint})
+    kept = prepare(out, last.parent, to_yaml(config), anew=saved_state is None) if rank == 0 else []
+    remarks = [damage, remark, f"kept what an earlier run left in {out}: {', '.join(kept)}" if kept else ""]
     tune(method, config.precision, config.channels_last, config.compile)
     student = dist_utils.parallel(method.student)
     log = Log(out, start, total, active=rank == 0, patient=config.on_save_error == "continue")
-    describe(log, config, data, stream, ranks, method, device, start, total, last, [damage, remark])
+    describe(log, config, data, stream, ranks, method, device, start, total, last, remarks)
     writer = checkpoint.Writer(last, out / "best.pth", config.on_save_error, log.say, last_is_whole=not damage)
 
     saved = time.monotonic()

@@ -8,7 +8,6 @@ checked, hashed and written, of the other kind training waits for the check and 
 """
 import hashlib
 import os
-import statistics
 import sys
 import tempfile
 import time

@@ -19,11 +19,12 @@ FLAGS = ["--config", "configs/digits.yaml", "--device", "cpu", "--batch-size", "
          "--workers", "0", "--save-freq", "7"]
 
 
-def start(folder, *flags, processes=2):
-    """The ranks, as torchrun starts them; each with its own output."""
+def start(folder, *flags, processes=2, others=()):
+    """The ranks, as torchrun starts them; each with its own output. others: flags that ranks other than 0 have besides."""
     port = next(p for p in range(20000 + os.getpid() % 5000, 30000) if free(p))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen([sys.executable, "train_semi.py", *FLAGS, "--output-dir", str(folder), *flags], cwd=ROOT, text=True,
+    return [subprocess.Popen([sys.executable, "train_semi.py", *FLAGS, "--output-dir", str(folder), *flags,
+                              *(others if rank else ())], cwd=ROOT, text=True,
                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             for rank in range(processes)]
 
@@ -134,6 +135,16 @@ def test_a_lost_rank_ends_the_run_with_its_name(how, victim, tmp_path):
 def test_ranks_that_cannot_be_shared(mistake, tmp_path):
     mistake(train_semi.main, [*FLAGS, "--output-dir", tmp_path, "--timeout-minutes", "0"], "timeout_minutes", "greater than 0")
     mistake(train_semi.main, [*FLAGS, "--output-dir", tmp_path, "--other-ranks", "maybe"], "refuse or continue")
+
+
+@pytest.mark.parametrize("what, flags", [("seed", ["--seed", "4"]), ("step", ["--output-dir", "elsewhere"])])
+def test_ranks_that_do_not_run_the_same_say_so(what, flags, tmp_path):
+    """Another command; or another output folder, where the checkpoint that rank 0 goes on from is not."""
+    if what == "step":
+        killed(tmp_path / "run")
+        flags = ["--output-dir", str(tmp_path / "elsewhere")]
+    for code, _, err in finish(start(tmp_path / "run", others=flags)):
+        one_line(code, err, f"rank 1 on ", f"has {what} ", "the same command, data and output directory")
 
 
 def test_one_line_when_the_mistake_is_every_ranks(tmp_path):

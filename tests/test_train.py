@@ -177,6 +177,24 @@ def test_a_damaged_or_missing_last_checkpoint_is_replaced_by_the_one_before_it(t
         assert_same_run(tmp_path / "whole", folder)
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--start-epoch", "1"], ["no checkpoint", "start epoch 1"]), (["--moco-path", "nowhere.pth"], ["--moco-path nowhere.pth", "no such file"]),
+    (["--moco-path", "README.md"], ["README.md", "not a PyTorch checkpoint"]), (["--evaluate"], ["--evaluate needs --checkpoint"])])
+def test_mistakes_about_where_to_start(flags, words, mistake, tmp_path):
+    mistake(train_semi.main, [*DIGITS, tmp_path / "run", *flags], *words)
+
+
+def test_a_folder_or_a_published_file_in_the_place_of_a_checkpoint(mistake, tmp_path):
+    (tmp_path / "last.pth").mkdir()
+    mistake(train_semi.main, [*DIGITS, tmp_path], "last.pth is a folder")
+    (tmp_path / "last.pth").rmdir()
+    torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "last.pth")
+    before = (tmp_path / "last.pth").read_bytes()
+    (tmp_path / "last.previous.pth").write_bytes(b"of another run")
+    mistake(train_semi.main, [*DIGITS, tmp_path], "of the published program, but", "last.previous.pth is of another run")
+    assert (tmp_path / "last.pth").read_bytes() == before
+
+
 DIGITS = ("--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1", "--output-dir")
 
 

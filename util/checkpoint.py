@@ -168,7 +168,9 @@ def read(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {_reason(error)}") from None
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
+        with open(path, "rb") as file:
+            pickled = file.read(2)[:1] in (b"\x80", b"P")       # of pickle, or of a zip file with one
+        if pickled and "weights_only" in str(error) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
             raise UserError(f"checkpoint {path} is refused: it holds objects that could run code, "
                             "not only tensors and plain values") from None
         raise UserError(f"checkpoint {path} is not a PyTorch checkpoint, or damaged") from None

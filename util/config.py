@@ -66,7 +66,7 @@ class Config:
     moco_path: str = opt("", "a MoCo checkpoint that a new run's backbone and head start from")
     # optimisation: SGD
     epochs: int = opt(200, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
-    start_epoch: int = opt(0, "where a new run starts; a checkpoint's own place goes first")
+    start_epoch: int = opt(0, "of the published command line: a checkpoint says itself where it goes on, and without one only 0 will do")
     steps_per_epoch: int = opt(0, "steps that count as an epoch; 0: one pass over the unlabelled images")
     lr: float = opt(0.1, "learning rate after warm-up")
     warmup_epoch: int = opt(0, "epochs of linear warm-up")
@@ -219,7 +219,8 @@ def validate(config: Config) -> Config:
     must(config.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
     must(config.norm in ("None", "BN"), "norm", "None or BN: the published recipe has BN per rank")
     must(Path(config.checkpoint).name == config.checkpoint, "checkpoint", "a file name, of a file in checkpoints/")
-    must(config.checkpoint != "" or not config.evaluate, "evaluate", "given together with checkpoint")
+    if config.evaluate and not config.checkpoint:
+        raise UserError("--evaluate needs --checkpoint NAME, a file in checkpoints/; for any other: python eval.py --checkpoint FILE")
     must(config.other_ranks in ("refuse", "continue"), "other_ranks", "refuse or continue")
     must(config.on_save_error in ("stop", "continue"), "on_save_error", "stop or continue")
     must(config.on_bad_image in ("stop", "skip"), "on_bad_image", "stop or skip")

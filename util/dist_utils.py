@@ -119,6 +119,16 @@ def _roll_call(missing: list[int]) -> None:
             time.sleep(3)               # others are reading still: the board goes with this process
 
 
+def must_agree(facts: dict[str, Any]) -> None:
+    """Raise UserError, on all ranks, if one differs from rank 0 in what all must share for a step to be one."""
+    first, *others = all_gather_object(facts)
+    for number, other in enumerate(others, 1):
+        for key in first:
+            if other[key] != first[key]:
+                raise UserError(f"rank {number} on {HOSTS[number]} has {key} {str(other[key])[:80]!r}, but rank 0 on {HOSTS[0]} has "
+                                f"{str(first[key])[:80]!r}: all ranks need the same command, data and output directory")
+
+
 def dist_end() -> None:
     """Part when all ranks are here: none ends before rank 0 has written its last checkpoint."""
     if dist.is_initialized():

@@ -14,14 +14,25 @@ from util.errors import UserError
 TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s")
 
 
-def prepare(output_dir: Path, checkpoint_dir: Path, config_yaml: str) -> None:
-    """Make the directories and write config.yaml into the first. Raises UserError if that is not possible."""
+def prepare(output_dir: Path, checkpoint_dir: Path, config_yaml: str, anew: bool) -> list[str]:
+    """Make the directories and write config.yaml into the first. Raises UserError if that is not possible.
+
+    anew: nothing is continued; then the log and best.pth of an earlier run that stand there are kept under the names that
+    are returned.
+    """
+    kept = []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        for path in (output_dir / "log.jsonl", output_dir / "best.pth"):
+            if anew and path.exists() and path.stat().st_size:
+                aside = next(aside for n in range(1, 10**6) if not (aside := path.with_name(f"{path.name}.old{n}")).exists())
+                os.replace(path, aside)
+                kept.append(aside.name)
         (output_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
     except OSError as error:
         raise _cannot_write(output_dir, error) from None
+    return kept
 
 
 def _cannot_write(output_dir: Path, error: OSError) -> UserError:
@@ -43,8 +54,6 @@ class Log:
         threading.excepthook = _thread_hook
         self.path = output_dir / "log.jsonl"
         try:
-            if start == 0 and self.path.exists() and self.path.stat().st_size:      # of a run whose checkpoint is gone
-                os.replace(self.path, self.path.with_name("log.jsonl.old"))
             kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
             self.empty = not kept
             temporary = self.path.with_name("log.jsonl.tmp")

@@ -24,11 +24,16 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     """The events of a run's log.jsonl, in order. Raises UserError if there is none, or it is damaged."""
     try:
         text = (folder / "log.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]     # a crash may cut the last line
+        events = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]   # a crash may cut the last line
     except OSError as error:
         raise UserError(f"{folder} is not the output directory of a run: log.jsonl: {error.strerror}") from None
     except ValueError:
         raise UserError(f"{folder / 'log.jsonl'} is damaged: a line is not JSON") from None
+    needs = {"train": {"pseudo_acc"}, "eval": {"student_top1", "teacher_top1"}}
+    for event in events:
+        if not isinstance(event, dict) or not {"event", "step"} | needs.get(event.get("event"), set()) <= event.keys():
+            raise UserError(f"{folder / 'log.jsonl'} is damaged: an event is not one of ours, or of another version: {str(event)[:80]}")
+    return events
 
 
 def read(folder: Path) -> Run:

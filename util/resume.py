@@ -1,5 +1,6 @@
 """Where a training starts: from its own last checkpoint, from one of the published program, from MoCo's, or from nothing."""
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,11 +14,18 @@ from util.errors import UserError
 
 def load_last(path: Path) -> tuple[Optional[dict[str, Any]], str]:
     """(content, remark) of the newest checkpoint at `path`: ours, or one of the published program's; (None, "") without one."""
-    if path.is_file() and not checkpoint.previous(path).exists():
-        content = checkpoint.read(path)
-        if is_published(content):
-            return content, f"{path} is a checkpoint of the published program; a copy stays in {_kept(path)}"
-    return checkpoint.load_newest(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where the checkpoint is to be: move it away, or choose another --output-dir")
+    content = None
+    if path.is_file():
+        with suppress(UserError):       # damaged: the one before it may serve
+            content = checkpoint.read(path)
+    if not is_published(content):
+        return checkpoint.load_newest(path)
+    if checkpoint.previous(path).exists():
+        raise UserError(f"{path} is a checkpoint of the published program, but {checkpoint.previous(path)} is of another run: move "
+                        "that away to continue from the published one")
+    return content, f"{path} is a checkpoint of the published program; a copy stays in {_kept(path)}"
 
 
 def is_published(content: Any) -> bool:
@@ -44,7 +52,7 @@ def resume(path: Path, state: dict[str, Any], config: Config, split: tuple[str, 
         changed.append("training or test images were added, removed or renamed")
     if changed:
         raise UserError(f"{path} belongs to another run ({'; '.join(changed[:3])}): choose another --output-dir, "
-                        "or move that file away to start anew")
+                        f"or move it and {checkpoint.previous(path).name} away to start anew")
     checkpoint.load_module(method, state["method"], path)
     optimizer.load_state_dict(state["optimizer"])
 
@@ -69,6 +77,8 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
 
 def start_from_moco(path: Path, method: nn.Module) -> None:
     """Backbone and projection head from a MoCo checkpoint (its query encoder); then the teacher copies the student."""
+    if not path.is_file():
+        raise UserError(f"--moco-path {path}: there is no such file")
     network, values = method.student, published.moco_backbone(checkpoint.read(path), f"checkpoint {path}")
     parts = {key.split(".")[0] for key in values}       # MoCo v1 has no head
     own = {key: value for key, value in network.state_dict().items() if key.split(".")[0] not in parts}

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
-from util.log import TRAIN_KEYS, Log
+from util.log import TRAIN_KEYS, Log, prepare
 
 VALUES = {**dict.fromkeys(TRAIN_KEYS, 1.0), "loss_u": None}
 
@@ -30,13 +30,19 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path):
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["loss_u"] is None
 
 
-def test_the_log_of_a_run_whose_checkpoint_is_gone_is_kept_aside(tmp_path):
-    log = Log(tmp_path, start=0, total=50, active=True)
-    log.begin(0, "a split", "12")
-    log.train(10, 1, 5, VALUES)
-    log.close()
-    Log(tmp_path, start=0, total=50, active=True).close()
-    assert steps(tmp_path) == [] and (tmp_path / "log.jsonl.old").read_text().count("\n") == 2
+def test_what_an_earlier_run_left_is_kept_when_one_begins_anew(tmp_path):
+    assert prepare(tmp_path, tmp_path, "a: 1\n", anew=True) == []
+    for number in (1, 2):
+        log = Log(tmp_path, start=0, total=50, active=True)
+        log.begin(0, "a split", "12")
+        log.train(10, 1, 5, VALUES)
+        log.close()
+        (tmp_path / "best.pth").write_text(f"model {number}")
+        assert prepare(tmp_path, tmp_path, "a: 1\n", anew=False) == []
+        assert prepare(tmp_path, tmp_path, "a: 1\n", anew=True) == [f"log.jsonl.old{number}", f"best.pth.old{number}"]
+        assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / "best.pth").exists()
+        assert (tmp_path / f"log.jsonl.old{number}").read_text().count("\n") == 2
+    assert (tmp_path / "best.pth.old1").read_text() == "model 1"
 
 
 def test_bad_images_are_listed(tmp_path, capsys):

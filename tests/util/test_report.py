@@ -35,7 +35,7 @@ def test_table_and_curves(run_dir, tmp_path):
 def test_folders_that_are_not_finished_runs(run_dir, tmp_path):
     with pytest.raises(UserError, match="not the output directory"):
         report.read(tmp_path)
-    (run_dir / "log.jsonl").write_text('{"event": "train", "step": 1}\n')
+    (run_dir / "log.jsonl").write_text('{"event": "train", "step": 1, "pseudo_acc": null}\n')
     with pytest.raises(UserError, match="no evaluation yet"):
         report.read(run_dir)
     (run_dir / "log.jsonl").write_text("{\n")
@@ -56,3 +56,10 @@ def test_runs_on_different_splits_are_not_compared(run_dir, tmp_path, mistake):
     (other / "log.jsonl").write_text((run_dir / "log.jsonl").read_text().replace("abab", "cdcd"))
     report.must_share_split([report.read(run_dir)] * 2)
     mistake(report.main, [run_dir, other], "digits-4-seed0", "slow", "do not compare")
+
+
+@pytest.mark.parametrize("line", ['{"step": 20}', "[1]", '{"event": "eval", "step": 3, "student_top1": 1.0}', '{"event": "train", "step": 3}'])
+def test_an_event_of_another_kind_is_one_line(line, tmp_path):
+    (tmp_path / "log.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="log.jsonl is damaged: an event is not one of ours"):
+        report.read(tmp_path)
