@@ -10,7 +10,7 @@ from conftest import ROOT, one_line
 from test_train import assert_same_run, weights
 
 pytestmark = pytest.mark.slow
-FLAGS = ["--config", "configs/digits.yaml", "--epochs", "4", "--eval-freq", "1", "--print-freq", "5", "--save-freq", "10"]
+FLAGS = ["--config", "configs/digits.yaml", "--epochs", "8", "--eval-freq", "1", "--print-freq", "5", "--save-freq", "10"]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def run(folder, *flags, at_line=lambda line: None):
 
 
 def fill(disk):
-    with open(disk / "filler", "wb", buffering=0) as file:
+    with open(disk / "filler", "ab", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(4096))
@@ -48,12 +48,20 @@ def fill(disk):
             pass
 
 
-def fill_after_a_checkpoint(disk):
+def fill_after_a_checkpoint(disk, until="nothing"):
+    """Keep the disk full (a file that goes leaves room) from the first checkpoint on, until a line of output has `until`."""
+    state = {"full": False, "over": False}
+
     def at_line(line):
         if line.startswith("epoch 1  student"):
             end = time.monotonic() + 60
             while not (disk / "run" / "last.pth").exists() and time.monotonic() < end:
                 time.sleep(0.01)
+            state["full"] = True
+        if until in line:
+            state["over"] = True
+            (disk / "filler").unlink()
+        if state["full"] and not state["over"]:
             fill(disk)
     return at_line
 
@@ -62,7 +70,7 @@ def test_stop(disk, tmp_path):
     code, _, err = run(disk / "run", at_line=fill_after_a_checkpoint(disk))
     one_line(code, err, "cannot write", "No space left on device")
     kept = weights(disk / "run")
-    assert 0 < kept["step"] < 80
+    assert 0 < kept["step"] < 160
     (disk / "filler").unlink()
     assert run(disk / "run")[0] == 0
     assert run(tmp_path / "whole")[0] == 0
@@ -70,13 +78,7 @@ def test_stop(disk, tmp_path):
 
 
 def test_continue_until_there_is_room(disk, tmp_path):
-    fill_now = fill_after_a_checkpoint(disk)
-
-    def at_line(line):
-        fill_now(line)
-        if line.startswith("epoch 3  student"):
-            (disk / "filler").unlink()
-    code, out, err = run(disk / "run", "--on-save-error", "continue", at_line=at_line)
+    code, out, err = run(disk / "run", "--on-save-error", "continue", at_line=fill_after_a_checkpoint(disk, until="training goes on"))
     assert code == 0 and "Traceback" not in err, err
     assert "training goes on" in out and "No space left" in out
     assert run(tmp_path / "whole", "--on-save-error", "continue")[0] == 0
@@ -87,4 +89,4 @@ def test_continue_to_an_end_that_cannot_be_saved(disk):
     code, out, err = run(disk / "run", "--on-save-error", "continue", at_line=fill_after_a_checkpoint(disk))
     assert "training goes on" in out
     one_line(code, err, "cannot write", "No space left on device")
-    assert 0 < weights(disk / "run")["step"] < 80       # what was there is whole
+    assert 0 < weights(disk / "run")["step"] < 160       # what was there is whole

@@ -50,10 +50,26 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None], keep_previous: bo
 
 def write_torch(value: Any, file: BinaryIO) -> None:
     """torch.save, with its failures as OSError."""
+    sink = _Sink(file)
     try:
-        torch.save(value, file)
-    except RuntimeError as error:       # torch's way to report a full disk
-        raise OSError(str(error)) from None
+        torch.save(value, sink)
+    except RuntimeError as error:       # torch's way to report a full disk, without the reason
+        raise (sink.error or OSError(str(error))) from None
+
+
+class _Sink:
+    """A file as torch.save wants it, that remembers why a write failed."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.flush = file, file.flush
+        self.error: Optional[OSError] = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 class Writer:

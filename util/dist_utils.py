@@ -41,7 +41,7 @@ def place(env: Mapping[str, str], port: int) -> Place:
     """From the environment: of torchrun, of srun, or alone.
 
     Under srun the ranks are the tasks of the step, they meet on the first host of its nodes, at `port` and some more by the
-    job's number, so that two jobs on one node do not meet. A batch script without srun is alone.
+    numbers of the job and its start, so that no two of them meet. A batch script without srun is alone.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]), env.get("MASTER_ADDR", "localhost"),
@@ -55,7 +55,9 @@ def place(env: Mapping[str, str], port: int) -> Place:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"cannot tell the first of the nodes {nodes} ({error}): is scontrol there on the nodes? Otherwise start "
                         "with torchrun") from None
-    port += (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % PORTS
+    # Not where ranks of an earlier start may still wait for each other: those of a node that was lost are killed late.
+    start = 1009 * int(env.get("SLURM_RESTART_COUNT", 0))
+    port += (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"]) + start) % PORTS
     return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), world, hosts[0], port)
 
 

@@ -37,7 +37,8 @@ def test_torchrun():
 def test_srun(scontrol):
     assert place(SRUN, 20000) == Place(9, 1, 16, "gpu07", 20000 + 123456 % dist_utils.PORTS)
     other = place({**SRUN, "SLURM_JOB_ID": "123457"}, 20000)
-    assert other.port != place(SRUN, 20000).port and 20000 <= other.port < 20000 + dist_utils.PORTS
+    again = place({**SRUN, "SLURM_RESTART_COUNT": "1"}, 20000)
+    assert len({other.port, again.port, place(SRUN, 20000).port}) == 3 and 20000 <= other.port < 20000 + dist_utils.PORTS
 
 
 def test_without_scontrol(monkeypatch, tmp_path):
