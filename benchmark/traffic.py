@@ -156,7 +156,7 @@ def one_rank(rank: int, world: int, port: int, config: Config, banks: list[int],
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    dist_utils.dist_init("cpu", config.timeout_minutes)
+    dist_utils.dist_init("cpu", config.timeout_minutes, config.port)
     ledger, results = listen(), []
     for bank in banks:
         results.append(train(config, bank, steps, ledger))
