@@ -16,7 +16,7 @@ class Ranks(NamedTuple):
         return self.total // self.processes
 
     def __str__(self) -> str:
-        return f"{self.total} ranks of {self.batch_size} labelled images" + (
+        return f"{self.total} rank{'s' * (self.total > 1)} of {self.batch_size} labelled images" + (
             f", {self.here} on each of {self.processes} processes" if self.here > 1 else "")
 
 

@@ -20,6 +20,8 @@ def load_last(path: Path) -> tuple[Optional[dict[str, Any]], str]:
     if path.is_file():
         with suppress(UserError):       # damaged: the one before it may serve
             content = checkpoint.read(path)
+            if not is_published(content):
+                return checkpoint.check(content, path), ""
     if not is_published(content):
         return checkpoint.load_newest(path)
     if checkpoint.previous(path).exists():
