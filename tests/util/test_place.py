@@ -2,8 +2,8 @@
 import pytest
 
 from util import dist_utils
-from util.dist_utils import Place, place
 from util.errors import UserError
+from util.place import PORTS, Place, place
 
 SRUN = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16",
         "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_NODELIST": "gpu[07-08]"}
@@ -35,10 +35,10 @@ def test_torchrun():
 
 
 def test_srun(scontrol):
-    assert place(SRUN, 20000) == Place(9, 1, 16, "gpu07", 20000 + 123456 % dist_utils.PORTS)
+    assert place(SRUN, 20000) == Place(9, 1, 16, "gpu07", 20000 + 123456 % PORTS)
     other = place({**SRUN, "SLURM_JOB_ID": "123457"}, 20000)
     again = place({**SRUN, "SLURM_RESTART_COUNT": "1"}, 20000)
-    assert len({other.port, again.port, place(SRUN, 20000).port}) == 3 and 20000 <= other.port < 20000 + dist_utils.PORTS
+    assert len({other.port, again.port, place(SRUN, 20000).port}) == 3 and 20000 <= other.port < 20000 + PORTS
 
 
 def test_without_scontrol(monkeypatch, tmp_path):
