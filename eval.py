@@ -13,7 +13,7 @@ import torch
 from dataset.build import build_data, build_validation, plain_view
 from dataset.imagenet import Validation
 from dataset.listing import pile
-from dataset.loader import BadImages, Data, SplitId, evaluation_batches, image_batches
+from dataset.loader import BadImages, Data, EvaluationBatches, ImageBatches, SplitId
 from dataset.source import Files
 from models import METHODS, build_network
 from models.network import Network
@@ -69,8 +69,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     data = test_images(opened, args.checkpoint, device)
     bad = BadImages(config.on_bad_image)
     networks = [net.to(device) for net in (opened.student, opened.teacher) if net is not None]
-    x_and_y = evaluation_batches(data, rank, world, config.workers, device, bad)      # of all ranks, every image once
-    results = evaluate(networks, x_and_y, len(data.classes), device)
+    tests = EvaluationBatches(data, rank, world, config.workers, device)
+    results = evaluate(networks, tests.read(bad), len(data.classes), device)
     left_out = sum(dist_utils.all_gather_object(bad.take()), [])
     dist_utils.dist_end()
     if rank > 0:
@@ -200,8 +200,8 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
         file = io.TextIOWrapper(out, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         lines = csv.writer(file)
         lines.writerow(["path", "class", "probability", "top5"])
-        for x, rows in image_batches(Files(images.root, images.names), view, np.arange(len(images.names)),
-                                     opened.config.workers, device, bad):
+        found = ImageBatches(Files(images.root, images.names), view, np.arange(len(images.names)), opened.config.workers, device)
+        for x, rows in found.read(bad):
             p = torch.softmax(network(x)[0].float(), dim=1)                         # [n, C]
             best = p.topk(min(5, len(classes)), dim=1)                              # [n, 5] each
             for row, values, places in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):

@@ -2,6 +2,7 @@
 import sys
 import time
 from pathlib import Path
+from typing import Iterable
 
 from util import preempt
 
@@ -9,10 +10,12 @@ if __name__ == "__main__":
     preempt.listen()        # a signal that comes while PyTorch is imported must not end the run
 
 import torch
+from torch import Tensor
 
 from dataset.age import ages
 from dataset.build import build_data
-from dataset.loader import BadImages, Data, Stream, batches, evaluation_batches, to_device
+from dataset.loader import BadImages, Data, EvaluationBatches, Stream, to_device
+from dataset.workers import Batches
 from eval import OVERRIDES
 from eval import main as evaluate_checkpoint
 from models import Batch, Method, build_method, diagnose, parameter_groups, split, train_step, tune
@@ -89,7 +92,8 @@ def main() -> None:
 
     saved = time.monotonic()
     clock, clock_step = saved, start
-    loader = batches(stream, range(start, total), config.workers, pin_memory=device.type == "cuda")
+    loader = Batches(stream, range(start, total), config.workers, pin_memory=device.type == "cuda")
+    tests = EvaluationBatches(data, rank, ranks.processes, config.workers, device)
     for step, item in enumerate(loader, start):
         bad.add(item.bad)
         lr = learning_rate(step, lr=config.lr, steps_per_epoch=stream.steps_per_epoch, epochs=config.epochs,
@@ -129,7 +133,7 @@ def main() -> None:
             clock, clock_step = time.monotonic(), done
         if evaluate_now:
             left_out = BadImages(config.on_bad_image)
-            scores = accuracies(method, data, config.workers, device, left_out)
+            scores = accuracies(method, tests.read(left_out), config.cls, device)
             log.eval(done, epoch, scores)
             log.bad_images(done, sum(dist_utils.all_gather_object(left_out.take()), []), "left out of testing")
             better = scores["student_top1"] > best["student_top1"]
@@ -167,15 +171,14 @@ def main() -> None:
     dist_utils.dist_end()
 
 
-def accuracies(method: Method, data: Data, workers: int, device: torch.device, bad: BadImages) -> dict[str, float]:
-    """student_top1, student_top5, teacher_top1, teacher_top5 on the test images, in percent."""
+def accuracies(method: Method, x_and_y: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device) -> dict[str, float]:
+    """student_top1, student_top5, teacher_top1, teacher_top5 on (x [n, c, h, w], y [n]) of all ranks together, in percent."""
     method.eval()
     networks = {"student": method.student, "teacher": method.teacher.net}
     for network in networks.values():
         dist_utils.broadcast_buffers(network)
-    x_and_y = evaluation_batches(data, dist_utils.rank(), dist_utils.world_size(), workers, device, bad)
     scores = {}
-    for name, result in zip(networks, evaluate(list(networks.values()), x_and_y, len(data.classes), device)):
+    for name, result in zip(networks, evaluate(list(networks.values()), x_and_y, num_classes, device)):
         scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
     method.train()
     return scores

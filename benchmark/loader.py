@@ -26,9 +26,10 @@ from benchmark.digits import machine  # noqa: E402
 from dataset import device_views  # noqa: E402
 from dataset.draws import uniforms  # noqa: E402
 from dataset.listing import pile  # noqa: E402
-from dataset.loader import Data, SplitId, Stream, batches  # noqa: E402
+from dataset.loader import Data, SplitId, Stream  # noqa: E402
 from dataset.source import Files, decode  # noqa: E402
 from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
+from dataset.workers import Batches  # noqa: E402
 from util.errors import Parser, UserError, run  # noqa: E402
 
 
@@ -111,7 +112,7 @@ def memory(source: Files, count: int) -> None:
                 split=SplitId("benchmark", "0"))
     stream = Stream(data, 8, 5, seed=0)
     steps, seen = count // 40, []
-    loader = iter(batches(stream, range(steps), 2, pin_memory=False))
+    loader = iter(Batches(stream, range(steps), 2, pin_memory=False))
     for step in range(steps):
         next(loader)
         if step in (steps // 10, steps // 2, steps - 5):

@@ -18,8 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dataset.build import build_data
-from dataset.loader import Data, batches
+from dataset.loader import Data
 from dataset.source import BadImage, Files, Source
+from dataset.workers import Batches
 from util.config import Config, parse
 from util.errors import Parser, UserError, run
 
@@ -173,7 +174,7 @@ def look_at(images: Images, numbers: np.ndarray, workers: int, findings: Finding
     looks, folders, seconds, done = np.zeros(len(numbers), LOOK), set(), 0.0, 0
     size = max(1, min(64, len(numbers) // (4 * max(1, workers))))        # a few chunks for each worker at least
     begun = said = time.monotonic()
-    for raw, bad, where, spent in batches(images, np.split(numbers, range(size, len(numbers), size)), workers, False):
+    for raw, bad, where, spent in Batches(images, np.split(numbers, range(size, len(numbers), size)), workers, False):
         chunk = np.frombuffer(raw, LOOK)
         looks[done:done + len(chunk)] = chunk
         done, seconds, now = done + len(chunk), seconds + spent, time.monotonic()

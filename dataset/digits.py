@@ -1,6 +1,8 @@
 """1,797 handwritten digits, 8×8 grey (digits_SOURCE.md): real data that needs no network."""
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import splits
-from dataset.loader import Data, SplitId, View
+from dataset.loader import Data, Raw, SplitId, View
 from dataset.source import Arrays
 
 FILE = Path(__file__).with_name("digits.npz")
@@ -51,9 +53,13 @@ def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     return _normalise(_cover(x, centre=8 * u[:, 7:9], side=3 * u[:, 9]))
 
 
-def _view(numbers: int, function) -> View:
+def _view(numbers: int, function: Callable[[Sequence[np.ndarray], np.ndarray], Tensor]) -> View:
     """A view that is all made on the host."""
-    return View(numbers, lambda images, u: (function(images, u),), lambda raw: raw[0])
+    return View(numbers, partial(_alone, function), itemgetter(0))
+
+
+def _alone(function: Callable[[Sequence[np.ndarray], np.ndarray], Tensor], images: Sequence[np.ndarray], u: np.ndarray) -> Raw:
+    return function(images, u),
 
 
 WEAK, STRONG, PLAIN = _view(6, weak), _view(10, strong), _view(0, plain)

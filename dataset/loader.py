@@ -9,11 +9,11 @@ from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset.draws import ORDER_U, ORDER_X, REPLACE_U, REPLACE_X, VIEW_STRONG, VIEW_WEAK, VIEW_X, permutation, shuffled, uniforms
 from dataset.source import BadImage, Files, Source
-from util import preempt
+from dataset.workers import Batches
 from util.errors import UserError
 
 Raw = tuple[Tensor, ...]    # what `host` hands to `device`; the first has n lines, one an image
@@ -212,42 +212,35 @@ def join(parts: Sequence[Raw]) -> Raw:
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
 
 
-def batches(dataset: Dataset, order: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
-    """The items of `dataset` in `order`, made ahead of time by `workers` processes."""
-    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin_memory,
-                        worker_init_fn=_start_worker)
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
-            raise
-        raise UserError("a process that loads images was killed, most likely for want of memory: lower --workers or --batch-size; "
-                        "the same command continues") from None
+class ImageBatches:
+    """The given rows of a source as a view shows them, in order, as often as they are read."""
+
+    def __init__(self, source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device):
+        chunks = Chunks(source, view, rows)
+        self.view, self.device = view, device
+        self.chunks = Batches(chunks, range(len(chunks)), workers, pin_memory=device.type == "cuda")
+
+    def read(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x [n, c, h, w] on the device, rows [n]). Bad images are left out, and told to `bad`."""
+        for raw, got, unusable in self.chunks:
+            bad.add(unusable)
+            if len(got):
+                yield to_device(self.view, raw, self.device), got
 
 
-def image_batches(source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device,
-                  bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x [n, c, h, w] on `device`, rows [n]) of the given rows, in order. Bad images are left out, and told to `bad`."""
-    chunks = Chunks(source, view, rows)
-    for raw, got, unusable in batches(chunks, range(len(chunks)), workers, pin_memory=device.type == "cuda"):
-        bad.add(unusable)
-        if len(got):
-            yield to_device(view, raw, device), got
+class EvaluationBatches(ImageBatches):
+    """A rank's share of the test images; every image is in exactly one share."""
 
+    def __init__(self, data: Data, rank: int, world: int, workers: int, device: torch.device):
+        super().__init__(data.test_images, data.plain, np.arange(rank, len(data.test_labels), world), workers, device)
+        self.labels = torch.from_numpy(data.test_labels)                    # [M]
 
-def evaluation_batches(data: Data, rank: int, world: int, workers: int, device: torch.device,
-                       bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x [n, c, h, w], y [n]) on `device`: this rank's share of the test images; every image is in exactly one share."""
-    share, labels = np.arange(rank, len(data.test_labels), world), torch.from_numpy(data.test_labels)   # [m], [M]
-    for x, rows in image_batches(data.test_images, data.plain, share, workers, device, bad):
-        yield x, labels[rows].to(device, non_blocking=True)
+    def read(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x [n, c, h, w], y [n]) on the device."""
+        for x, rows in super().read(bad):
+            yield x, self.labels[rows].to(self.device, non_blocking=True)
 
 
 def to_device(view: View, raw: Raw, device: torch.device) -> Tensor:
     """The second half of a view, where the network is: -> [n, c, h, w]."""
     return view.device((raw[0].to(device, non_blocking=True), *raw[1:]))     # pixels; parameters stay (dataset/device_views.py)
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)            # workers are many; threads of each would only take the cores from the others
-    preempt.spare_worker()

@@ -4,7 +4,8 @@ A stage turns uniform numbers into parameters (`sample`), and applies them to on
 dataset/device_views.py knows the stage too, it can be applied in batches on the training device instead.
 """
 import math
-from typing import NamedTuple, Sequence, Union
+from functools import partial
+from typing import Callable, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -213,24 +214,30 @@ def photo_view(stages: Sequence[Stage], norm: tuple[Sequence[float], Sequence[fl
     while on_device and cut and type(stages[cut - 1]).__name__ in device_views.STAGES:
         cut -= 1
     resize = device_views.crop_resize if on_device else None
-
-    def host(images: Sequence[Image.Image], u: np.ndarray) -> Raw:
-        sizes = np.array([image.size for image in images], float)               # [n, 2]
-        params, column = [], 0
-        for stage in stages:
-            p = stage.sample(u[:, column:column + stage.numbers], sizes)        # [n, k]
-            params.append(p.astype(np.float32))     # the precision in which they travel, whoever applies them
-            column += stage.numbers
-        pixels = [_apply(image, stages[:cut], [p[i] for p in params], resize) for i, image in enumerate(images)]
-        return (torch.from_numpy(np.stack(pixels)), *map(torch.from_numpy, params[cut:]))   # [n, h, w, 3], [n, k]…
-
-    def device(raw: Raw) -> Tensor:
-        return device_views.finish(raw, [type(s).__name__ for s in stages[cut:]], *norm)    # [n, 3, h, w]
-
-    return View(sum(stage.numbers for stage in stages), host, device)
+    left = tuple(type(stage).__name__ for stage in stages[cut:])
+    return View(sum(stage.numbers for stage in stages), partial(_host, tuple(stages), cut, resize), partial(_device, left, *norm))
 
 
-def _apply(image: Image.Image, stages: Sequence[Stage], params: Sequence[np.ndarray], resize) -> np.ndarray:
+Resize = Optional[Callable[[Image.Image, Sequence[float], int], np.ndarray]]
+
+
+def _host(stages: Sequence[Stage], cut: int, resize: Resize, images: Sequence[Image.Image], u: np.ndarray) -> Raw:
+    """The first `cut` stages done, and the parameters of the others."""
+    sizes = np.array([image.size for image in images], float)                   # [n, 2]
+    params, column = [], 0
+    for stage in stages:
+        p = stage.sample(u[:, column:column + stage.numbers], sizes)            # [n, k]
+        params.append(p.astype(np.float32))     # the precision in which they travel, whoever applies them
+        column += stage.numbers
+    pixels = [_apply(image, stages[:cut], [p[i] for p in params], resize) for i, image in enumerate(images)]
+    return (torch.from_numpy(np.stack(pixels)), *map(torch.from_numpy, params[cut:]))       # [n, h, w, 3], [n, k]…
+
+
+def _device(stages: Sequence[str], mean: Sequence[float], std: Sequence[float], raw: Raw) -> Tensor:
+    return device_views.finish(raw, stages, mean, std)                          # [n, 3, h, w]
+
+
+def _apply(image: Image.Image, stages: Sequence[Stage], params: Sequence[np.ndarray], resize: Resize) -> np.ndarray:
     """-> [h, w, 3] uint8."""
     for k, (stage, p) in enumerate(zip(stages, params)):
         if resize and k == len(stages) - 1 and isinstance(stage, ResizedCrop):

@@ -3,6 +3,8 @@
 It imports no PyTorch, so that train_semi.py can listen before the seconds which that takes.
 """
 import signal
+from contextlib import contextmanager
+from typing import Iterator
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 CODE = 75                   # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL): script/train.sh requeues it
@@ -27,9 +29,20 @@ def asked() -> bool:
     return bool(_taken)
 
 
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Processes started here never notice the signals, unless they ask for them. This one gets them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def spare_worker() -> None:
     """In a worker process: the signal is meant for the process that trains, which needs its images until the ranks have
     agreed on a last step. SIGTERM ends the worker all the same, after GRACE seconds.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -11,7 +11,8 @@ from dataset import cifar as cifar_module
 from dataset import imagenet as imagenet_module
 from dataset.build import build_data
 from dataset.imagenet import Imagenet, ImagenetPercentV2
-from dataset.loader import Stream, batches, to_device
+from dataset.loader import Stream, to_device
+from dataset.workers import Batches
 from util.config import Config
 from util.errors import UserError
 
@@ -208,6 +209,6 @@ def test_files_give_the_same_bytes_with_any_workers_and_from_any_start(tmp_path,
     expected = [raw(Stream(data, 2, 2, seed=3, rank=1, world=2)[step]) for step in range(6)]
     assert expected[0][0].dtype == torch.uint8
     for start in (0, 3):
-        got = list(batches(Stream(data, 2, 2, seed=3, rank=1, world=2), range(start, 6), workers, pin_memory=False))
+        got = list(Batches(Stream(data, 2, 2, seed=3, rank=1, world=2), range(start, 6), workers, pin_memory=False))
         assert len(got) == 6 - start
         assert all(torch.equal(a, b) for step, item in enumerate(got, start) for a, b in zip(raw(item), expected[step], strict=True))

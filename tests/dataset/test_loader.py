@@ -7,8 +7,9 @@ import torch
 
 from dataset import digits
 from dataset.draws import uniforms
-from dataset.loader import BadImages, Data, SplitId, Stream, View, batches, evaluation_batches
+from dataset.loader import BadImages, Data, EvaluationBatches, SplitId, Stream, View
 from dataset.source import BadImage
+from dataset.workers import Batches
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_the_same_bytes_with_any_workers_and_from_any_start(workers):
         return Stream(digits.build(labels_per_class=3, seed=5), batch_size=8, mu=5, seed=5)
     expected = [stream()[step] for step in range(75)]       # two epochs, several passes over the labels
     for start in (0, 41):
-        got = list(batches(stream(), range(start, 75), workers, pin_memory=False))
+        got = list(Batches(stream(), range(start, 75), workers, pin_memory=False))
         assert len(got) == 75 - start
         assert all(same(a, b) for a, b in zip(got, expected[start:]))
 
@@ -151,7 +152,7 @@ def test_with_a_number_of_steps_an_epoch_no_image_is_dropped():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_test_image_is_in_one_share(world, workers):
     data = digits.build(labels_per_class=1, seed=0)
-    shares = [list(evaluation_batches(data, r, world, workers, CPU, BadImages("stop"))) for r in range(world)]
+    shares = [list(EvaluationBatches(data, r, world, workers, CPU).read(BadImages("stop"))) for r in range(world)]
     x = torch.cat([x for share in shares for x, _ in share])
     y = torch.cat([y for share in shares for _, y in share])
     assert len(x) == 360
@@ -206,8 +207,8 @@ def test_what_becomes_of_bad_images():
 def test_a_bad_test_image_is_left_out_or_stops():
     data = numbered(6, 30, bad_tests=(1, 4))
     bad = BadImages("skip")
-    (x, y), = evaluation_batches(data, 0, 1, 0, CPU, bad)
+    (x, y), = EvaluationBatches(data, 0, 1, 0, CPU).read(bad)
     assert x[:, 0, 0, 0].tolist() == [0, 2, 3] and y.tolist() == [0, 2, 0]
     assert bad.take() == [("image 1", "torn"), ("image 4", "torn")]
     with pytest.raises(UserError, match="image 1: torn"):
-        list(evaluation_batches(data, 0, 1, 0, CPU, BadImages("stop")))
+        list(EvaluationBatches(data, 0, 1, 0, CPU).read(BadImages("stop")))

@@ -9,11 +9,12 @@ import zlib
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, features
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset import source
 from dataset.listing import Names
 from dataset.source import Arrays, BadImage, Files, decode
+from dataset.workers import Batches
 
 H, W = 40, 64
 Y, X = np.mgrid[:H, :W, :1][:2]                                                     # [H, W, 1] each
@@ -256,13 +257,11 @@ def files(tmp_path):
     return Files(tmp_path, Names(np.array([f"{k}.png".encode() for k in range(40)])))
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_files_in_workers(files, start):
-    """Whether the workers are copies of this process or get the source as a message."""
-    loader = DataLoader(Means(files), batch_size=None, num_workers=2, multiprocessing_context=start)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_in_workers(files, workers):
     expected = [5.0 * k for k in range(40)]
     expected[7] = f"{files.root}/7.png: the file is empty"
-    assert list(loader) == expected
+    assert list(Batches(Means(files), range(40), workers, pin_memory=False)) == expected
 
 
 def test_a_large_list_stays_small():
