@@ -55,8 +55,8 @@ def start(repository, *flags):
 
 
 def until(process, file, step, seconds=600):
-    """The state saved at `file` once it is of that step or a later one."""
-    end, seen = time.monotonic() + seconds, 0
+    """The state that `process` saves at `file` once it is of that step or a later one; what lies there before is not read."""
+    end, seen = time.monotonic() + seconds, file.stat().st_mtime_ns if file.exists() else 0
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.3)
         if file.exists() and file.stat().st_mtime_ns != seen:
