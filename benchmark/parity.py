@@ -25,7 +25,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
-from benchmark.parity_steps import B, K, SIDE, Step, labels_of, settings, trajectory  # noqa: E402
+from benchmark.parity_steps import B, K, LABELS, SIDE, Step, settings, trajectory  # noqa: E402
 from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
 from models import Batch, build_method, parameter_groups, train_step, tune  # noqa: E402
 from util import dist_utils  # noqa: E402
@@ -83,7 +83,7 @@ def turned(dtype: torch.dtype) -> float:
 def replay(mode: Mode, config: Config, steps: Sequence[Step], free: bool = False) -> Iterator[dict[str, float]]:
     """Differences of each step, on every process of the mode; all of them must call it."""
     device, dtype = torch.device(mode.device), torch.float64 if mode.precision == "fp64" else torch.float32
-    method = build_method(config, 3, labels_of(config)).to(device, dtype)
+    method = build_method(config, 3, LABELS).to(device, dtype)
     tune(method, mode.precision.replace("fp64", "fp32"), mode.channels_last, mode.compiled)
     student = dist_utils.parallel(method.student)
     optimizer = torch.optim.SGD(parameter_groups(method.student, config.wd, config.no_decay_bn), lr=config.lr,

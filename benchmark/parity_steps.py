@@ -3,13 +3,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import Batch, Method, build_method
 from tests.reference import SimMatchReference
 from util.config import Config
 
-K, B, SIDE = 40, 4, 64                      # labelled images; of them in a rank's batch; pixels of an image's side
+C, K, B, SIDE = 10, 40, 4, 64               # classes; labelled images; of them in a rank's batch; pixels of an image's side
+LABELS = torch.arange(K) % C                 # of the bank             [K]
 
 
 class Step(NamedTuple):
@@ -24,33 +25,28 @@ class Step(NamedTuple):
 
 
 def settings(backbone: str = "resnet18_encoder", **changes: Any) -> Config:
-    """The published recipe's, with a rate of its first steps, and a threshold that some images of a small problem pass."""
-    return Config(**{**dict(backbone=backbone, cls=10, dim=16, mu=2, lr=1e-5, nesterov=True, lambda_u=10.0, lambda_in=5.0,
-                            threshold=0.3, c_smooth=0.9, DA=True), **changes})
-
-
-def labels_of(config: Config) -> Tensor:
-    return torch.arange(K) % config.cls                                                     # [K]
+    """The published 1 % recipe's, at a rate of its warm-up, and with a threshold that some images of a small problem pass."""
+    return Config(**{**dict(backbone=backbone, cls=C, dim=16, mu=2, lr=1e-5, nesterov=True, lambda_u=10.0, lambda_in=5.0,
+                            threshold=0.5, c_smooth=0.9, DA=True), **changes})
 
 
 def ripe(config: Config) -> Method:
-    """A method in float64 as after some training: BN has scales and shifts, classes are told apart, the teacher lags."""
+    """A method in float64 after some supervised training, whose teacher lags.
+
+    Not an untrained one: there all images look alike, so that a classifier which tells them apart magnifies rounding, and
+    gradients are hundreds of times what they are after some steps.
+    """
     torch.manual_seed(0)
-    method = build_method(config, 3, labels_of(config)).double()
+    method = build_method(config, 3, LABELS)
+    optimizer = torch.optim.SGD(method.student.parameters(), lr=0.05, momentum=0.9)
+    for k in range(60):
+        y = LABELS[:2 * C]                                                                  # [20]
+        logits, _ = method.student(images(y, 100_000 + k).float())                          # [20, C]
+        optimizer.zero_grad()
+        F.cross_entropy(logits, y, label_smoothing=0.2).backward()      # not too sure: L_x stays far from 0
+        optimizer.step()
+    method.double()
     with torch.no_grad():
-        for layer in method.student.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.weight += 0.1 * torch.randn_like(layer.weight)
-                layer.bias += 0.1 * torch.randn_like(layer.bias)
-                layer.momentum = None           # running statistics are the mean over these batches
-        for k in range(4):
-            logits, _ = method.student(images(16, 100 + k))                        # [16, C]
-        for layer in method.student.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = 0.1
-        scale = 2 / logits.std(dim=0).mean()
-        method.student.fc.bias.copy_(scale * (method.student.fc.bias - logits.mean(dim=0)))
-        method.student.fc.weight *= scale
         for own, theirs in zip(method.teacher.net.parameters(), method.student.parameters()):
             own.copy_(theirs * (1 + 0.02 * torch.randn_like(theirs)))
         for own, theirs in zip(method.teacher.net.buffers(), method.student.buffers()):
@@ -58,20 +54,23 @@ def ripe(config: Config) -> Method:
     return method
 
 
-def images(n: int, seed: int) -> Tensor:
-    """Smooth ones with some noise, exact in float32: [n, 3, SIDE, SIDE] float64."""
+def images(y: Tensor, seed: int) -> Tensor:
+    """Of classes `y` [n]: a smooth pattern of the class, one of the image, and noise; exact in float32. [n, 3, SIDE, SIDE] float64."""
+    patterns = torch.randn(C, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(seed)
-    smooth = F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size=SIDE, mode="bicubic")
-    return (smooth + 0.2 * torch.randn(n, 3, SIDE, SIDE, generator=g)).double()
+    smooth = F.interpolate(0.9 * patterns[y] + torch.randn(len(y), 3, 5, 5, generator=g), size=SIDE, mode="bicubic")
+    return (smooth + 0.2 * torch.randn(len(y), 3, SIDE, SIDE, generator=g)).double()
 
 
 def batches_of(config: Config, ranks: int, step: int) -> list[Batch]:
     g = torch.Generator().manual_seed(step)
     index = torch.randperm(K, generator=g)[:B * ranks].chunk(ranks)                         # [B] of each
-    out, n = [], config.mu * B
+    out = []
     for rank, rows in enumerate(index):
-        u, noise = images(2 * n, 1000 * step + 10 * rank).split(n)
-        out.append(Batch(images(B, 1000 * step + 10 * rank + 1), labels_of(config)[rows], rows, u, (u + 0.3 * noise).float().double()))
+        seed, y = 1000 * step + 10 * rank, torch.randint(C, (config.mu * B,), generator=g)
+        u_weak = images(y, seed)                                                            # [muB, 3, SIDE, SIDE]
+        u_strong = (u_weak + 0.3 * images(y, seed + 1)).float().double()                    # [muB, 3, SIDE, SIDE]
+        out.append(Batch(images(LABELS[rows], seed + 2), LABELS[rows], rows, u_weak, u_strong))
     return out
 
 

@@ -26,7 +26,7 @@ INTEGER = re.compile("[+-]?[0-9]{1,18}")
 
 
 class Names(Sequence[str]):
-    """File names in one array: counting references to a list of texts would copy it into every forked worker."""
+    """File names in one array, which goes to a worker as one piece; a list of texts would take three times the memory there."""
 
     def __init__(self, array: np.ndarray):
         self.array = array                      # [N] bytes, as wide as the longest name

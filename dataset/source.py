@@ -49,7 +49,7 @@ class Files:
     at_once = 8             # a telephone's photograph takes 40 MB decoded
 
     def __init__(self, root: Path, names: Sequence[str]):
-        """names: paths relative to root; a compact sequence (dataset/listing.py), since workers share it."""
+        """names: paths relative to root; a compact sequence (dataset/listing.py): every worker gets a copy."""
         self.root, self.names = Path(root), names
 
     def __len__(self) -> int:
