@@ -56,7 +56,7 @@ def main() -> None:
         where = f"step {f['first_step']}" + (f" to {f['last_step']}" if f["last_step"] != f["first_step"] else "")
         print(f"{f['rule']}: {f['what']} ({where})\n  rule: {f['words']}\n  try: {f['advice']}")
     if not findings:
-        print(f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)")
+        print(f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)" if r.trains else "nothing to judge: no step is in the log yet")
     if total is None or step < total:
         print(f"unfinished at step {step} of {total or 'a number that is not known before the first evaluation'}")
     if events and not r.looks:
