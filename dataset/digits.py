@@ -50,7 +50,7 @@ def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     x = _affine(_ink(images), _signed(u[:, :6]), degrees=25, shift=1, stretch=0.3, shear=0.4)         # [n, 1, 16, 16]
     u = torch.from_numpy(u).float()                                         # [n, 10]
     x = x * torch.exp(-0.5 * u[:, 6]).view(-1, 1, 1, 1)                     # [n, 1, 16, 16]
-    return _normalise(_cover(x, centre=8 * u[:, 7:9], side=3 * u[:, 9]))
+    return _normalise(_cover(x, centre=8 * u[:, 7:9], side=4.5 * u[:, 9]))
 
 
 def _view(numbers: int, function: Callable[[Sequence[np.ndarray], np.ndarray], Tensor]) -> View:
@@ -78,7 +78,7 @@ def _signed(u: np.ndarray) -> Tensor:
 
 
 def _affine(x: Tensor, a: Tensor, degrees: float, shift: float, stretch: float, shear: float) -> Tensor:
-    """Rotate, shift, stretch and shear [n, 1, h, w] about its centre and draw it anew, bicubic, paper (0) from outside.
+    """Rotate, shift, stretch and shear [n, 1, h, w], upright, about its centre and draw it anew, bicubic, paper (0) from outside.
 
     a [n, 6] in [−1, 1): how far to go, of at most `degrees`; `shift` pixels of x, along x and y; a factor exp(`stretch`)
     along x and y; `shear` of x by y. -> [n, 1, SIZE, SIZE]
@@ -90,8 +90,26 @@ def _affine(x: Tensor, a: Tensor, degrees: float, shift: float, stretch: float, 
     to_source[:, :, 1] = to_source[:, :, 1] + shear * a[:, 5:6] * to_source[:, :, 0]
     to_source = to_source / torch.exp(stretch * a[:, None, 3:5])            # [n, 2, 2]
     offset = shift * a[:, 1:3] * x.new_tensor([2 / w, 2 / h])               # [n, 2], the image being 2 wide and high
-    grid = F.affine_grid(torch.cat([to_source, offset.unsqueeze(2)], 2), [n, 1, SIZE, SIZE], align_corners=False)
+    slant, centre = _stance(x)
+    to_source = slant @ torch.cat([to_source, offset.unsqueeze(2)], 2)      # [n, 2, 3]
+    to_source[:, :, 2] = to_source[:, :, 2] + centre
+    grid = F.affine_grid(to_source, [n, 1, SIZE, SIZE], align_corners=False)
     return F.grid_sample(x, grid, mode="bicubic", align_corners=False)      # [n, 1, SIZE, SIZE]
+
+
+def _stance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """How the ink of [n, 1, h, w] stands, by its moments: the shear from upright to slanted [n, 2, 2], the centre [n, 2].
+
+    Coordinates run from −1 to 1. Writers differ in slant, digits do not.
+    """
+    h, w = x.shape[2:]
+    ink = x[:, 0] / x.sum(dim=(1, 2, 3)).view(-1, 1, 1)                                     # [n, h, w], sum 1
+    across, down = ((torch.arange(size) + 0.5) * 2 / size - 1 for size in (w, h))           # [w], [h]
+    centre = torch.stack([(ink * across).sum((1, 2)), (ink * down[:, None]).sum((1, 2))], 1)        # [n, 2]
+    dx, dy = across - centre[:, 0].view(-1, 1, 1), down[:, None] - centre[:, 1].view(-1, 1, 1)      # [n, 1, w], [n, h, 1]
+    slant = torch.eye(2).repeat(len(x), 1, 1)                                               # [n, 2, 2]
+    slant[:, 0, 1] = (ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2))
+    return slant, centre
 
 
 def _cover(x: Tensor, centre: Tensor, side: Tensor) -> Tensor:

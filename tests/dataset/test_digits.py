@@ -48,14 +48,26 @@ def test_impossible_draws(count, words):
 
 
 def test_a_plain_view_is_the_image_drawn_twice_as_large():
-    """A pixel of paper or ink that stands among its like keeps its value; mean and spread are about 0 and 1."""
+    """A pixel of paper or ink that stands among its like keeps its value; mean and spread are about 0 and 1; the ink is moved
+    to the middle.
+    """
     x = plain(train_images(1437), NONE)
     assert x.shape == (1437, 1, 16, 16) and x.dtype == torch.float32
     assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.1
     image = np.zeros((8, 8), np.uint8)
     image[:, 4:] = 16
     ink = plain([image], NONE)[0, 0] * STD + MEAN
-    assert ink[8, :5].tolist() == pytest.approx([0] * 5, abs=1e-4) and ink[8, 11:13].tolist() == pytest.approx([16] * 2, abs=1e-4)
+    assert ink[8, [0, 7, 8, 15]].tolist() == pytest.approx([0, 16, 16, 0], abs=1e-4)
+
+
+@pytest.mark.parametrize("slope", [-0.5, 0, 0.3])
+def test_a_plain_view_is_upright(slope):
+    """A slanted stroke becomes a vertical one in the middle: the same in every line of the view, its ends aside."""
+    middle = 4.5 + slope * (np.arange(8) - 3.5)                                     # [8]
+    image = np.clip(1.5 - np.abs(np.arange(8) + 0.5 - middle[:, None]), 0, 1)       # [8, 8]
+    ink = plain([(16 * image).round().astype(np.uint8)], NONE)[0, 0] * STD + MEAN   # [16, 16]
+    centre = (ink * (torch.arange(16) + 0.5)).sum(1) / ink.sum(1)                   # [16]
+    assert centre[2:14].tolist() == pytest.approx([8.0] * 12, abs=0.25)
 
 
 @pytest.mark.parametrize("view, numbers, nothing", [
@@ -91,9 +103,9 @@ def test_a_shift_moves_the_ink():
 
 def test_the_patch_is_paper_and_the_ink_only_fades():
     images = [np.full((8, 8), 16, np.uint8)]
-    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])        # faintest ink, a patch of 3 pixels about the centre
+    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])        # faintest ink, a patch of 4.5 pixels about the centre
     ink = strong(images, u)[0, 0] * STD + MEAN
-    assert ink[5:11, 5:11].abs().max() < 1e-5
+    assert ink[4:12, 4:12].abs().max() < 1e-5
     around = ink[3:13, 3:13].clone()
-    around[2:8, 2:8] = 16 * float(np.exp(-0.5))
+    around[1:9, 1:9] = 16 * float(np.exp(-0.5))
     torch.testing.assert_close(around, torch.full((10, 10), 16 * float(np.exp(-0.5))), rtol=0, atol=1e-3)
