@@ -92,8 +92,9 @@ def main() -> None:
 
     saved = time.monotonic()
     clock, clock_step = saved, start
-    loader = Batches(stream, range(start, total), config.workers, pin_memory=device.type == "cuda")
-    tests = EvaluationBatches(data, rank, ranks.processes, config.workers, device)
+    workers = config.workers if start < total else 0
+    loader = Batches(stream, range(start, total), workers, pin_memory=device.type == "cuda")
+    tests = EvaluationBatches(data, rank, ranks.processes, workers, device)
     for step, item in enumerate(loader, start):
         bad.add(item.bad)
         lr = learning_rate(step, lr=config.lr, steps_per_epoch=stream.steps_per_epoch, epochs=config.epochs,

@@ -118,12 +118,13 @@ def writing(folder: Path) -> set[tuple]:
     return found
 
 
-def has_children(pid: int) -> bool:
+def has_workers(pid: int) -> bool:
+    """Whether there are children of its children: workers are copies of a helper process (dataset/workers.py)."""
+    parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
-            if path.read_text().rpartition(")")[2].split()[1] == str(pid):
-                return True
-    return False
+            parents[path.parent.name] = path.read_text().rpartition(")")[2].split()[1]
+    return any(parents.get(parent) == str(pid) for parent in parents.values())
 
 
 def strike(case: Case, ranks: list[Rank], folder: Path, kind: str, step: float, evaluations: set[int],
@@ -142,7 +143,7 @@ def strike(case: Case, ranks: list[Rank], folder: Path, kind: str, step: float, 
     before = writing(folder)
     if kind == "worker start":
         came = until(lambda: re.search(r"^(writes|continues from) ", first.out.read_text(), re.MULTILINE)) and until(
-            lambda: has_children(first.process.pid))
+            lambda: has_workers(first.process.pid))
         time.sleep(0.05 * delay)
     else:
         came = until(lambda: max(steps(first), default=0) >= step)

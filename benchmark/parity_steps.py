@@ -33,8 +33,7 @@ def settings(backbone: str = "resnet18_encoder", **changes: Any) -> Config:
 def ripe(config: Config) -> Method:
     """A method in float64 after some supervised training, whose teacher lags.
 
-    Not an untrained one: there all images look alike, so that a classifier which tells them apart magnifies rounding, and
-    gradients are hundreds of times what they are after some steps.
+    Not an untrained one: there all images look alike, and a classifier that tells them apart magnifies rounding.
     """
     torch.manual_seed(0)
     method = build_method(config, 3, LABELS)

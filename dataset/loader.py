@@ -228,17 +228,18 @@ class ImageBatches:
                 yield to_device(self.view, raw, self.device), got
 
 
-class EvaluationBatches(ImageBatches):
+class EvaluationBatches:
     """A rank's share of the test images; every image is in exactly one share."""
 
     def __init__(self, data: Data, rank: int, world: int, workers: int, device: torch.device):
-        super().__init__(data.test_images, data.plain, np.arange(rank, len(data.test_labels), world), workers, device)
+        share = np.arange(rank, len(data.test_labels), world)               # [m]
+        self.images = ImageBatches(data.test_images, data.plain, share, workers, device)
         self.labels = torch.from_numpy(data.test_labels)                    # [M]
 
     def read(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
         """(x [n, c, h, w], y [n]) on the device."""
-        for x, rows in super().read(bad):
-            yield x, self.labels[rows].to(self.device, non_blocking=True)
+        for x, rows in self.images.read(bad):
+            yield x, self.labels[rows].to(x.device, non_blocking=True)
 
 
 def to_device(view: View, raw: Raw, device: torch.device) -> Tensor:

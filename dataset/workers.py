@@ -5,7 +5,6 @@ import threading
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, Iterator, Sequence
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from util import preempt
@@ -21,7 +20,7 @@ class Batches:
     They are copies of a helper process (Python's "forkserver"), never of this one. A fork copies locks as they are at that
     moment, held by threads that the copy does not have: of gloo, NCCL, a checkpoint on its way to the disk. A worker that
     then asks for one waits forever, and all ranks with it. (Seen with CPython 3.11: its list of threads was locked.)
-    They start now, and not at the first pass, so that source files which are edited during a run change nothing in it.
+    They start now, and not at the first pass, so that source files which are edited while a run trains change nothing in it.
     """
 
     def __init__(self, dataset: Dataset, order: Sequence[Any], workers: int, pin_memory: bool):
@@ -36,15 +35,18 @@ class Batches:
             iter(self.loader)           # a pass over nothing
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises UserError when a worker was killed."""
+        """Raises UserError when a worker has ended."""
         self.pass_.order = self.order
         try:
             yield from self.loader
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+        except (RuntimeError, ConnectionError) as error:
+            ended = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
+            # A tensor on its way from a process that is no more; what a worker raises itself begins with "Caught".
+            cut_off = isinstance(error, ConnectionError) and not str(error).startswith("Caught")
+            if not ended and not cut_off:
                 raise
-            raise UserError("a process that loads images was killed, most likely for want of memory: lower --workers or "
-                            "--batch-size; the same command continues") from None
+            raise UserError("a process that loads images has ended: see above why, or, if nothing is there, it was killed, most likely "
+                            "for want of memory (lower --workers or --batch-size); the same command continues") from None
 
 
 class _Pass:
@@ -56,15 +58,12 @@ class _Pass:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.order)
 
-    def __len__(self) -> int:
-        return len(self.order)
-
 
 def _start_helper() -> None:
     """The process that workers are copied from; it runs until this one ends.
 
-    Slurm sends its signals to every process of a job. The helper and Python's resource tracker would die of them, and take
-    the workers along, so these are started with the signals blocked, and workers open themselves to them.
+    Slurm sends its signals to every process of a job. The helper would die of them, and its end is that of the workers; Python's
+    resource tracker would die of SIGUSR1, and say so. So both start with the signals blocked; workers open themselves to them.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     for start in (resource_tracker.ensure_running, forkserver.ensure_running):     # the former unblocks SIGTERM when it is done
@@ -73,7 +72,6 @@ def _start_helper() -> None:
 
 
 def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)            # workers are many; threads of each would only take the cores from the others
     preempt.spare_worker()
     # PyTorch's workers end with their parent, which here is the helper, which ends with the last of them.
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()

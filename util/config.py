@@ -55,7 +55,7 @@ class Config:
     device_views: str = opt("auto", "where flips, colours, blur and normalisation are done: on (the training device), "
                                     "off (PIL, in the workers), auto (on, for a GPU)")
     on_bad_image: str = opt("stop", "an image that cannot be read: stop the run, or skip it (another stands in)")
-    workers: int = opt(6, "processes that load images; no effect on what is loaded")
+    workers: int = opt(6, "processes that load training images, and as many again for test images; no effect on what is loaded")
     batch_size: int = opt(8, "labelled images a step and rank (B)")
     mu: int = opt(5, "unlabelled images for each labelled one")
     # network

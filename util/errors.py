@@ -1,5 +1,6 @@
 """Mistakes a user can mend end in one line on stderr and exit code 2, never in a traceback."""
 import argparse
+import multiprocessing.util
 import os
 import sys
 import threading
@@ -29,21 +30,30 @@ def run(main: Callable[[], None], interrupted: str = "interrupted",
     """
     try:
         main()
+        return
     except UserError as error:      # from a worker process, PyTorch hands it on with the traceback before it
         message = str(error).rpartition("util.errors.UserError: ")[2].strip()
-        traceback.clear_frames(error.__traceback__)     # ends the workers that a loop there still holds
-        sys.exit(_last_words(f"error: {message}", 2))
-    except RuntimeError as error:
-        line = explain(error)
-        if line is None:
-            raise
-        _last_words(f"error: {line}", 1)
-        for thread in threading.enumerate():
-            if not thread.daemon and thread is not threading.main_thread():
-                thread.join()       # a checkpoint on its way to the disk
-        os._exit(1)                 # what still waits for a lost rank would not let the process end
-    except KeyboardInterrupt:
-        sys.exit(_last_words(interrupted, 130))
+        end, code = error, _last_words(f"error: {message}", 2)
+    except KeyboardInterrupt as error:
+        end, code = error, _last_words(interrupted, 130)
+    except Exception as error:
+        line = explain(error) if isinstance(error, RuntimeError) else None
+        if line is not None:
+            _leave(line)
+        traceback.print_exc()
+        end, code = error, 1
+    traceback.clear_frames(end.__traceback__)       # ends workers that a frame still holds; asked by Python's exit, they take long
+    sys.exit(code)
+
+
+def _leave(line: str) -> NoReturn:
+    """End, exit code 1, without what still waits for a lost rank, which would not let the process end."""
+    _last_words(f"error: {line}", 1)
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()           # a checkpoint on its way to the disk
+    multiprocessing.util._run_finalizers()      # files of the workers' queues
+    os._exit(1)
 
 
 def _last_words(line: str, code: int) -> int:

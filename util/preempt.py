@@ -31,8 +31,8 @@ def asked() -> bool:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Processes started here never notice the signals, unless they ask for them. This one gets them afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Processes started here never notice these signals and Ctrl-C, unless they ask for them. This one gets them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGINT))
     try:
         yield
     finally:
@@ -40,9 +40,10 @@ def blocked() -> Iterator[None]:
 
 
 def spare_worker() -> None:
-    """In a worker process: the signal is meant for the process that trains, which needs its images until the ranks have
-    agreed on a last step. SIGTERM ends the worker all the same, after GRACE seconds.
+    """In a worker process: a signal is meant for the process that trains, which needs its images until the ranks have agreed
+    on a last step. SIGTERM ends the worker all the same, after GRACE seconds.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -1,11 +1,12 @@
 """Processes that load images: what they are copies of, how long they stay, and which signals reach them."""
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ class Processes(Dataset):
 
     def __getitem__(self, item):
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        return {"item": item, "pid": os.getpid(), "parent": os.getppid(), "threads": torch.get_num_threads(), "state": self.state,
+        return {"item": item, "pid": os.getpid(), "parent": os.getppid(), "x": torch.ones(3), "state": self.state,
                 "blocked": blocked & set(preempt.SIGNALS), "usr1": signal.getsignal(signal.SIGUSR1)}
 
 
@@ -44,42 +45,85 @@ def test_workers_are_no_copies_of_this_process_and_stay_for_the_next_pass():
     pids = {said["pid"] for said in first}
     assert len(pids) == 2 and pids == {said["pid"] for said in second} and os.getpid() not in pids
     assert {said["parent"] for said in first} == {forkserver._forkserver._forkserver_pid}
-    assert all(said["state"] == "as sent" and said["threads"] == 1 for said in first + second)
+    assert all(said["state"] == "as sent" for said in first + second)
 
 
-def test_signals_of_a_scheduler_reach_the_workers_and_not_the_helper():
+def test_signals_of_a_scheduler_reach_the_workers_and_not_the_helpers():
     made = Batches(Processes(), range(2), 1, pin_memory=False)
-    (said, _), helper = list(made), forkserver._forkserver._forkserver_pid
+    (said, _), helper, tracker = list(made), forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid
     assert said["blocked"] == set() and said["usr1"] == signal.SIG_IGN
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        for process in (helper, said["pid"]):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for process in (helper, tracker, said["pid"]):
             os.kill(process, number)
     time.sleep(1)
     assert [again["pid"] for again in made] == 2 * [said["pid"]]            # it goes on for preempt.GRACE seconds
     assert [again["parent"] for again in Batches(Processes(), range(1), 1, pin_memory=False)] == [helper]
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(preempt.SIGNALS)
+    os.kill(tracker, 0)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*preempt.SIGNALS, signal.SIGINT}
 
 
 def test_a_worker_that_is_killed_is_named():
-    made = Batches(Processes(), range(1000), 1, pin_memory=False)
-    with pytest.raises(UserError, match="a process that loads images was killed.*--workers"):
-        for said in made:
-            os.kill(said["pid"], signal.SIGKILL)
+    items = iter(Batches(Processes(), range(1000), 1, pin_memory=False))
+    os.kill(next(items)["pid"], signal.SIGKILL)
+    with pytest.raises(UserError, match="a process that loads images has ended.*was killed.*--workers"):
+        list(items)
+
+
+class Raises(Dataset):
+    def __getitem__(self, item):
+        raise ConnectionResetError("of the file server")
+
+
+def test_what_a_worker_raises_is_told_as_it_is():
+    with pytest.raises(ConnectionResetError, match="of the file server"):
+        list(Batches(Raises(), range(3), 1, pin_memory=False))
+
+
+def main(end):
+    """Of a process that ends while workers have work."""
+    made = Batches(Processes(), range(10_000), 2, pin_memory=False)
+    for said in made:
+        print(said["pid"], said["parent"], flush=True)
+        if end == "killed":
+            time.sleep(100)
+        raise {"bug": ValueError("a bug"), "lost": RuntimeError("a rank"), "mistake": UserError("a mistake"),
+               "Ctrl-C": KeyboardInterrupt()}[end]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end, code, lines", [("bug", 1, "Traceback.*ValueError: a bug"), ("lost", 1, "error: a rank was lost"),
+                                              ("mistake", 2, "error: a mistake"), ("Ctrl-C", 130, "interrupted")])
+def test_a_process_ends_at_once_with_its_workers(end, code, lines, tmp_path):
+    process = start(end, tmp_path)
+    worker, helper = map(int, process.stdout.readline().split())
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < preempt.GRACE / 2     # not by the alarm
+    assert process.returncode == code and re.fullmatch(lines, err.strip(), re.DOTALL), err
+    assert gone(worker, helper) and list(tmp_path.iterdir()) == []
+
+
+def start(end, folder):
+    code = ("from tests.dataset.test_workers import main\nfrom util.errors import run\n"
+            f"run(lambda: main({end!r}), explain=lambda error: 'a rank was lost')")
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(folder)})
 
 
 @pytest.mark.slow
 def test_nothing_is_left_when_the_process_is_killed(tmp_path):
-    code = ("import time\nfrom tests.dataset.test_workers import Processes\nfrom dataset.workers import Batches\n"
-            "made = Batches(Processes(), range(1), 2, False)\nfor said in made: print(said['pid'], said['parent'], flush=True)\n"
-            "time.sleep(100)\n")
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    process = start("killed", tmp_path)
     worker, helper = map(int, process.stdout.readline().split())
     process.kill()
+    assert gone(worker, helper)
+
+
+def gone(*pids):
+    """Whether they end within a while: the helper notices that nobody is left."""
     end = time.monotonic() + 20
-    while any(map(alive, (worker, helper))) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not alive(worker) and not alive(helper)
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(map(alive, pids))
 
 
 def alive(pid):
