@@ -1,6 +1,6 @@
 """The ImageNet recipe through exactly the published command line, on the published list of labelled images.
 
-The images are made up and small, 15,000 names for a few files, and seen at 32 px; everything else is the recipe on one rank.
+The images are made up and small, 15,000 names for a few files, and seen at 16 px; everything else is the recipe on one rank.
 """
 import os
 import shlex
@@ -21,7 +21,7 @@ from util import checkpoint
 
 LISTS = os.environ.get("SIMMATCH_SPLITS", "")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not LISTS, reason="SIMMATCH_SPLITS names no folder with the published lists")]
-SMALLER = "--image-size 32 --workers 1 --device cpu --save-freq 50"
+SMALLER = "--image-size 16 --workers 1 --device cpu --save-freq 50"
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_two_hundred_steps_are_the_same_after_a_kill(repository):
     assert line.startswith("* Acc@1 ") and line == said("eval.py", "--checkpoint", "checkpoints/whole.pth", *flags)
 
     said("eval.py", "--checkpoint", "checkpoints/whole.pth", "--export", "checkpoints/simmatch-10p.pth", "--format", "published")
-    assert line == said("eval.py", "--checkpoint", "checkpoints/simmatch-10p.pth", *flags, "--image-size", "32")
+    assert line == said("eval.py", "--checkpoint", "checkpoints/simmatch-10p.pth", *flags, "--image-size", "16")
     theirs = torch.load(repository / "checkpoints" / "simmatch-10p.pth", weights_only=True)
     assert theirs["epoch"] == 4 and theirs["state_dict"]["module.bank"].shape == (128, 13000)
     kept = (repository / "checkpoints" / "simmatch-10p.pth").read_bytes()
