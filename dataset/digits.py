@@ -1,5 +1,5 @@
 """1,797 handwritten digits, 8×8 grey (digits_SOURCE.md): real data that needs no network."""
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Callable, Sequence
@@ -34,12 +34,12 @@ def build(labels_per_class: int, seed: int) -> Data:
 
 def plain(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     """n images [8, 8] uint8, 0 to 16 -> normalised [n, 1, 16, 16] float32."""
-    return _normalise(_affine(_ink(images), torch.zeros(len(images), 6), degrees=0, shift=0, stretch=0, shear=0))
+    return _normalise(_affine(images, torch.zeros(len(images), 6), degrees=0, shift=0, stretch=0, shear=0))
 
 
 def weak(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     """A little rotation, shift, stretch and shear. n images [8, 8] uint8, [n, 6] -> [n, 1, 16, 16] float32."""
-    return _normalise(_affine(_ink(images), _signed(u), degrees=10, shift=0.5, stretch=0.15, shear=0.2))
+    return _normalise(_affine(images, _signed(u), degrees=10, shift=0.5, stretch=0.15, shear=0.2))
 
 
 def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
@@ -47,7 +47,7 @@ def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
 
     No flips: a mirrored digit is another sign. No thicker ink: it would close the holes that tell an 8 from a 1.
     """
-    x = _affine(_ink(images), _signed(u[:, :6]), degrees=25, shift=1, stretch=0.3, shear=0.4)         # [n, 1, 16, 16]
+    x = _affine(images, _signed(u[:, :6]), degrees=25, shift=1, stretch=0.3, shear=0.4)         # [n, 1, 16, 16]
     u = torch.from_numpy(u).float()                                         # [n, 10]
     x = x * torch.exp(-0.5 * u[:, 6]).view(-1, 1, 1, 1)                     # [n, 1, 16, 16]
     return _normalise(_cover(x, centre=8 * u[:, 7:9], side=4.5 * u[:, 9]))
@@ -65,10 +65,6 @@ def _alone(function: Callable[[Sequence[np.ndarray], np.ndarray], Tensor], image
 WEAK, STRONG, PLAIN = _view(6, weak), _view(10, strong), _view(0, plain)
 
 
-def _ink(images: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(images)).float().unsqueeze(1)          # [n, 1, 8, 8]
-
-
 def _normalise(x: Tensor) -> Tensor:
     return (x - MEAN) / STD
 
@@ -77,39 +73,40 @@ def _signed(u: np.ndarray) -> Tensor:
     return torch.from_numpy(2 * u - 1).float()
 
 
-def _affine(x: Tensor, a: Tensor, degrees: float, shift: float, stretch: float, shear: float) -> Tensor:
-    """Rotate, shift, stretch and shear [n, 1, h, w], upright, about its centre and draw it anew, bicubic, paper (0) from outside.
+def _affine(images: Sequence[np.ndarray], a: Tensor, degrees: float, shift: float, stretch: float, shear: float) -> Tensor:
+    """Make each of n [8, 8] upright, rotate, shift, stretch and shear it about its centre, and draw it anew, bicubic, paper (0)
+    from outside.
 
-    a [n, 6] in [−1, 1): how far to go, of at most `degrees`; `shift` pixels of x, along x and y; a factor exp(`stretch`)
+    a [n, 6] in [−1, 1): how far to go, of at most `degrees`; `shift` pixels of 8, along x and y; a factor exp(`stretch`)
     along x and y; `shear` of x by y. -> [n, 1, SIZE, SIZE]
     """
-    n, _, h, w = x.shape
+    x, n = torch.from_numpy(np.stack(images)).float().unsqueeze(1), len(images)     # [n, 1, 8, 8]
     angle = torch.deg2rad(degrees * a[:, 0])                                # [n]
     cos, sin = angle.cos(), angle.sin()                                     # [n], [n]
     to_source = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)       # [n, 2, 2]
     to_source[:, :, 1] = to_source[:, :, 1] + shear * a[:, 5:6] * to_source[:, :, 0]
     to_source = to_source / torch.exp(stretch * a[:, None, 3:5])            # [n, 2, 2]
-    offset = shift * a[:, 1:3] * x.new_tensor([2 / w, 2 / h])               # [n, 2], the image being 2 wide and high
-    slant, centre = _stance(x)
-    to_source = slant @ torch.cat([to_source, offset.unsqueeze(2)], 2)      # [n, 2, 3]
-    to_source[:, :, 2] = to_source[:, :, 2] + centre
+    offset = shift * a[:, 1:3] * 2 / 8                                      # [n, 2], the image being 2 wide and high
+    stance = torch.stack([_stance(image.tobytes()) for image in images])    # [n, 2, 3]
+    to_source = stance[:, :, :2] @ torch.cat([to_source, offset.unsqueeze(2)], 2)   # [n, 2, 3]
+    to_source[:, :, 2] = to_source[:, :, 2] + stance[:, :, 2]
     grid = F.affine_grid(to_source, [n, 1, SIZE, SIZE], align_corners=False)
     return F.grid_sample(x, grid, mode="bicubic", align_corners=False)      # [n, 1, SIZE, SIZE]
 
 
-def _stance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """How the ink of [n, 1, h, w] stands, by its moments: the shear from upright to slanted [n, 2, 2], the centre [n, 2].
+@lru_cache(maxsize=2000)
+def _stance(image: bytes) -> Tensor:
+    """How the ink of an image [8, 8] stands, by its moments: the map from upright and centred to there, [2, 3].
 
-    Coordinates run from −1 to 1. Writers differ in slant, digits do not.
+    Coordinates run from −1 to 1. Writers differ in slant, digits do not. Every image is seen hundreds of times, so it is kept.
     """
-    h, w = x.shape[2:]
-    ink = x[:, 0] / x.sum(dim=(1, 2, 3)).view(-1, 1, 1)                                     # [n, h, w], sum 1
-    across, down = ((torch.arange(size) + 0.5) * 2 / size - 1 for size in (w, h))           # [w], [h]
-    centre = torch.stack([(ink * across).sum((1, 2)), (ink * down[:, None]).sum((1, 2))], 1)        # [n, 2]
-    dx, dy = across - centre[:, 0].view(-1, 1, 1), down[:, None] - centre[:, 1].view(-1, 1, 1)      # [n, 1, w], [n, h, 1]
-    slant = torch.eye(2).repeat(len(x), 1, 1)                                               # [n, 2, 2]
-    slant[:, 0, 1] = (ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2))
-    return slant, centre
+    ink = torch.frombuffer(bytearray(image), dtype=torch.uint8).view(1, 8, 8).float()       # [1, 8, 8]
+    ink = ink / ink.sum(dim=(1, 2)).view(-1, 1, 1)
+    place = (torch.arange(8) + 0.5) / 4 - 1                                                 # [8]
+    centre = torch.stack([(ink * place).sum((1, 2)), (ink * place[:, None]).sum((1, 2))], 1)            # [1, 2]
+    dx, dy = place - centre[:, 0].view(-1, 1, 1), place[:, None] - centre[:, 1].view(-1, 1, 1)          # [1, 1, 8], [1, 8, 1]
+    shear = (ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2))                       # [1]
+    return torch.tensor([[1, shear, centre[0, 0]], [0, 1, centre[0, 1]]])                   # [2, 3]
 
 
 def _cover(x: Tensor, centre: Tensor, side: Tensor) -> Tensor:
