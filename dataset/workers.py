@@ -32,7 +32,8 @@ class Batches:
                                  persistent_workers=workers > 0, worker_init_fn=_start_worker,
                                  multiprocessing_context="forkserver" if workers else None)
         if workers:
-            iter(self.loader)           # a pass over nothing
+            with preempt.without_interrupt():
+                iter(self.loader)       # a pass over nothing
 
     def __iter__(self) -> Iterator[Any]:
         """Raises UserError when a worker has ended."""

@@ -39,6 +39,19 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def without_interrupt() -> Iterator[None]:
+    """Ctrl-C is heard when this is over: what is half begun could not be ended without a noise."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 def spare_worker() -> None:
     """In a worker process: a signal is meant for the process that trains, which needs its images until the ranks have agreed
     on a last step. SIGTERM ends the worker all the same, after GRACE seconds.
