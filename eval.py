@@ -1,7 +1,9 @@
-"""Evaluate a checkpoint, or use it: python eval.py --checkpoint checkpoints/digits/best.pth [--per-class] [--predict DIR]
+"""Evaluate a checkpoint, or use it: python eval.py --checkpoint checkpoints/digits/best.pth [--per-class]
+[--predict DIR]
 
 Files of the published SimMatch, SimMatchV2 and FixMatch serve as well; --export writes for other programs.
 """
+
 import csv
 import io
 from pathlib import Path
@@ -30,25 +32,47 @@ OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """argv: the command line; None: this program's own."""
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="best.pth or last.pth of a run, "
-                        "or a published file")
-    parser.add_argument("--per-class", action="store_true", help="also print the student's top-1 of each class")
-    parser.add_argument("--predict", type=Path, metavar="DIR", help="classify all images below DIR instead, into a CSV file")
-    parser.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="where --predict writes "
-                        "(default: predictions.csv)")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the checkpoint for another program instead")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="best.pth or last.pth of a run, or a published file",
+    )
+    parser.add_argument(
+        "--per-class", action="store_true", help="also print the student's top-1 of each class"
+    )
+    parser.add_argument(
+        "--predict", type=Path, metavar="DIR", help="classify all images below DIR instead, into a CSV file"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("predictions.csv"),
+        metavar="FILE",
+        help="where --predict writes (default: predictions.csv)",
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="write the checkpoint for another program instead"
+    )
     parser.add_argument("--format", choices=("published", "torchvision", "timm", "onnx"), help="for --export")
-    parser.add_argument("--teacher", action="store_true", help="--predict and --export use the teacher, not the student")
+    parser.add_argument(
+        "--teacher", action="store_true", help="--predict and --export use the teacher, not the student"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     for name in OVERRIDES[1:]:
-        parser.add_argument(f"--{name.replace('_', '-')}", help="as in train_semi.py (default: as in training)")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", help="as in train_semi.py (default: as in training)"
+        )
     args = parser.parse_args(argv)
     if bool(args.export) != bool(args.format):
         raise UserError("--export FILE and --format go together")
     if args.export and args.predict:
         raise UserError("--export and --predict are two things: call eval.py once for each")
     if args.teacher and (args.format == "published" or not (args.predict or args.export)):
-        raise UserError("--teacher is for --predict and for exporting one network; else both are there anyway")
+        raise UserError(
+            "--teacher is for --predict and for exporting one network; else both are there anyway"
+        )
 
     opened = open_checkpoint(args.checkpoint, vars(args))
     config = opened.config
@@ -88,29 +112,38 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 class Opened(NamedTuple):
     """A checkpoint of any layout, as evaluation uses it."""
-    kind: str                       # as told by published.recognise
-    state: dict[str, Any]           # the file's content
-    config: Config                  # of a published file: what its tensors tell, and ImageNet
-    what: str                       # a line that says what it is
-    classes: list[str]              # names; of a published file: numbers                               [C]
-    student: Network                # both in eval mode, on the CPU
+
+    kind: str  # as told by published.recognise
+    state: dict[str, Any]  # the file's content
+    config: Config  # of a published file: what its tensors tell, and ImageNet
+    what: str  # a line that says what it is
+    classes: list[str]  # names; of a published file: numbers                               [C]
+    student: Network  # both in eval mode, on the CPU
     teacher: Optional[Network]
 
 
 def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
-    """Read a checkpoint of any layout and build its networks. flags: fields of the config that the command line overrides."""
+    """Read a checkpoint of any layout and build its networks. flags: fields of the config that the command
+    line overrides.
+    """
     where = f"checkpoint {path}"
     state = checkpoint.read(path)
     kind = published.recognise(state, where)
     if kind == "moco":
-        raise UserError(f"{where} is of MoCo and has no classifier: it is what a training starts from, by train_semi.py "
-                        "--moco-path")
+        raise UserError(
+            f"{where} is of MoCo and has no classifier: it is what a training starts from, by train_semi.py "
+            "--moco-path"
+        )
     if kind == "ours":
         state = checkpoint.check(state, path)
         values, classes, tensors = state["config"], state["classes"], state["method"]
         prefixes = ("student.", "teacher.net.")
     else:
-        found, tensors, prefixes = published.networks(state, where), published.tensors(state), ("main.", "ema.")
+        found, tensors, prefixes = (
+            published.networks(state, where),
+            published.tensors(state),
+            ("main.", "ema."),
+        )
         values = to_dict(Config(dataset="imagenet", backbone=found.backbone, cls=found.num_classes))
         classes = [str(label) for label in range(found.num_classes)]
     values = {**values, **{key: flags[key] for key in OVERRIDES if flags[key] is not None}}
@@ -118,7 +151,9 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
     if config.cls != len(classes):
         raise UserError(f"the config in {path}: cls is {config.cls}, but there are {len(classes)} classes")
     if config.method not in METHODS:
-        raise UserError(f"the config in {path}: unknown method {config.method!r}; known: {', '.join(METHODS)}")
+        raise UserError(
+            f"the config in {path}: unknown method {config.method!r}; known: {', '.join(METHODS)}"
+        )
 
     networks: list[Optional[Network]] = []
     for prefix in prefixes:
@@ -126,30 +161,42 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
             networks.append(None)
             continue
         try:
-            network = (build_network(config, channels(tensors, f"{prefix}backbone.")) if kind == "ours"
-                       else Network(found.backbone, found.channels, found.num_classes, found.dim, found.norm))
+            network = (
+                build_network(config, channels(tensors, f"{prefix}backbone."))
+                if kind == "ours"
+                else Network(found.backbone, found.channels, found.num_classes, found.dim, found.norm)
+            )
         except ValueError as error:
             raise UserError(f"the config in {path}: {error}") from None
         checkpoint.load_module(network, tensors, path, prefix)
         networks.append(network.eval())
-    what = (f"{config.method}, {config.backbone}, {SplitId(*state['split'])}; step {state['step']}" if kind == "ours"
-            else published.describe(state, kind, found))
+    what = (
+        f"{config.method}, {config.backbone}, {SplitId(*state['split'])}; step {state['step']}"
+        if kind == "ours"
+        else published.describe(state, kind, found)
+    )
     return Opened(kind, state, config, what, classes, *networks)
 
 
 def test_images(opened: Opened, path: Path, device: torch.device) -> Data | Validation:
-    """The images that a checkpoint is evaluated on: those of its run, or, for a published one, ImageNet's val/ alone."""
+    """The images that a checkpoint is evaluated on: those of its run, or, for a published one, ImageNet's
+    val/ alone.
+    """
     gpu = device.type == "cuda"
     if opened.kind != "ours":
         data = build_validation(opened.config, gpu)
         if len(data.classes) != len(opened.classes):
-            raise UserError(f"{path} knows {len(opened.classes)} classes, but {data.test_images.root} has "
-                            f"{len(data.classes)}")
+            raise UserError(
+                f"{path} knows {len(opened.classes)} classes, but {data.test_images.root} has "
+                f"{len(data.classes)}"
+            )
         return data
     data = build_data(opened.config, gpu)
     if data.split != SplitId(*opened.state["split"]):
-        raise UserError(f"{path} was trained on the split {SplitId(*opened.state['split'])}, but the data here give "
-                        f"{data.split}")
+        raise UserError(
+            f"{path} was trained on the split {SplitId(*opened.state['split'])}, but the data here give "
+            f"{data.split}"
+        )
     if data.classes != opened.classes:
         odd = next((a, b) for a, b in zip(opened.classes, data.classes) if a != b)
         raise UserError(f"{path} knows a class {odd[0]} where the data here have {odd[1]}")
@@ -164,7 +211,11 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
         checkpoint.write_whole(file, lambda out: out.write(content))
         said += f"; {checked}"
     else:
-        value = published_state(opened, where) if form == "published" else export.plain_resnet(values, said, where)
+        value = (
+            published_state(opened, where)
+            if form == "published"
+            else export.plain_resnet(values, said, where)
+        )
         checkpoint.write_whole(file, lambda out: checkpoint.write_torch(value, out))
         said += f"; {value['epoch']} whole epochs" if form == "published" else ""
     print(f"{file}: {form}, {said}")
@@ -184,8 +235,12 @@ def published_state(opened: Opened, where: str) -> dict[str, Any]:
 
 
 def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
-    """Of the images, from the first convolution below `prefix`; 3 where there is none, which loading then reports."""
-    return next((value.shape[1] for key, value in values.items() if key.startswith(prefix) and value.ndim == 4), 3)
+    """Of the images, from the first convolution below `prefix`; 3 where there is none, which loading then
+    reports.
+    """
+    return next(
+        (value.shape[1] for key, value in values.items() if key.startswith(prefix) and value.ndim == 4), 3
+    )
 
 
 @torch.no_grad()
@@ -197,18 +252,26 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
 
     def write(out: BinaryIO) -> None:
         nonlocal count
-        file = io.TextIOWrapper(out, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        file = io.TextIOWrapper(
+            out, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
+        )
         lines = csv.writer(file)
         lines.writerow(["path", "class", "probability", "top5"])
-        found = ImageBatches(Files(images.root, images.names), view, np.arange(len(images.names)), opened.config.workers, device)
+        found = ImageBatches(
+            Files(images.root, images.names),
+            view,
+            np.arange(len(images.names)),
+            opened.config.workers,
+            device,
+        )
         for x, rows in found.read(bad):
-            p = torch.softmax(network(x)[0].float(), dim=1)                         # [n, C]
-            best = p.topk(min(5, len(classes)), dim=1)                              # [n, 5] each
+            p = torch.softmax(network(x)[0].float(), dim=1)  # [n, C]
+            best = p.topk(min(5, len(classes)), dim=1)  # [n, 5] each
             for row, values, places in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):
                 top = [f"{classes[c]}={value:.4f}" for value, c in zip(values, places)]
                 lines.writerow([images.names[row], classes[places[0]], f"{values[0]:.4f}", ";".join(top)])
                 count += 1
-        file.detach()           # or it would close `out`
+        file.detach()  # or it would close `out`
 
     checkpoint.write_whole(output, write)
     for name, cause in bad.take():

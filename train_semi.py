@@ -1,4 +1,7 @@
-"""Train SimMatch, FixMatch or a supervised baseline: python train_semi.py --config configs/digits.yaml [--field value …]"""
+"""Train SimMatch, FixMatch or a supervised baseline: python train_semi.py --config configs/digits.yaml
+[--field value …]
+"""
+
 import sys
 import time
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Iterable
 from util import preempt
 
 if __name__ == "__main__":
-    preempt.listen()        # a signal that comes while PyTorch is imported must not end the run
+    preempt.listen()  # a signal that comes while PyTorch is imported must not end the run
 
 import torch
 from torch import Tensor
@@ -37,8 +40,11 @@ def main() -> None:
     last = Path("checkpoints", config.checkpoint) if config.checkpoint else out / "last.pth"
     if config.evaluate:
         preempt.stop_listening()
-        said = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in OVERRIDES
-                if getattr(config, name) != getattr(Config(), name)]
+        said = [
+            (f"--{name.replace('_', '-')}", str(getattr(config, name)))
+            for name in OVERRIDES
+            if getattr(config, name) != getattr(Config(), name)
+        ]
         evaluate_checkpoint(["--checkpoint", str(last), *(word for pair in said for word in pair)])
         return
     saved_state, damage = load_last(last)
@@ -49,11 +55,21 @@ def main() -> None:
 
     data = build_data(config, gpu=device.type == "cuda")
     config.cls = len(data.classes)
-    stream = Stream(data, ranks.batch_size * ranks.here, config.mu, config.seed, rank, ranks.processes, config.steps_per_epoch)
+    stream = Stream(
+        data,
+        ranks.batch_size * ranks.here,
+        config.mu,
+        config.seed,
+        rank,
+        ranks.processes,
+        config.steps_per_epoch,
+    )
     images = (stream.n_x + stream.n_u) * ranks.processes
     if stream.steps_per_epoch == 0:
-        raise UserError(f"one step takes {stream.n_u * ranks.processes} unlabelled images, but there are {len(data.unlabelled)}: "
-                        "lower --batch-size or --mu")
+        raise UserError(
+            f"one step takes {stream.n_u * ranks.processes} unlabelled images, but there are {len(data.unlabelled)}: "
+            "lower --batch-size or --mu"
+        )
     total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
 
     torch.manual_seed(config.seed)
@@ -61,15 +77,23 @@ def main() -> None:
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labelled])).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    optimizer = torch.optim.SGD(parameter_groups(method.student, config.wd, config.no_decay_bn), lr=config.lr,
-                                momentum=config.momentum, nesterov=config.nesterov)
+    optimizer = torch.optim.SGD(
+        parameter_groups(method.student, config.wd, config.no_decay_bn),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )
 
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter, bad = Meter(), BadImages(config.on_bad_image)
     start, best = 0, {"step": 0, "student_top1": -1.0}
     if ours:
         resume(last, saved_state, config, data.split, fingerprint, method, optimizer)
-        start, best, bad.seen = saved_state["step"], saved_state["best"], saved_state["bad_images"] if rank == 0 else []
+        start, best, bad.seen = (
+            saved_state["step"],
+            saved_state["best"],
+            saved_state["bad_images"] if rank == 0 else [],
+        )
         meter.load_state_dict(saved_state["meter"])
         scaler.load_state_dict(saved_state["scaler"])
     elif saved_state is not None:
@@ -77,18 +101,26 @@ def main() -> None:
     elif config.moco_path:
         start_from_moco(Path(config.moco_path), method)
     elif config.start_epoch:
-        raise UserError(f"there is no checkpoint {last} to start epoch {config.start_epoch} from: a new run starts at epoch 0")
+        raise UserError(
+            f"there is no checkpoint {last} to start epoch {config.start_epoch} from: a new run starts at epoch 0"
+        )
     if start > total:
-        raise UserError(f"{config.epochs} epochs are fewer than the {start // stream.steps_per_epoch} that are done: raise --epochs")
+        raise UserError(
+            f"{config.epochs} epochs are fewer than the {start // stream.steps_per_epoch} that are done: raise --epochs"
+        )
     computed = {key: value for key, value in to_dict(config).items() if key not in FREE}
-    dist_utils.must_agree({**computed, "step": start, "ranks": ranks, "split": data.split, "images": fingerprint})
+    dist_utils.must_agree(
+        {**computed, "step": start, "ranks": ranks, "split": data.split, "images": fingerprint}
+    )
     kept = prepare(out, last.parent, to_yaml(config), anew=saved_state is None) if rank == 0 else []
     remarks = [damage, remark, f"kept what an earlier run left in {out}: {', '.join(kept)}" if kept else ""]
     tune(method, config.precision, config.channels_last, config.compile)
     student = dist_utils.parallel(method.student)
     log = Log(out, start, total, active=rank == 0, patient=config.on_save_error == "continue")
     describe(log, config, data, stream, ranks, method, device, start, total, last, remarks)
-    writer = checkpoint.Writer(last, out / "best.pth", config.on_save_error, log.say, last_is_whole=not damage)
+    writer = checkpoint.Writer(
+        last, out / "best.pth", config.on_save_error, log.say, last_is_whole=not damage
+    )
 
     saved = time.monotonic()
     clock, clock_step = saved, start
@@ -97,14 +129,25 @@ def main() -> None:
     tests = EvaluationBatches(data, rank, ranks.processes, workers, device)
     for step, item in enumerate(loader, start):
         bad.add(item.bad)
-        lr = learning_rate(step, lr=config.lr, steps_per_epoch=stream.steps_per_epoch, epochs=config.epochs,
-                           warmup_epoch=config.warmup_epoch, cos=config.cos, schedule=config.schedule,
-                           cos_7_16=config.cos_7_16)
+        lr = learning_rate(
+            step,
+            lr=config.lr,
+            steps_per_epoch=stream.steps_per_epoch,
+            epochs=config.epochs,
+            warmup_epoch=config.warmup_epoch,
+            cos=config.cos,
+            schedule=config.schedule,
+            cos_7_16=config.cos_7_16,
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = Batch(to_device(data.weak, item.x, device), item.y.to(device, non_blocking=True),
-                      item.index.to(device, non_blocking=True), to_device(data.weak, item.u_weak, device),
-                      to_device(data.strong, item.u_strong, device))
+        batch = Batch(
+            to_device(data.weak, item.x, device),
+            item.y.to(device, non_blocking=True),
+            item.index.to(device, non_blocking=True),
+            to_device(data.weak, item.u_weak, device),
+            to_device(data.strong, item.u_strong, device),
+        )
 
         done, epoch = step + 1, step // stream.steps_per_epoch + 1
         at_end_of_epoch = done % stream.steps_per_epoch == 0
@@ -116,18 +159,31 @@ def main() -> None:
             looked = diagnose(method, parts, step=step, bank_ready=bank_ready, scale=scaler.get_scale())
             clock += time.monotonic() - before
 
-        terms, fresh = train_step(method, student, optimizer, parts, step=step, bank_ready=bank_ready, scaler=scaler)
+        terms, fresh = train_step(
+            method, student, optimizer, parts, step=step, bank_ready=bank_ready, scaler=scaler
+        )
         meter.add(step, terms, fresh.pseudo, fresh.mask, item.hidden)
 
         if diagnose_now:
-            log.write("diagnostics", done, diagnostics(
-                epoch, stream.steps_per_epoch, stream.n_x * ranks.processes, looked, meter.take_counts(),
-                data.labels[data.labelled], data.classes, ages(stream, done)))
+            log.write(
+                "diagnostics",
+                done,
+                diagnostics(
+                    epoch,
+                    stream.steps_per_epoch,
+                    stream.n_x * ranks.processes,
+                    looked,
+                    meter.take_counts(),
+                    data.labels[data.labelled],
+                    data.classes,
+                    ages(stream, done),
+                ),
+            )
         agree = ranks.processes == 1 or done % config.print_freq == 0
         stop = agree and dist_utils.anywhere(preempt.asked()) and done < total
         if done % config.print_freq == 0 or evaluate_now:
             with told(log, done):
-                values = meter.read()   # stops here if a loss was not finite, before anything is saved
+                values = meter.read()  # stops here if a loss was not finite, before anything is saved
             seconds = time.monotonic() - clock
             speed = (done - clock_step) * images / seconds
             log.train(done, epoch, config.epochs, {**values, "lr": lr, "images_per_s": round(speed, 1)})
@@ -136,23 +192,43 @@ def main() -> None:
             left_out = BadImages(config.on_bad_image)
             scores = accuracies(method, tests.read(left_out), config.cls, device)
             log.eval(done, epoch, scores)
-            log.bad_images(done, sum(dist_utils.all_gather_object(left_out.take()), []), "left out of testing")
+            log.bad_images(
+                done, sum(dist_utils.all_gather_object(left_out.take()), []), "left out of testing"
+            )
             better = scores["student_top1"] > best["student_top1"]
             if better:
                 best = {"step": done, **scores}
             clock = time.monotonic()
         if at_end_of_epoch and not bad.stop:
-            log.bad_images(done, sum(dist_utils.all_gather_object(bad.take()), []), "replaced by others in this epoch")
+            log.bad_images(
+                done, sum(dist_utils.all_gather_object(bad.take()), []), "replaced by others in this epoch"
+            )
 
-        late = config.save_minutes and done % config.print_freq == 0 and dist_utils.from_rank_0(
-            time.monotonic() - saved > 60 * config.save_minutes)
+        late = (
+            config.save_minutes
+            and done % config.print_freq == 0
+            and dist_utils.from_rank_0(time.monotonic() - saved > 60 * config.save_minutes)
+        )
         if evaluate_now or stop or late or (config.save_freq and done % config.save_freq == 0):
-            # A mean since the last train event and a list of bad images in an unfinished epoch are part of the state.
-            state = {"config": to_dict(config), "step": done, "world": ranks.total, "processes": ranks.processes,
-                     "batch_size": ranks.batch_size, "steps_per_epoch": stream.steps_per_epoch, "split": tuple(data.split),
-                     "classes": data.classes, "data": fingerprint,
-                     "method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best,
-                     "meter": meter.state_dict(), "bad_images": sum(dist_utils.all_gather_object(bad.seen), [])}
+            # A mean since the last train event and a list of bad images in an unfinished epoch are part of
+            # the state.
+            state = {
+                "config": to_dict(config),
+                "step": done,
+                "world": ranks.total,
+                "processes": ranks.processes,
+                "batch_size": ranks.batch_size,
+                "steps_per_epoch": stream.steps_per_epoch,
+                "split": tuple(data.split),
+                "classes": data.classes,
+                "data": fingerprint,
+                "method": method.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "best": best,
+                "meter": meter.state_dict(),
+                "bad_images": sum(dist_utils.all_gather_object(bad.seen), []),
+            }
             with told(log, done):
                 checkpoint.must_be_finite(state["method"], done)
             if rank == 0:
@@ -167,13 +243,19 @@ def main() -> None:
 
     writer.close()
     if best["step"]:
-        log.say(f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}")
+        log.say(
+            f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}"
+        )
     log.close()
     dist_utils.dist_end()
 
 
-def accuracies(method: Method, x_and_y: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device) -> dict[str, float]:
-    """student_top1, student_top5, teacher_top1, teacher_top5 on (x [n, c, h, w], y [n]) of all ranks together, in percent."""
+def accuracies(
+    method: Method, x_and_y: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device
+) -> dict[str, float]:
+    """student_top1, student_top5, teacher_top1, teacher_top5 on (x [n, c, h, w], y [n]) of all ranks
+    together, in percent.
+    """
     method.eval()
     networks = {"student": method.student, "teacher": method.teacher.net}
     for network in networks.values():
@@ -185,16 +267,31 @@ def accuracies(method: Method, x_and_y: Iterable[tuple[Tensor, Tensor]], num_cla
     return scores
 
 
-def describe(log: Log, config: Config, data: Data, stream: Stream, ranks: Ranks, method: Method, device: torch.device,
-             start: int, total: int, last: Path, remarks: list[str]) -> None:
+def describe(
+    log: Log,
+    config: Config,
+    data: Data,
+    stream: Stream,
+    ranks: Ranks,
+    method: Method,
+    device: torch.device,
+    start: int,
+    total: int,
+    last: Path,
+    remarks: list[str],
+) -> None:
     """Say once what follows from the settings."""
     millions = sum(p.numel() for p in method.student.parameters()) / 1e6
     log.begin(start, *data.split)
-    log.say(f"{config.method} on {data.split}: {len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, "
-            f"{len(data.test_labels)} test images, {len(data.classes)} classes")
+    log.say(
+        f"{config.method} on {data.split}: {len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, "
+        f"{len(data.test_labels)} test images, {len(data.classes)} classes"
+    )
     log.say(f"{config.backbone}, {millions:.2f} M parameters, on {ranks.processes} x {device.type}; {ranks}")
-    log.say(f"{stream.n_x * ranks.processes} + {stream.n_u * ranks.processes} images a step, {stream.steps_per_epoch} steps an epoch, "
-            f"{config.epochs} epochs = {total} steps; lr {config.lr} after {config.warmup_epoch} epochs of warm-up")
+    log.say(
+        f"{stream.n_x * ranks.processes} + {stream.n_u * ranks.processes} images a step, {stream.steps_per_epoch} steps an epoch, "
+        f"{config.epochs} epochs = {total} steps; lr {config.lr} after {config.warmup_epoch} epochs of warm-up"
+    )
     for remark in filter(None, remarks):
         log.say(remark)
     if start:
@@ -205,4 +302,8 @@ def describe(log: Log, config: Config, data: Data, stream: Stream, ranks: Ranks,
 
 
 if __name__ == "__main__":
-    run(main, interrupted="interrupted; the same command continues from the last checkpoint", explain=dist_utils.explain)
+    run(
+        main,
+        interrupted="interrupted; the same command continues from the last checkpoint",
+        explain=dist_utils.explain,
+    )

@@ -1,8 +1,10 @@
 """SimMatch, FixMatch and supervised on the digits: python benchmark/digits.py [--jobs 2] [--write README.md]
 
-Trains every method with 10 and 40 labels on every seed through train_semi.py, each as a user would start it, and prints a
-table of the final student's top-1 as mean ± standard deviation over seeds. Finished runs in --runs are read, not repeated.
+Trains every method with 10 and 40 labels on every seed through train_semi.py, each as a user would start it,
+and prints a table of the final student's top-1 as mean ± standard deviation over seeds. Finished runs in
+--runs are read, not repeated.
 """
+
 import os
 import platform
 import re
@@ -32,16 +34,35 @@ MARKS = "<!-- digits table: written by benchmark/digits.py -->", "<!-- end of di
 def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: int) -> tuple[float, float]:
     """(top-1 of the final student, seconds of the whole process) of one run; trains it if it is not there."""
     seconds = folder / "seconds"
-    flags = ["--config", str(ROOT / "configs" / "digits.yaml"), "--method", method, "--labels-per-class", str(labels_per_class),
-             "--seed", str(seed), "--output-dir", str(folder), "--eval-freq", "1000000"]
+    flags = [
+        "--config",
+        str(ROOT / "configs" / "digits.yaml"),
+        "--method",
+        method,
+        "--labels-per-class",
+        str(labels_per_class),
+        "--seed",
+        str(seed),
+        "--output-dir",
+        str(folder),
+        "--eval-freq",
+        "1000000",
+    ]
     if seconds.exists():
         now, then = to_dict(parse(flags, "")), read_yaml(str(folder / "config.yaml"))
         if any(now[key] != then.get(key) for key in now if key not in FREE):
-            raise UserError(f"{folder} holds a run with other settings than configs/digits.yaml has now: choose another --runs")
+            raise UserError(
+                f"{folder} holds a run with other settings than configs/digits.yaml has now: choose another --runs"
+            )
     else:
         begun = time.monotonic()
-        done = subprocess.run([sys.executable, "train_semi.py", *flags], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        done = subprocess.run(
+            [sys.executable, "train_semi.py", *flags],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
         if done.returncode:
             raise UserError(f"{folder}: {done.stderr.strip()}")
         seconds.write_text(f"{time.monotonic() - begun:.1f}")
@@ -52,14 +73,18 @@ def machine() -> str:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = (re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) or [cpu])[0]
-    return (f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, torch {torch.__version__}, "
-            f"torchvision {torchvision.__version__}, numpy {numpy.__version__}")
+    return (
+        f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, numpy {numpy.__version__}"
+    )
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=Path, default=ROOT / "checkpoints" / "benchmark_digits", help="where runs are kept")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "checkpoints" / "benchmark_digits", help="where runs are kept"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--write", type=Path, help="put the table between its marks in this file")
     args = parser.parse_args()
@@ -67,7 +92,9 @@ def main() -> None:
     if args.jobs < 1:
         raise UserError("--jobs must be 1 or more")
     if args.write and not all(mark in args.write.read_text(encoding="utf-8") for mark in MARKS):
-        raise UserError(f"{args.write} has no place for the table: it needs the lines {MARKS[0]} and {MARKS[1]}")
+        raise UserError(
+            f"{args.write} has no place for the table: it needs the lines {MARKS[0]} and {MARKS[1]}"
+        )
     args.runs = args.runs.resolve()
     threads = max(1, os.cpu_count() // args.jobs)
     jobs = [(method, n, seed) for method in METHODS for n in LABELS for seed in args.seeds]
@@ -77,6 +104,7 @@ def main() -> None:
         score, seconds = train(args.runs / f"{method}-{n}-{seed}", method, n, seed, threads)
         print(f"{method}, {LABELS[n]}, seed {seed}: {score:.2f} % in {seconds:.0f} s", flush=True)
         return score, seconds
+
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(one, jobs)))
 
@@ -90,15 +118,24 @@ def main() -> None:
         seconds = statistics.median(results[method, n, seed][1] for n in LABELS for seed in args.seeds)
         rows.append(f"| {METHODS[method]} | {' | '.join(cells)} | {seconds:.0f} s |")
     seeds = ", ".join(map(str, args.seeds))
-    table = "\n".join([f"| student top-1 % | {' | '.join(LABELS.values())} | one run |", "|---|---|---|---|", *rows, "",
-                       f"Mean ± standard deviation over seeds {seeds} (n = {len(args.seeds)}), which draw the labels, the initial "
-                       f"weights, the order and the views; last epoch; 360 test images. \"One run\" is the median time of the "
-                       f"whole command, {args.jobs} at a time, {threads} thread{'s' * (threads > 1)} each. On {machine()}."])
+    table = "\n".join(
+        [
+            f"| student top-1 % | {' | '.join(LABELS.values())} | one run |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"Mean ± standard deviation over seeds {seeds} (n = {len(args.seeds)}), which draw the labels, the initial "
+            f'weights, the order and the views; last epoch; 360 test images. "One run" is the median time of the '
+            f"whole command, {args.jobs} at a time, {threads} thread{'s' * (threads > 1)} each. On {machine()}.",
+        ]
+    )
     print(f"\n{table}")
     if args.write:
         text = args.write.read_text(encoding="utf-8")
         before, rest = text.split(MARKS[0])
-        args.write.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+        args.write.write_text(
+            f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

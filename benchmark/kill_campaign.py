@@ -1,9 +1,12 @@
-"""Kills training without warning, again and again: python benchmark/kill_campaign.py [--kills 40] [--seed 0] [--jobs 2]
+"""Kills training without warning, again and again: python benchmark/kill_campaign.py [--kills 40] [--seed 0]
+[--jobs 2]
 
-Each method trains once undisturbed. Then it trains again and is killed (SIGKILL) during steps, while a checkpoint is written,
-during an evaluation, and while its workers start, at moments that --seed draws; the same command goes on after every kill.
-In the end the two must agree bit for bit. Digits, CPU, alone and as two ranks; needs Linux (/proc).
+Each method trains once undisturbed. Then it trains again and is killed (SIGKILL) during steps, while a
+checkpoint is written, during an evaluation, and while its workers start, at moments that --seed draws; the
+same command goes on after every kill. In the end the two must agree bit for bit. Digits, CPU, alone and as
+two ranks; needs Linux (/proc).
 """
+
 import os
 import re
 import shutil
@@ -26,12 +29,33 @@ from benchmark.digits import machine  # noqa: E402
 from benchmark.same_run import difference, events  # noqa: E402
 from util.errors import Parser, UserError, run  # noqa: E402
 
-FLAGS = ["--config", str(ROOT / "configs" / "digits.yaml"), "--device", "cpu", "--epochs", "4", "--eval-freq", "1",
-         "--print-freq", "4", "--timeout-minutes", "2"]
-OFTEN = ["--workers", "2", "--save-freq", "3"]      # of the runs that are killed; 3 and not 4: a checkpoint may hold half a mean
-KINDS = {"step": "during steps", "save": "while a checkpoint is written", "evaluation": "during an evaluation",
-         "worker start": "while the workers start"}
-PATIENCE = 300              # s until a process that does not end counts as hanging
+FLAGS = [
+    "--config",
+    str(ROOT / "configs" / "digits.yaml"),
+    "--device",
+    "cpu",
+    "--epochs",
+    "4",
+    "--eval-freq",
+    "1",
+    "--print-freq",
+    "4",
+    "--timeout-minutes",
+    "2",
+]
+OFTEN = [
+    "--workers",
+    "2",
+    "--save-freq",
+    "3",
+]  # of the runs that are killed; 3 and not 4: a checkpoint may hold half a mean
+KINDS = {
+    "step": "during steps",
+    "save": "while a checkpoint is written",
+    "evaluation": "during an evaluation",
+    "worker start": "while the workers start",
+}
+PATIENCE = 300  # s until a process that does not end counts as hanging
 
 
 class Case(NamedTuple):
@@ -43,15 +67,24 @@ class Case(NamedTuple):
         return f"{self.method}{' --eman' * self.eman}, {self.ranks} rank{'s' * (self.ranks > 1)}"
 
 
-CASES = [Case("simmatch"), Case("simmatch", eman=True), Case("simmatch_single"), Case("fixmatch"), Case("fixmatch", eman=True),
-         Case("supervised"), Case("simmatch", ranks=2), Case("simmatch_single", ranks=2), Case("fixmatch", eman=True, ranks=2)]
+CASES = [
+    Case("simmatch"),
+    Case("simmatch", eman=True),
+    Case("simmatch_single"),
+    Case("fixmatch"),
+    Case("fixmatch", eman=True),
+    Case("supervised"),
+    Case("simmatch", ranks=2),
+    Case("simmatch_single", ranks=2),
+    Case("fixmatch", eman=True, ranks=2),
+]
 
 
 class Kill(NamedTuple):
     kind: str
-    victims: list[int]      # ranks that were killed
-    met: bool               # whether the run's files show that the kill came at such a moment, not just before or after
-    survived: bool = True   # the other ranks ended as they should, and the same command went on
+    victims: list[int]  # ranks that were killed
+    met: bool  # whether the run's files show that the kill came at such a moment, not just before or after
+    survived: bool = True  # the other ranks ended as they should, and the same command went on
 
 
 class Rank(NamedTuple):
@@ -64,20 +97,48 @@ class Rank(NamedTuple):
 
 
 def start(case: Case, folder: Path, number: int, *flags: str) -> list[Rank]:
-    """The ranks, each with its workers in a process group of its own; what they print goes to files beside `folder`."""
+    """The ranks, each with its workers in a process group of its own; what they print goes to files beside
+    `folder`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env, ranks = {**os.environ, "OMP_NUM_THREADS": "1"}, []
-    flags = [*FLAGS, "--method", case.method, *["--eman"] * case.eman, "--batch-size", str(10 // case.ranks), *flags]
+    flags = [
+        *FLAGS,
+        "--method",
+        case.method,
+        *["--eman"] * case.eman,
+        "--batch-size",
+        str(10 // case.ranks),
+        *flags,
+    ]
     for rank in range(case.ranks):
         if case.ranks > 1:
-            env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+            env = {
+                **env,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(case.ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
         out, err = (folder.with_name(f"{folder.name}-{number}-{rank}.{kind}") for kind in ("out", "err"))
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
-            ranks.append(Rank(subprocess.Popen([sys.executable, "train_semi.py", *flags, "--output-dir", str(folder)], cwd=ROOT,
-                                               env=env, stdout=stdout, stderr=stderr, start_new_session=True), out, err))
+            ranks.append(
+                Rank(
+                    subprocess.Popen(
+                        [sys.executable, "train_semi.py", *flags, "--output-dir", str(folder)],
+                        cwd=ROOT,
+                        env=env,
+                        stdout=stdout,
+                        stderr=stderr,
+                        start_new_session=True,
+                    ),
+                    out,
+                    err,
+                )
+            )
     return ranks
 
 
@@ -100,16 +161,27 @@ def end(ranks: list[Rank], victims: Sequence[int] = ()) -> tuple[bool, str]:
 
 def tails(ranks: list[Rank]) -> str:
     """The last lines that each rank has said about what went wrong."""
-    return "\n".join(f"  rank {r}: {line}" for r, rank in enumerate(ranks) for line in rank.err.read_text().splitlines()[-8:])
+    return "\n".join(
+        f"  rank {r}: {line}"
+        for r, rank in enumerate(ranks)
+        for line in rank.err.read_text().splitlines()[-8:]
+    )
 
 
 def steps(rank: Rank) -> set[int]:
-    """Steps of the train events of this start. (log.jsonl, where they are written first, has those of earlier ones too.)"""
-    return {int(step) for step in re.findall(r"^epoch \d+/\d+  step (\d+)/.*\n", rank.out.read_text(), re.MULTILINE)}
+    """Steps of the train events of this start. (log.jsonl, where they are written first, has those of earlier
+    ones too.)
+    """
+    return {
+        int(step)
+        for step in re.findall(r"^epoch \d+/\d+  step (\d+)/.*\n", rank.out.read_text(), re.MULTILINE)
+    }
 
 
 def writing(folder: Path) -> set[tuple]:
-    """What tells the unfinished checkpoints that lie there apart: those that an earlier kill has left from a new one."""
+    """What tells the unfinished checkpoints that lie there apart: those that an earlier kill has left from a
+    new one.
+    """
     found = set()
     for path in (folder / "last.pth.tmp", folder / "best.pth.tmp"):
         with suppress(FileNotFoundError):
@@ -119,7 +191,9 @@ def writing(folder: Path) -> set[tuple]:
 
 
 def has_workers(pid: int) -> bool:
-    """Whether there are children of its children: workers are copies of a helper process (dataset/workers.py)."""
+    """Whether there are children of its children: workers are copies of a helper process
+    (dataset/workers.py).
+    """
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -127,9 +201,11 @@ def has_workers(pid: int) -> bool:
     return any(parents.get(parent) == str(pid) for parent in parents.values())
 
 
-def strike(case: Case, ranks: list[Rank], folder: Path, kind: str, step: float, evaluations: set[int],
-           random: Random) -> Optional[Kill]:
-    """Kill one or all of the ranks at the first such moment after `step`; None if the run ended before, or hangs.
+def strike(
+    case: Case, ranks: list[Rank], folder: Path, kind: str, step: float, evaluations: set[int], random: Random
+) -> Optional[Kill]:
+    """Kill one or all of the ranks at the first such moment after `step`; None if the run ended before, or
+    hangs.
 
     evaluations: steps after which there is one.
     """
@@ -137,13 +213,17 @@ def strike(case: Case, ranks: list[Rank], folder: Path, kind: str, step: float, 
     delay, first, deadline = random.uniform(0, 1), ranks[0], time.monotonic() + PATIENCE
 
     def until(moment: Callable[[], object]) -> bool:
-        while not (came := moment()) and not any(rank.ended() for rank in ranks) and time.monotonic() < deadline:
+        while (
+            not (came := moment()) and not any(rank.ended() for rank in ranks) and time.monotonic() < deadline
+        ):
             time.sleep(0.0005)
         return bool(came)
+
     before = writing(folder)
     if kind == "worker start":
-        came = until(lambda: re.search(r"^(writes|continues from) ", first.out.read_text(), re.MULTILINE)) and until(
-            lambda: has_workers(first.process.pid))
+        came = until(
+            lambda: re.search(r"^(writes|continues from) ", first.out.read_text(), re.MULTILINE)
+        ) and until(lambda: has_workers(first.process.pid))
         time.sleep(0.05 * delay)
     else:
         came = until(lambda: max(steps(first), default=0) >= step)
@@ -160,13 +240,20 @@ def strike(case: Case, ranks: list[Rank], folder: Path, kind: str, step: float, 
             os.killpg(ranks[r].process.pid, signal.SIGKILL)
             ranks[r].process.wait()
     last = events(folder)[-1]
-    met = {"step": bool(steps(first)), "save": bool(writing(folder) - before), "worker start": not steps(first),
-           "evaluation": last["event"] == "train" and last["step"] in evaluations}
+    met = {
+        "step": bool(steps(first)),
+        "save": bool(writing(folder) - before),
+        "worker start": not steps(first),
+        "evaluation": last["event"] == "train" and last["step"] in evaluations,
+    }
     return Kill(kind, victims, met[kind])
 
 
-def disturb(case: Case, whole: Path, folder: Path, kinds: Sequence[str], random: Random) -> tuple[list[Kill], str]:
-    """Train in `folder`, killed at `kinds` of moments, spread over the run -> (kills, how it differs from `whole`).
+def disturb(
+    case: Case, whole: Path, folder: Path, kinds: Sequence[str], random: Random
+) -> tuple[list[Kill], str]:
+    """Train in `folder`, killed at `kinds` of moments, spread over the run -> (kills, how it differs from
+    `whole`).
 
     The run may end before the last of these moments: then there are fewer kills.
     """
@@ -184,13 +271,15 @@ def disturb(case: Case, whole: Path, folder: Path, kinds: Sequence[str], random:
         if wrong:
             kills[-1] = kills[-1]._replace(survived=False)
             return kills, f"start {number + 1} after {kills[-1]}: {wrong}"
-        if not in_time:             # it is finished
+        if not in_time:  # it is finished
             break
     return kills, difference(whole, folder)
 
 
 def trial(case: Case, kinds: Sequence[str], folder: Path, seed: int) -> tuple[list[Kill], list[str]]:
-    """All kills of a case, in one run or, where that ends too early, in more -> (kills, difference of each run)."""
+    """All kills of a case, in one run or, where that ends too early, in more -> (kills, difference of each
+    run).
+    """
     folder.mkdir()
     _, wrong = end(start(case, folder / "whole", 0, "--workers", "0"))
     if wrong:
@@ -198,7 +287,7 @@ def trial(case: Case, kinds: Sequence[str], folder: Path, seed: int) -> tuple[li
     kills, differences, random = [], [], Random(f"{seed} {case}")
     while len(kills) < len(kinds):
         copy = folder / f"killed-{len(differences)}"
-        fallen, different = disturb(case, folder / "whole", copy, kinds[len(kills):], random)
+        fallen, different = disturb(case, folder / "whole", copy, kinds[len(kills) :], random)
         if not fallen:
             raise UserError(f"{case} ended before any kill: a run is too short for this machine")
         kills += fallen
@@ -207,26 +296,42 @@ def trial(case: Case, kinds: Sequence[str], folder: Path, seed: int) -> tuple[li
     return kills, differences
 
 
-def campaign(kills: int, seed: int, folder: Path, cases: Sequence[Case] = CASES, jobs: int = 1) -> tuple[list[Kill], list[str]]:
-    """Share `kills` of the four kinds among the cases -> (kills, difference of each killed run from its undisturbed one)."""
+def campaign(
+    kills: int, seed: int, folder: Path, cases: Sequence[Case] = CASES, jobs: int = 1
+) -> tuple[list[Kill], list[str]]:
+    """Share `kills` of the four kinds among the cases -> (kills, difference of each killed run from its
+    undisturbed one).
+    """
     plan = {case: [] for case in cases[:kills]}
     for number, case in zip(range(kills), list(plan) * kills):
         plan[case].append(list(KINDS)[number % len(KINDS)])
     for case, kinds in plan.items():
         Random(f"order {seed} {case}").shuffle(kinds)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda case: trial(case, plan[case], folder / str(case).replace(" ", ""), seed), plan))
-    return [kill for fallen, _ in results for kill in fallen], [one for _, differences in results for one in differences]
+        results = list(
+            pool.map(lambda case: trial(case, plan[case], folder / str(case).replace(" ", ""), seed), plan)
+        )
+    return [kill for fallen, _ in results for kill in fallen], [
+        one for _, differences in results for one in differences
+    ]
 
 
 def table(kills: list[Kill], differences: list[str]) -> str:
     rows = ["| killed | kills | met | survived |", "|---|---|---|---|"]
     for kind, words in [*KINDS.items(), ("", "all")]:
         these = [kill for kill in kills if kind in ("", kill.kind)]
-        rows.append(f"| {words} | {len(these)} | {sum(k.met for k in these)} | {sum(k.survived for k in these)} |")
+        rows.append(
+            f"| {words} | {len(these)} | {sum(k.met for k in these)} | {sum(k.survived for k in these)} |"
+        )
     equal = sum(not one for one in differences)
-    return "\n".join([*rows, "", f"{sum(k.survived for k in kills)}/{len(kills)} survived; {equal}/{len(differences)} runs ended "
-                      f"bit-equal. On {machine()}."])
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"{sum(k.survived for k in kills)}/{len(kills)} survived; {equal}/{len(differences)} runs ended "
+            f"bit-equal. On {machine()}.",
+        ]
+    )
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """How long a start takes to know its images: python benchmark/listing.py [--images N] [--folder DIR]
 
-Makes a tree of 1,000 class folders with N names (no content), scans it, starts again with the cache, and looks up a labelled
-subset of a tenth of the images. The tree is made below --folder and removed afterwards. Times are of this process, with the
-folders still in the operating system's memory; the first scan of a tree that is not waits for the disk or the file server.
+Makes a tree of 1,000 class folders with N names (no content), scans it, starts again with the cache, and
+looks up a labelled subset of a tenth of the images. The tree is made below --folder and removed afterwards.
+Times are of this process, with the folders still in the operating system's memory; the first scan of a tree
+that is not waits for the disk or the file server.
 """
+
 import os
 import shutil
 import sys
@@ -45,14 +47,18 @@ def timed(what: str, call: Callable[[], Any]) -> Any:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--images", type=int, default=1_281_167, help="default: %(default)s, as in ImageNet")
-    parser.add_argument("--folder", type=Path, help="where the tree is made; default: the system's folder for temporary files")
+    parser.add_argument(
+        "--folder", type=Path, help="where the tree is made; default: the system's folder for temporary files"
+    )
     args = parser.parse_args()
     if args.images < CLASSES:
         raise UserError(f"--images must be at least {CLASSES}, one a class")
     try:
         work = Path(tempfile.mkdtemp(prefix="simmatch-listing-", dir=args.folder))
     except OSError as error:
-        raise UserError(f"cannot make a folder in {args.folder}: {error.strerror}; choose another --folder") from None
+        raise UserError(
+            f"cannot make a folder in {args.folder}: {error.strerror}; choose another --folder"
+        ) from None
     try:
         measure(work, args.images)
     finally:
@@ -63,7 +69,7 @@ def measure(work: Path, images: int) -> None:
     tree, cache = work / "train", work / "cache"
     print(machine())
     timed(f"making {images:,} names in {CLASSES:,} folders", lambda: make_tree(tree, images))
-    time.sleep(listing.RACY / 1e9 + 0.1)        # a tree that has just changed is not remembered
+    time.sleep(listing.RACY / 1e9 + 0.1)  # a tree that has just changed is not remembered
     found = timed("first start: scan, and write the cache", lambda: listing.scan(tree, cache))
     size = sum(file.stat().st_size for file in cache.iterdir())
     again = timed(f"next start: cache of {size / 1e6:.0f} MB", lambda: listing.scan(tree, cache))
@@ -73,7 +79,9 @@ def measure(work: Path, images: int) -> None:
     for what, names in (("paths", split.names), ("bare names", splits.basenames(split.names))):
         shuffled = split._replace(names=rng.permutation(names))
         rows = timed(f"looking up {len(names):,} {what}", lambda: splits.rows(shuffled, again.names.array))
-        assert np.array_equal(again.labels[np.sort(rows)], again.labels[splits.rows(split, again.names.array)])
+        assert np.array_equal(
+            again.labels[np.sort(rows)], again.labels[splits.rows(split, again.names.array)]
+        )
     timed("the unlabelled rest", lambda: splits.complement(rows, images))
 
 

@@ -1,17 +1,20 @@
 """Whether two runs of train_semi.py ended bit for bit the same, whatever interrupted them on the way."""
+
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-HOW = ("output_dir", "workers", "save_freq")    # how a run is carried out, not what it computes
+HOW = ("output_dir", "workers", "save_freq")  # how a run is carried out, not what it computes
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
     """The log, without what differs from run to run: speed."""
-    return [{key: value for key, value in json.loads(line).items() if key != "images_per_s"}
-            for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "images_per_s"}
+        for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def weights(folder: Path, name: str = "last.pth") -> dict[str, Any]:
@@ -19,8 +22,8 @@ def weights(folder: Path, name: str = "last.pth") -> dict[str, Any]:
 
 
 def difference(a: Path, b: Path) -> str:
-    """Where the runs in the folders `a` and `b` first differ, or "": in their logs (apart from speed), or in best.pth and
-    last.pth, in any bit of weights, bank, prior, teacher, optimizer, meter or best score.
+    """Where the runs in the folders `a` and `b` first differ, or "": in their logs (apart from speed), or in
+    best.pth and last.pth, in any bit of weights, bank, prior, teacher, optimizer, meter or best score.
     """
     first, second = events(a), events(b)
     for number, (one, other) in enumerate(zip(first, second), 1):
@@ -35,7 +38,7 @@ def difference(a: Path, b: Path) -> str:
 def _state(folder: Path, name: str) -> dict[str, Any]:
     state = weights(folder, name)
     config = {key: value for key, value in state["config"].items() if key not in HOW}
-    return {**state, "config": config, "sha256": ""}        # the checksum covers how, too
+    return {**state, "config": config, "sha256": ""}  # the checksum covers how, too
 
 
 def first_difference(a: Any, b: Any, where: str) -> str:

@@ -1,13 +1,17 @@
-"""Bytes that a rank sends in a step, by cause: python benchmark/traffic.py [--ranks 2 4] [--bank 13000 128000] [--paper 8 64 512]
+"""Bytes that a rank sends in a step, by cause: python benchmark/traffic.py [--ranks 2 4] [--bank 13000
+128000] [--paper 8 64 512]
 
-Starts gloo ranks on this machine that train on made-up images with the settings of --config, and counts what the kernel sent
-over each rank's own TCP connections: payload, with gloo's own headers, without those of TCP. Any further flag is one of
-train_semi.py, such as --batch-size 4. Linux 4.19 or later. --paper starts no ranks: it prints what docs/SCALE.md works out.
+Starts gloo ranks on this machine that train on made-up images with the settings of --config, and counts what
+the kernel sent over each rank's own TCP connections: payload, with gloo's own headers, without those of TCP.
+Any further flag is one of train_semi.py, such as --batch-size 4. Linux 4.19 or later. --paper starts no
+ranks: it prints what docs/SCALE.md works out.
 
-gradients: all that is sent between the start of the student's forward and the end of backward. features: embeddings, labels and
-indices for the bank. shuffle-BN out: images to the rank whose group they join; home: logits and embeddings back. other: the
-prior, EMAN's BN statistics, and the control messages of --print-freq, here after every step. unassigned: the rest.
+gradients: all that is sent between the start of the student's forward and the end of backward. features:
+embeddings, labels and indices for the bank. shuffle-BN out: images to the rank whose group they join; home:
+logits and embeddings back. other: the prior, EMAN's BN statistics, and the control messages of --print-freq,
+here after every step. unassigned: the rest.
 """
+
 import functools
 import json
 import os
@@ -23,7 +27,9 @@ from typing import Any, Callable, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # DDP: "all parameters are used"; in the first epoch they are not
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # DDP: "all parameters are used"; in the first epoch they are not
 
 import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
@@ -36,11 +42,17 @@ from util.errors import Parser, UserError, run  # noqa: E402
 from util.metrics import Meter  # noqa: E402
 
 CAUSES = ("gradients", "features", "shuffle-BN out", "shuffle-BN home", "other", "unassigned")
-NOT_SENT, SENT_AND_RESENT, LENGTH = 144, 200, 216   # linux/tcp.h: tcpi_notsent_bytes; tcpi_bytes_sent, _retrans; their end
+NOT_SENT, SENT_AND_RESENT, LENGTH = (
+    144,
+    200,
+    216,
+)  # linux/tcp.h: tcpi_notsent_bytes; tcpi_bytes_sent, _retrans; their end
 
 
 def bytes_sent() -> int:
-    """Payload that this process has given to its TCP connections so far, what is still on its way out included."""
+    """Payload that this process has given to its TCP connections so far, what is still on its way out
+    included.
+    """
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -51,9 +63,11 @@ def bytes_sent() -> int:
                     continue
                 info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 512)
         except OSError:
-            continue                    # closed since it was listed
+            continue  # closed since it was listed
         if len(info) < LENGTH:
-            raise UserError(f"this kernel ({os.uname().release}) does not count what a connection sends: use Linux 4.19 or later")
+            raise UserError(
+                f"this kernel ({os.uname().release}) does not count what a connection sends: use Linux 4.19 or later"
+            )
         sent, resent = struct.unpack_from("=QQ", info, SENT_AND_RESENT)
         total += sent - resent + struct.unpack_from("=I", info, NOT_SENT)[0]
     return total
@@ -89,6 +103,7 @@ class Ledger:
             result = call(*args)
             self.switch(before)
             return result
+
         setattr(place, name, counted)
 
     def wrap_context(self, place: Any, name: str, cause: str) -> None:
@@ -101,6 +116,7 @@ class Ledger:
             with call(*args):
                 yield
             self.switch(before)
+
         setattr(place, name, counted)
 
 
@@ -109,7 +125,12 @@ def listen() -> Ledger:
     ledger = Ledger()
     for name, cause in (("scatter", "shuffle-BN out"), ("gather", "shuffle-BN home")):
         ledger.wrap(dist_utils.Shuffle, name, cause)
-    for name, cause in (("all_gather", "features"), ("all_mean", "other"), ("broadcast_buffers", "other"), ("anywhere", "other")):
+    for name, cause in (
+        ("all_gather", "features"),
+        ("all_mean", "other"),
+        ("broadcast_buffers", "other"),
+        ("anywhere", "other"),
+    ):
         ledger.wrap(dist_utils, name, cause)
     ledger.wrap_context(dist_utils, "sync_gradients", "gradients")
     return ledger
@@ -118,10 +139,11 @@ def listen() -> Ledger:
 def made_up(config: Config, labels: torch.Tensor, step: int) -> Batch:
     """A batch of noise; other images on every rank and in every step."""
     random = torch.Generator().manual_seed(1000 * step + dist_utils.rank())
-    index = torch.randint(len(labels), (config.batch_size,), generator=random)          # [B]
+    index = torch.randint(len(labels), (config.batch_size,), generator=random)  # [B]
 
     def images(n: int) -> torch.Tensor:
-        return torch.randn(n, 3, config.image_size, config.image_size, generator=random)    # [n, 3, h, w]
+        return torch.randn(n, 3, config.image_size, config.image_size, generator=random)  # [n, 3, h, w]
+
     n_u = config.mu * config.batch_size
     return Batch(images(config.batch_size), labels[index], index, images(n_u), images(n_u))
 
@@ -129,46 +151,63 @@ def made_up(config: Config, labels: torch.Tensor, step: int) -> Batch:
 def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, Any]:
     """sent: bytes by cause of each of `steps` steps after the first epoch; and `sizes`."""
     torch.manual_seed(config.seed)
-    labels = torch.arange(bank) % config.cls                                            # [K]
+    labels = torch.arange(bank) % config.cls  # [K]
     method = build_method(config, 3, labels).train()
-    optimizer = torch.optim.SGD(parameter_groups(method.student, config.wd, config.no_decay_bn), lr=config.lr,
-                                momentum=config.momentum, nesterov=config.nesterov)
+    optimizer = torch.optim.SGD(
+        parameter_groups(method.student, config.wd, config.no_decay_bn),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )
     student, meter, sent = dist_utils.parallel(method.student), Meter(), []
     ledger.take()
     for step in range(steps):
-        terms, fresh = train_step(method, student, optimizer, [made_up(config, labels, step)], step=step, bank_ready=True)
+        terms, fresh = train_step(
+            method, student, optimizer, [made_up(config, labels, step)], step=step, bank_ready=True
+        )
         meter.add(step, terms, fresh.pseudo, fresh.mask, None)
-        dist_utils.anywhere(False)           # whether to stop
+        dist_utils.anywhere(False)  # whether to stop
         meter.read()
         sent.append(ledger.take())
     return {"sent": sent, **sizes(config, method)}
 
 
 def sizes(config: Config, method: Method) -> dict[str, int]:
-    """Bytes of the student's gradients, of its buffers (BN statistics), and of the images that a rank's teacher sees, in fp32."""
-    return {"gradients": 4 * sum(p.numel() for p in method.student.parameters()),
-            "buffers": sum(buffer.nbytes for buffer in method.student.buffers()),
-            "images": (1 + config.mu) * config.batch_size * 3 * config.image_size ** 2 * 4}
+    """Bytes of the student's gradients, of its buffers (BN statistics), and of the images that a rank's
+    teacher sees, in fp32.
+    """
+    return {
+        "gradients": 4 * sum(p.numel() for p in method.student.parameters()),
+        "buffers": sum(buffer.nbytes for buffer in method.student.buffers()),
+        "images": (1 + config.mu) * config.batch_size * 3 * config.image_size**2 * 4,
+    }
 
 
-def one_rank(rank: int, world: int, port: int, config: Config, banks: list[int], steps: int, folder: str) -> None:
+def one_rank(
+    rank: int, world: int, port: int, config: Config, banks: list[int], steps: int, folder: str
+) -> None:
     """Train with each of `banks` and leave what was sent, and the memory it took, in folder/<rank>.json."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     dist_utils.dist_init("cpu", config.timeout_minutes, config.port)
     ledger, results = listen(), []
     for bank in banks:
         results.append(train(config, bank, steps, ledger))
         results[-1]["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    dist_utils.anywhere(False)          # no rank hangs up while another one counts
+    dist_utils.anywhere(False)  # no rank hangs up while another one counts
     dist_utils.dist_end()
 
 
 def count(world: int, config: Config, banks: list[int], steps: int) -> list[dict[str, Any]]:
-    """For each of `banks`: sent: bytes by cause, of every step of every rank; memory: the most bytes that a rank has taken until
-    then; and `sizes`.
+    """For each of `banks`: sent: bytes by cause, of every step of every rank; memory: the most bytes that a
+    rank has taken until then; and `sizes`.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -176,47 +215,73 @@ def count(world: int, config: Config, banks: list[int], steps: int) -> list[dict
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(one_rank, (world, port, config, banks, steps, folder), nprocs=world)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
-    return [{**results[0], "sent": sum((result["sent"] for result in results), []),
-             "memory": max(result["memory"] for result in results)} for results in zip(*ranks)]
+    return [
+        {
+            **results[0],
+            "sent": sum((result["sent"] for result in results), []),
+            "memory": max(result["memory"] for result in results),
+        }
+        for results in zip(*ranks)
+    ]
 
 
 def on_paper(world: int, config: Config, size: dict[str, int]) -> dict[str, float]:
-    """What a rank sends in a step on average, by cause, without the headers of messages: docs/SCALE.md says why."""
-    away = (world - 1) / world                                              # share of rows that another rank takes
+    """What a rank sends in a step on average, by cause, without the headers of messages: docs/SCALE.md says
+    why.
+    """
+    away = (world - 1) / world  # share of rows that another rank takes
     n = (1 + config.mu) * config.batch_size
-    return {"gradients": 2 * away * size["gradients"],                                  # a ring
-            "features": (world - 1) * config.batch_size * (4 * config.dim + 16),        # z, label, index
-            "shuffle-BN out": 0 if config.eman else away * size["images"],
-            "shuffle-BN home": 0 if config.eman else away * n * 4 * (config.cls + config.dim),
-            "other": 2 * away * 4 * config.cls + (away * size["buffers"] if config.eman else 0), "unassigned": 0}
+    return {
+        "gradients": 2 * away * size["gradients"],  # a ring
+        "features": (world - 1) * config.batch_size * (4 * config.dim + 16),  # z, label, index
+        "shuffle-BN out": 0 if config.eman else away * size["images"],
+        "shuffle-BN home": 0 if config.eman else away * n * 4 * (config.cls + config.dim),
+        "other": 2 * away * 4 * config.cls + (away * size["buffers"] if config.eman else 0),
+        "unassigned": 0,
+    }
 
 
 def share_of_bound(sent: dict[str, float], images: int) -> float:
-    """All that a rank sent in a step, over 1.1 × gradients + 1 × its images; at most 1 is what the project asks for."""
+    """All that a rank sent in a step, over 1.1 × gradients + 1 × its images; at most 1 is what the project
+    asks for.
+    """
     return sum(sent.values()) / (1.1 * sent["gradients"] + images)
 
 
 def row(world: int, teacher: str, bank: str, sent: dict[str, float], share: float) -> str:
-    numbers = " | ".join(f"{value:,.0f}" for value in [*(sent[cause] for cause in CAUSES), sum(sent.values())])
+    numbers = " | ".join(
+        f"{value:,.0f}" for value in [*(sent[cause] for cause in CAUSES), sum(sent.values())]
+    )
     return f"| {world} | {teacher} | {bank} | {numbers} | {share:.3f} |"
 
 
 def main() -> None:
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2], help="numbers of gloo ranks; see the memory that they took")
+    parser.add_argument(
+        "--ranks",
+        nargs="+",
+        type=int,
+        default=[2],
+        help="numbers of gloo ranks; see the memory that they took",
+    )
     parser.add_argument("--bank", nargs="+", type=int, default=[13_000, 128_000], help="labelled images (K)")
     parser.add_argument("--teacher", nargs="+", choices=["ema", "eman"], default=["ema", "eman"])
     parser.add_argument("--steps", type=int, default=2, help="steps to count")
-    parser.add_argument("--paper", nargs="+", type=int, default=[], metavar="RANKS", help="print the arithmetic, start none")
+    parser.add_argument(
+        "--paper", nargs="+", type=int, default=[], metavar="RANKS", help="print the arithmetic, start none"
+    )
     parser.add_argument("--config", default=str(ROOT / "configs" / "imagenet_10p.yaml"))
     args, rest = parser.parse_known_args()
     config = parse(["--config", args.config, *rest], __doc__)
     if min(args.ranks + args.paper) < 2 or min(args.bank) < 1 or args.steps < 1:
         raise UserError("--ranks and --paper must be 2 or more, --bank and --steps 1 or more")
 
-    print(f"{config.backbone}, C = {config.cls}, D = {config.dim}, {config.batch_size} + {config.mu * config.batch_size} images "
-          f"of {config.image_size} px a rank\n\n| ranks | teacher | K | {' | '.join(CAUSES)} | sum | of the bound |\n"
-          f"|---|---|---|{'---|' * (len(CAUSES) + 2)}", flush=True)
+    print(
+        f"{config.backbone}, C = {config.cls}, D = {config.dim}, {config.batch_size} + {config.mu * config.batch_size} images "
+        f"of {config.image_size} px a rank\n\n| ranks | teacher | K | {' | '.join(CAUSES)} | sum | of the bound |\n"
+        f"|---|---|---|{'---|' * (len(CAUSES) + 2)}",
+        flush=True,
+    )
     for world in args.paper or args.ranks:
         for teacher in args.teacher:
             config.eman = teacher == "eman"
@@ -230,11 +295,15 @@ def main() -> None:
                 share = max(share_of_bound(sent, seen["images"]) for sent in seen["sent"])
                 print(row(world, teacher, f"{bank:,}", mean, share), flush=True)
                 size = seen
-    print(f"\nBytes a step and rank. The bound is 1.1 × gradients + 1 × the rank's images ({size['images']:,} bytes in fp32). "
-          f"The student's gradients are {size['gradients']:,} bytes, its buffers {size['buffers']:,}.")
+    print(
+        f"\nBytes a step and rank. The bound is 1.1 × gradients + 1 × the rank's images ({size['images']:,} bytes in fp32). "
+        f"The student's gradients are {size['gradients']:,} bytes, its buffers {size['buffers']:,}."
+    )
     if not args.paper:
-        print(f"Means over the ranks and steps (--steps {args.steps}); the largest share of the bound of any rank and step. The "
-              f"largest of the last ranks took {size['memory'] / 1e9:.1f} GB. {machine()}, Linux {os.uname().release}, gloo.")
+        print(
+            f"Means over the ranks and steps (--steps {args.steps}); the largest share of the bound of any rank and step. The "
+            f"largest of the last ranks took {size['memory'] / 1e9:.1f} GB. {machine()}, Linux {os.uname().release}, gloo."
+        )
 
 
 if __name__ == "__main__":

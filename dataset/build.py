@@ -1,4 +1,5 @@
 """The data sets, by name."""
+
 from typing import Any
 
 from dataset import cifar, digits, folder, imagenet
@@ -10,13 +11,28 @@ from util.errors import UserError
 DATASETS = {
     "digits": lambda c, on_device: digits.build(c.labels_per_class, c.seed),
     "imagenet": lambda c, on_device: imagenet.build(
-        c.data, c.split, c.labels_per_class, c.anno_percent, c.seed, c.weak, c.strong, c.image_size,
-        on_device),
-    "cifar10": lambda c, on_device: cifar.build("cifar10", c.data, c.labels_per_class, c.seed, c.weak, c.strong, on_device),
-    "cifar100": lambda c, on_device: cifar.build("cifar100", c.data, c.labels_per_class, c.seed, c.weak, c.strong, on_device),
+        c.data, c.split, c.labels_per_class, c.anno_percent, c.seed, c.weak, c.strong, c.image_size, on_device
+    ),
+    "cifar10": lambda c, on_device: cifar.build(
+        "cifar10", c.data, c.labels_per_class, c.seed, c.weak, c.strong, on_device
+    ),
+    "cifar100": lambda c, on_device: cifar.build(
+        "cifar100", c.data, c.labels_per_class, c.seed, c.weak, c.strong, on_device
+    ),
     "folder": lambda c, on_device: folder.build(
-        c.data, c.unlabelled, c.val, c.val_share, c.split, c.labels_per_class, c.anno_percent, c.seed, c.weak, c.strong,
-        c.image_size, on_device),
+        c.data,
+        c.unlabelled,
+        c.val,
+        c.val_share,
+        c.split,
+        c.labels_per_class,
+        c.anno_percent,
+        c.seed,
+        c.weak,
+        c.strong,
+        c.image_size,
+        on_device,
+    ),
 }
 
 
@@ -32,7 +48,9 @@ PLAIN = {
 def plain_view(config: Any, gpu: bool) -> tuple[View, int]:
     """(view, channels) in which a network of this config sees image files, without any of its training data."""
     if config.dataset not in PLAIN:
-        raise UserError(f"image files cannot be classified by a network for {config.dataset}, whose images are no files")
+        raise UserError(
+            f"image files cannot be classified by a network for {config.dataset}, whose images are no files"
+        )
     return photo_view(*PLAIN[config.dataset](config), _on_device(config, gpu)), 3
 
 
@@ -49,7 +67,9 @@ def build_data(config: Any, gpu: bool) -> Data:
         raise UserError(f"unknown dataset {config.dataset!r}; known: {', '.join(DATASETS)}")
     data = DATASETS[config.dataset](config, _on_device(config, gpu))
     if config.cls and len(data.classes) != config.cls:
-        raise UserError(f"cls is {config.cls}, but {config.dataset} has {len(data.classes)} classes: use --cls {len(data.classes)}")
+        raise UserError(
+            f"cls is {config.cls}, but {config.dataset} has {len(data.classes)} classes: use --cls {len(data.classes)}"
+        )
     return data
 
 

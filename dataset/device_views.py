@@ -1,9 +1,11 @@
 """The colour stages of a view in batches on the training device, each image with its own parameters.
 
-They follow Pillow's 8-bit arithmetic, every op rounding to whole values of 0 to 255 as Pillow does, so that for the same
-parameters both paths give the same image to about one level. Images are [n, 3, h, w] float32 holding whole numbers.
-Parameters stay on the CPU, where which images an op is for is decided: asking a GPU for it would wait for all its work.
+They follow Pillow's 8-bit arithmetic, every op rounding to whole values of 0 to 255 as Pillow does, so that
+for the same parameters both paths give the same image to about one level. Images are [n, 3, h, w] float32
+holding whole numbers. Parameters stay on the CPU, where which images an op is for is decided: asking a GPU
+for it would wait for all its work.
 """
+
 import itertools
 from typing import Sequence
 
@@ -13,56 +15,66 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-ORDERS = list(itertools.permutations(range(4)))     # of brightness, contrast, saturation, hue
-BLUR_PASSES = 3                                     # Pillow's Gaussian is three box filters in each direction
+ORDERS = list(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+BLUR_PASSES = 3  # Pillow's Gaussian is three box filters in each direction
 
 
 def crop_resize(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
-    """The crop (left, top, width, height), resized as Pillow would to within one level, in half the time. [size, size, 3]"""
+    """The crop (left, top, width, height), resized as Pillow would to within one level, in half the time.
+    [size, size, 3]
+    """
     left, top, w, h = map(int, box)
-    pixels = torch.from_numpy(np.array(image.crop((left, top, left + w, top + h))))     # [h, w, 3]
-    x = F.interpolate(pixels.permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True)     # [1, 3, size, size]
-    return x[0].permute(1, 2, 0).numpy()                                    # [size, size, 3]
+    pixels = torch.from_numpy(np.array(image.crop((left, top, left + w, top + h))))  # [h, w, 3]
+    x = F.interpolate(
+        pixels.permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True
+    )  # [1, 3, size, size]
+    return x[0].permute(1, 2, 0).numpy()  # [size, size, 3]
 
 
-def finish(raw: tuple[Tensor, ...], stages: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """raw: pixels [n, h, w, 3] uint8, then the parameters [n, k] of each of `stages` -> normalised [n, 3, h, w] float32."""
+def finish(
+    raw: tuple[Tensor, ...], stages: Sequence[str], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """raw: pixels [n, h, w, 3] uint8, then the parameters [n, k] of each of `stages` -> normalised [n, 3, h,
+    w] float32.
+    """
     pixels, *params = raw
-    x = pixels.permute(0, 3, 1, 2).float()                                  # [n, 3, h, w], channels last in memory
+    x = pixels.permute(0, 3, 1, 2).float()  # [n, 3, h, w], channels last in memory
     for name, p in zip(stages, params, strict=True):
-        x = STAGES[name](x, p)                                              # [n, 3, h, w]
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))    # [1, 3, 1, 1] each
-    return (x / 255 - mean) / std                                           # [n, 3, h, w]
+        x = STAGES[name](x, p)  # [n, 3, h, w]
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))  # [1, 3, 1, 1] each
+    return (x / 255 - mean) / std  # [n, 3, h, w]
 
 
 def flip(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 1]: 1 to exchange left and right."""
-    return torch.where(_chosen(x, p), x.flip(3), x)            # [n, 3, h, w]
+    return torch.where(_chosen(x, p), x.flip(3), x)  # [n, 3, h, w]
 
 
 def grey(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 1]: 1 to make three equal channels."""
-    return torch.where(_chosen(x, p), luma(x), x)              # [n, 3, h, w]
+    return torch.where(_chosen(x, p), luma(x), x)  # [n, 3, h, w]
 
 
 def solarize(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 1]: 1 to invert the values of 128 and more."""
-    return torch.where(_chosen(x, p) & (x >= 128), 255 - x, x)     # [n, 3, h, w]
+    return torch.where(_chosen(x, p) & (x >= 128), 255 - x, x)  # [n, 3, h, w]
 
 
 def _chosen(x: Tensor, p: Tensor) -> Tensor:
-    return p.bool().view(-1, 1, 1, 1).to(x.device, non_blocking=True)       # [n, 1, 1, 1]
+    return p.bool().view(-1, 1, 1, 1).to(x.device, non_blocking=True)  # [n, 1, 1, 1]
 
 
 def jitter(x: Tensor, p: Tensor) -> Tensor:
-    """p [n, 6]: whether to apply it, the place in ORDERS, factors of brightness, contrast, saturation, and the hue's shift."""
-    orders = torch.tensor(ORDERS)[p[:, 1].long()]                           # [n, 4]
+    """p [n, 6]: whether to apply it, the place in ORDERS, factors of brightness, contrast, saturation, and
+    the hue's shift.
+    """
+    orders = torch.tensor(ORDERS)[p[:, 1].long()]  # [n, 4]
     x = x.clone()
     for place in range(4):
         for op, change in enumerate((brightness, contrast, saturation, hue)):
-            here = torch.nonzero((orders[:, place] == op) & p[:, 0].bool()).flatten()   # [m]
-            amount = p[here, 2 + op].view(-1, 1, 1, 1).to(x.device, non_blocking=True)      # [m, 1, 1, 1]
-            here = here.to(x.device, non_blocking=True)                     # [m]
+            here = torch.nonzero((orders[:, place] == op) & p[:, 0].bool()).flatten()  # [m]
+            amount = p[here, 2 + op].view(-1, 1, 1, 1).to(x.device, non_blocking=True)  # [m, 1, 1, 1]
+            here = here.to(x.device, non_blocking=True)  # [m]
             x[here] = change(x[here], amount)
     return x
 
@@ -94,39 +106,50 @@ def luma(x: Tensor) -> Tensor:
 def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` turns [n, 1, 1, 1], through Pillow's HSV of 8 bits a channel.
 
-    float64 where Pillow's C code has doubles: a value rounded down to the level below would turn the colour by 1.4 degrees.
+    float64 where Pillow's C code has doubles: a value rounded down to the level below would turn the colour
+    by 1.4 degrees.
     """
-    top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)     # [n, 1, h, w] each
-    span = (top - low).clamp_min(1)                                         # [n, 1, h, w]
-    rc, gc, bc = ((top - x) / span).split(1, dim=1)                         # [n, 1, h, w] each
-    r, g, _ = x.split(1, dim=1)                                             # [n, 1, h, w] each
-    h = torch.where(r == top, bc - gc, torch.where(g == top, (2 + rc.double() - bc).float(), (4 + gc.double() - rc).float()))
-    h = ((h.double() / 6 + 1) % 1).float()                                  # [n, 1, h, w]
-    grey_pixel = top == low                                                 # [n, 1, h, w]
-    h = torch.where(grey_pixel, 0, (h.double() * 255).floor().float())      # [n, 1, h, w], whole numbers
-    s = torch.where(grey_pixel, 0, (((top - low) / top.clamp_min(1)).double() * 255).floor().float())   # [n, 1, h, w], whole
-    h = (h + (shift * 255).trunc()) % 256                                   # [n, 1, h, w]
+    top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)  # [n, 1, h, w] each
+    span = (top - low).clamp_min(1)  # [n, 1, h, w]
+    rc, gc, bc = ((top - x) / span).split(1, dim=1)  # [n, 1, h, w] each
+    r, g, _ = x.split(1, dim=1)  # [n, 1, h, w] each
+    h = torch.where(
+        r == top,
+        bc - gc,
+        torch.where(g == top, (2 + rc.double() - bc).float(), (4 + gc.double() - rc).float()),
+    )
+    h = ((h.double() / 6 + 1) % 1).float()  # [n, 1, h, w]
+    grey_pixel = top == low  # [n, 1, h, w]
+    h = torch.where(grey_pixel, 0, (h.double() * 255).floor().float())  # [n, 1, h, w], whole numbers
+    s = torch.where(
+        grey_pixel, 0, (((top - low) / top.clamp_min(1)).double() * 255).floor().float()
+    )  # [n, 1, h, w], whole
+    h = (h + (shift * 255).trunc()) % 256  # [n, 1, h, w]
 
-    sector = (h * 6 / 255).floor()                                          # [n, 1, h, w]
-    f, s = h.double() * 6 / 255 - sector, s.double() / 255                  # [n, 1, h, w] each
-    v = top                                                                 # [n, 1, h, w]
-    p, q, t = ((v * (1 - s * part)).add(0.5).floor().float() for part in (1, f, 1 - f))     # [n, 1, h, w] each
-    sector = (sector % 6).long()                                            # [n, 1, h, w]
-    table = torch.stack([v, q, p, t])                                       # [4, n, 1, h, w]
-    pick = torch.tensor([[0, 1, 2, 2, 3, 0], [3, 0, 0, 1, 2, 2], [2, 2, 3, 0, 0, 1]], device=x.device)     # [3, 6]
-    return torch.cat([table.gather(0, pick[c][sector][None])[0] for c in range(3)], dim=1)     # [n, 3, h, w]
+    sector = (h * 6 / 255).floor()  # [n, 1, h, w]
+    f, s = h.double() * 6 / 255 - sector, s.double() / 255  # [n, 1, h, w] each
+    v = top  # [n, 1, h, w]
+    p, q, t = ((v * (1 - s * part)).add(0.5).floor().float() for part in (1, f, 1 - f))  # [n, 1, h, w] each
+    sector = (sector % 6).long()  # [n, 1, h, w]
+    table = torch.stack([v, q, p, t])  # [4, n, 1, h, w]
+    pick = torch.tensor(
+        [[0, 1, 2, 2, 3, 0], [3, 0, 0, 1, 2, 2], [2, 2, 3, 0, 0, 1]], device=x.device
+    )  # [3, 6]
+    return torch.cat([table.gather(0, pick[c][sector][None])[0] for c in range(3)], dim=1)  # [n, 3, h, w]
 
 
 def blur(x: Tensor, p: Tensor) -> Tensor:
-    """p [n, 2]: whether to apply it, the standard deviation in pixels. Edges are continued by their last pixel."""
-    here = torch.nonzero(p[:, 0]).flatten()                                 # [m]
-    radius = box_radius(p[here, 1].double())                                # [m]
+    """p [n, 2]: whether to apply it, the standard deviation in pixels. Edges are continued by their last
+    pixel.
+    """
+    here = torch.nonzero(p[:, 0]).flatten()  # [m]
+    radius = box_radius(p[here, 1].double())  # [m]
     reach = 1 + int(radius.max()) if len(here) else 1
-    offsets = torch.arange(-reach, reach + 1)                               # [k]
-    weight = (radius[:, None] + 1 - offsets.abs()).clamp(0, 1)              # [m, k]: 1 inside, the fraction at both ends
-    weight = (weight / (2 * radius[:, None] + 1)).float().to(x.device, non_blocking=True)       # [m, k]
-    here = here.to(x.device, non_blocking=True)                             # [m]
-    y = x[here]                                                             # [m, 3, h, w]
+    offsets = torch.arange(-reach, reach + 1)  # [k]
+    weight = (radius[:, None] + 1 - offsets.abs()).clamp(0, 1)  # [m, k]: 1 inside, the fraction at both ends
+    weight = (weight / (2 * radius[:, None] + 1)).float().to(x.device, non_blocking=True)  # [m, k]
+    here = here.to(x.device, non_blocking=True)  # [m]
+    y = x[here]  # [m, 3, h, w]
     for dim in (3, 2):
         for _ in range(BLUR_PASSES):
             y = box(y, weight, dim)
@@ -136,16 +159,20 @@ def blur(x: Tensor, p: Tensor) -> Tensor:
 
 
 def box(x: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """Weighted mean over 2·reach + 1 neighbours along `dim` (2 or 3): x [m, 3, h, w], weight [m, 2·reach + 1]."""
+    """Weighted mean over 2·reach + 1 neighbours along `dim` (2 or 3): x [m, 3, h, w], weight [m, 2·reach +
+    1].
+    """
     reach, length = weight.shape[1] // 2, x.shape[dim]
     padded = F.pad(x, (reach, reach, 0, 0) if dim == 3 else (0, 0, reach, reach), mode="replicate")
     y = sum(weight[:, k].view(-1, 1, 1, 1) * padded.narrow(dim, k, length) for k in range(2 * reach + 1))
-    return y.add(0.5).floor()                                               # [m, 3, h, w]
+    return y.add(0.5).floor()  # [m, 3, h, w]
 
 
 def box_radius(sigma: Tensor) -> Tensor:
-    """The radius, whole and fractional, of the box filter that BLUR_PASSES times in a row has variance sigma²."""
-    variance = sigma ** 2 / BLUR_PASSES
+    """The radius, whole and fractional, of the box filter that BLUR_PASSES times in a row has variance
+    sigma².
+    """
+    variance = sigma**2 / BLUR_PASSES
     whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     return whole + part

@@ -1,4 +1,5 @@
 """Random numbers as pure functions of their keys: no worker, prefetch or restart changes them."""
+
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +19,7 @@ def uniforms(rows: np.ndarray, numbers: int, seed: int, purpose: int, passes: np
     out = np.empty((len(rows), numbers))
     for line, row, number in zip(out, rows.tolist(), passes.tolist()):
         state["state"]["counter"][:] = 0, row, number, 0
-        philox.state = state                                # cheaper than a new generator for each image
+        philox.state = state  # cheaper than a new generator for each image
         generator.random(out=line)
     return out
 

@@ -1,4 +1,7 @@
-"""Your own images: class folders, of which some or all images are labelled, and any further images without labels."""
+"""Your own images: class folders, of which some or all images are labelled, and any further images without
+labels.
+"""
+
 import os
 from pathlib import Path
 
@@ -11,7 +14,14 @@ from dataset.source import Files
 from util.errors import UserError
 
 
-NOT_CLASSES = {"val", "valid", "validation", "test", "unlabelled", "unlabeled"}     # names of folders that are no classes
+NOT_CLASSES = {
+    "val",
+    "valid",
+    "validation",
+    "test",
+    "unlabelled",
+    "unlabeled",
+}  # names of folders that are no classes
 
 
 class Folder(Files):
@@ -22,13 +32,25 @@ class Folder(Files):
         self.labels, self.classes = labels, classes
 
 
-def build(data: str, unlabelled: str, val: str, val_share: float, split: str, labels_per_class: int, anno_percent: float,
-          seed: int, weak: str, strong: str, image_size: int, on_device: bool) -> Data:
+def build(
+    data: str,
+    unlabelled: str,
+    val: str,
+    val_share: float,
+    split: str,
+    labels_per_class: int,
+    anno_percent: float,
+    seed: int,
+    weak: str,
+    strong: str,
+    image_size: int,
+    on_device: bool,
+) -> Data:
     """One labelled folder and a pile of unlabelled images, or one folder of which a part is labelled.
 
-    data: <class>/…/<image>, or such a tree in data/train/. unlabelled: a folder with images in any nesting; with it, and
-    no other choice of labelled images, all of data is labelled. val: <class>/…/<image>; else data/val/; else `val_share` of
-    each class of data, drawn by seed, is held out.
+    data: <class>/…/<image>, or such a tree in data/train/. unlabelled: a folder with images in any nesting;
+    with it, and no other choice of labelled images, all of data is labelled. val: <class>/…/<image>; else
+    data/val/; else `val_share` of each class of data, drawn by seed, is held out.
     """
     if not data:
         raise UserError("dataset folder needs --data DIR, a folder with one folder of images for each class")
@@ -38,33 +60,50 @@ def build(data: str, unlabelled: str, val: str, val_share: float, split: str, la
     if "train" in inside:
         odd = sorted(name for name in inside - NOT_CLASSES - {"train"} if not name.startswith("."))
         if odd:
-            raise UserError(f"{root} has train/ beside {odd[0]}/: if train/ holds the classes, move {odd[0]}/ out; if train is a "
-                            "class, rename it")
+            raise UserError(
+                f"{root} has train/ beside {odd[0]}/: if train/ holds the classes, move {odd[0]}/ out; if train is a "
+                "class, rename it"
+            )
         train_root = root / "train"
         val_root = val_root or (root / "val" if "val" in inside else None)
     elif inside & NOT_CLASSES:
         odd = min(inside & NOT_CLASSES)
-        raise UserError(f"{root / odd} would count as a class: put the classes into {root / 'train'}, or move {odd}/ out")
-    for name, other in (("--val", val_root), ("--unlabelled", Path(unlabelled).expanduser() if unlabelled else None)):
+        raise UserError(
+            f"{root / odd} would count as a class: put the classes into {root / 'train'}, or move {odd}/ out"
+        )
+    for name, other in (
+        ("--val", val_root),
+        ("--unlabelled", Path(unlabelled).expanduser() if unlabelled else None),
+    ):
         if other and other.resolve().is_relative_to(train_root.resolve()):
-            raise UserError(f"{name} {other} lies in {train_root}, where every folder is a class: move it out")
+            raise UserError(
+                f"{name} {other} lies in {train_root}, where every folder is a class: move it out"
+            )
     train = listing.scan(train_root, recursive=True)
     if len(train.classes) < 2:
-        raise UserError(f"{train_root} has one class only, {train.classes[0]}: put the images of each class in a folder of its own")
+        raise UserError(
+            f"{train_root} has one class only, {train.classes[0]}: put the images of each class in a folder of its own"
+        )
 
     if val_root is not None:
         test = listing.scan(val_root, recursive=True)
         odd = sorted(set(test.classes) - set(train.classes))
         if odd:
-            raise UserError(f"{val_root} has the class folder {odd[0]}, {train_root} has not; the names must agree")
+            raise UserError(
+                f"{val_root} has the class folder {odd[0]}, {train_root} has not; the names must agree"
+            )
         own = np.array([train.classes.index(c) for c in test.classes])
         test = Folder(test.root, test.names, own[test.labels], train.classes)
         kept = np.arange(len(train.names))
     else:
         if not 0 < val_share < 1:
-            raise UserError(f"there are no test images: give --val DIR, put classes into "
-                            f"{root}/train and test images into {root}/val, or hold out a share with --val-share 0.1")
-        held = splits.rows(splits.make(splits.by_class(train), percent=val_share, seed=seed), train.names.array)
+            raise UserError(
+                f"there are no test images: give --val DIR, put classes into "
+                f"{root}/train and test images into {root}/val, or hold out a share with --val-share 0.1"
+            )
+        held = splits.rows(
+            splits.make(splits.by_class(train), percent=val_share, seed=seed), train.names.array
+        )
         test = Folder(train.root, listing.Names(train.names.array[held]), train.labels[held], train.classes)
         kept = splits.complement(held, len(train.names))
 
@@ -83,17 +122,26 @@ def build(data: str, unlabelled: str, val: str, val_share: float, split: str, la
 
 
 def _with(train: Folder, test: Folder, folder: Path) -> Folder:
-    """`train` and the images below `folder`, without labels. The names of these are whole paths, which no root changes."""
+    """`train` and the images below `folder`, without labels. The names of these are whole paths, which no
+    root changes.
+    """
     more = listing.pile(folder)
-    whole = _whole(more.root, more.names)                                   # [n]
-    for what, known in (("test", _whole(test.root, test.names)), ("labelled", _whole(train.root, train.names))):
+    whole = _whole(more.root, more.names)  # [n]
+    for what, known in (
+        ("test", _whole(test.root, test.names)),
+        ("labelled", _whole(train.root, train.names)),
+    ):
         both = np.flatnonzero(np.isin(whole, known))
         if len(both):
-            raise UserError(f"--unlabelled {folder} also holds {len(both)} of the {what} folder's images, the first is "
-                            f"{os.fsdecode(whole[both[0]])}: give a folder without them")
-    labels = np.concatenate([train.labels, np.full(len(whole), -1)])        # [N]
-    return Folder(train.root, listing.Names(np.concatenate([train.names.array, whole])), labels, train.classes)
+            raise UserError(
+                f"--unlabelled {folder} also holds {len(both)} of the {what} folder's images, the first is "
+                f"{os.fsdecode(whole[both[0]])}: give a folder without them"
+            )
+    labels = np.concatenate([train.labels, np.full(len(whole), -1)])  # [N]
+    return Folder(
+        train.root, listing.Names(np.concatenate([train.names.array, whole])), labels, train.classes
+    )
 
 
 def _whole(root: Path, names: listing.Names) -> np.ndarray:
-    return np.char.add(os.fsencode(root) + b"/", names.array)               # [n] bytes
+    return np.char.add(os.fsencode(root) + b"/", names.array)  # [n] bytes

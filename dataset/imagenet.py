@@ -1,4 +1,7 @@
-"""ImageNet-1k with a labelled share. Edit the path here; --data and the environment variable IMAGENET_ROOT override it."""
+"""ImageNet-1k with a labelled share. Edit the path here; --data and the environment variable IMAGENET_ROOT
+override it.
+"""
+
 import os
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -11,23 +14,30 @@ from dataset.source import Files
 from dataset.views import IMAGENET_NORM, photo_view, pipeline
 from util.errors import UserError
 
-IMAGENET_ROOT = "/path/to/imagenet"     # holds train/ and val/ (and train.txt and val.txt where they are not class folders)
-SHARES = {0.01: "simmatch-1p", 0.1: "simmatch-10p"}     # the lists that stand for a share that is merely given as a number
+IMAGENET_ROOT = (
+    "/path/to/imagenet"  # holds train/ and val/ (and train.txt and val.txt where they are not class folders)
+)
+SHARES = {
+    0.01: "simmatch-1p",
+    0.1: "simmatch-10p",
+}  # the lists that stand for a share that is merely given as a number
 
 
 class Imagenet(Files):
     """All images of train/ or val/, with their labels; [row] is an RGB PIL image.
 
-    Two layouts: class folders (train/<wnid>/*.JPEG), or files in any place with a list beside the folder (val/*.JPEG and
-    val.txt, a line being a path relative to val/, or to the root, and a label).
+    Two layouts: class folders (train/<wnid>/*.JPEG), or files in any place with a list beside the folder
+    (val/*.JPEG and val.txt, a line being a path relative to val/, or to the root, and a label).
     """
 
     def __init__(self, root: Path, part: str):
         """part: train or val."""
         folder, file = Path(root) / part, Path(root) / f"{part}.txt"
         if not Path(root).is_dir():
-            raise UserError(f"ImageNet folder {root} does not exist: edit IMAGENET_ROOT at the top of dataset/imagenet.py, "
-                            "set the environment variable of that name, or use --data")
+            raise UserError(
+                f"ImageNet folder {root} does not exist: edit IMAGENET_ROOT at the top of dataset/imagenet.py, "
+                "set the environment variable of that name, or use --data"
+            )
         if not folder.is_dir():
             raise UserError(f"ImageNet folder {root} has no {part}/; it needs train/ and val/")
         if file.exists():
@@ -35,9 +45,11 @@ class Imagenet(Files):
         elif any(entry.is_dir() for entry in os.scandir(folder)):
             images = listing.scan(folder)
         else:
-            raise UserError(f"{folder} has no class folders: put them in, or a list {file} with lines of the form `path label`")
+            raise UserError(
+                f"{folder} has no class folders: put them in, or a list {file} with lines of the form `path label`"
+            )
         super().__init__(images.root, images.names)
-        self.labels, self.classes = images.labels, images.classes           # [N], C names
+        self.labels, self.classes = images.labels, images.classes  # [N], C names
 
 
 class ImagenetPercentV2(Imagenet):
@@ -46,11 +58,13 @@ class ImagenetPercentV2(Imagenet):
     len() and [row] are of that part alone.
     """
 
-    def __init__(self, percent: float, labeled: bool, root: Optional[Path] = None, split: str = "", seed: int = 0):
+    def __init__(
+        self, percent: float, labeled: bool, root: Optional[Path] = None, split: str = "", seed: int = 0
+    ):
         """percent: labelled share (0.01 and 0.1: SimMatch's lists); split: any other list, by name or path."""
         super().__init__(find_root("" if root is None else str(root)), "train")
         self.split = choose_split(self, split, 0, percent, seed)
-        rows = splits.rows(self.split, self.names.array, str(self.root))    # [K]
+        rows = splits.rows(self.split, self.names.array, str(self.root))  # [K]
         self.rows = rows if labeled else splits.complement(rows, len(self.names))
         self.names, self.labels = listing.Names(self.names.array[self.rows]), self.labels[self.rows]
 
@@ -60,9 +74,17 @@ def find_root(data: str) -> Path:
     return Path(data or os.environ.get("IMAGENET_ROOT") or IMAGENET_ROOT).expanduser()
 
 
-def choose_split(train: Files, split: str, labels_per_class: int, anno_percent: float, seed: int,
-                 shares: dict[float, str] = SHARES) -> splits.Split:
-    """The labelled list: `split` by name or path; else a draw by number; else by share, where a known share is a list."""
+def choose_split(
+    train: Files,
+    split: str,
+    labels_per_class: int,
+    anno_percent: float,
+    seed: int,
+    shares: dict[float, str] = SHARES,
+) -> splits.Split:
+    """The labelled list: `split` by name or path; else a draw by number; else by share, where a known share
+    is a list.
+    """
     if not split and not labels_per_class:
         split = shares.get(anno_percent, "")
     if split:
@@ -71,16 +93,27 @@ def choose_split(train: Files, split: str, labels_per_class: int, anno_percent: 
     return splits.make(images, labels_per_class or None, None if labels_per_class else anno_percent, seed)
 
 
-def build(data: str, split: str, labels_per_class: int, anno_percent: float, seed: int, weak: str, strong: str,
-          image_size: int, on_device: bool) -> Data:
+def build(
+    data: str,
+    split: str,
+    labels_per_class: int,
+    anno_percent: float,
+    seed: int,
+    weak: str,
+    strong: str,
+    image_size: int,
+    on_device: bool,
+) -> Data:
     """ImageNet as the recipes use it: unlabelled is train minus labelled, test is val."""
     root = find_root(data)
     train, val = Imagenet(root, "train"), Imagenet(root, "val")
     hint = "labels of a list count the sorted class folders from 0"
     if len(train.classes) != len(val.classes):
-        raise UserError(f"{root}: train/ has {len(train.classes)} classes and val/ {len(val.classes)}; {hint}")
+        raise UserError(
+            f"{root}: train/ has {len(train.classes)} classes and val/ {len(val.classes)}; {hint}"
+        )
     numbers = [str(k) for k in range(len(train.classes))]
-    if val.classes != numbers:              # a flat val/ has names that tell nothing of classes
+    if val.classes != numbers:  # a flat val/ has names that tell nothing of classes
         for label, (a, b) in enumerate(zip(train.classes, val.classes)):
             if a != b:
                 raise UserError(f"{root}: label {label} is {a} in train/ and {b} in val/; {hint}")
@@ -90,36 +123,54 @@ def build(data: str, split: str, labels_per_class: int, anno_percent: float, see
 
 class Validation(NamedTuple):
     """val/ alone, under the names that `Data` has for it."""
+
     test_images: Files
-    test_labels: np.ndarray         # [M] int64
+    test_labels: np.ndarray  # [M] int64
     plain: View
-    classes: list[str]              # [C]
+    classes: list[str]  # [C]
 
 
 def validation(data: str, image_size: int, on_device: bool) -> Validation:
     """ImageNet's val/ without its train/ and without a labelled list."""
     val = Imagenet(find_root(data), "val")
-    return Validation(val, val.labels, photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device), val.classes)
+    return Validation(
+        val, val.labels, photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device), val.classes
+    )
 
 
-def assemble(train: Files, test: Files, chosen: splits.Split, weak: str, strong: str, image_size: int,
-             on_device: bool) -> Data:
+def assemble(
+    train: Files, test: Files, chosen: splits.Split, weak: str, strong: str, image_size: int, on_device: bool
+) -> Data:
     """Data of image files with the labelled list `chosen`; train and test have labels and classes.
 
     Unlabelled is train minus labelled, in the order of the rows.
     """
-    labelled = splits.rows(chosen, train.names.array, str(train.root))      # [K]
-    unlabelled = splits.complement(labelled, len(train))                    # [U]
+    labelled = splits.rows(chosen, train.names.array, str(train.root))  # [K]
+    unlabelled = splits.complement(labelled, len(train))  # [U]
     if (train.labels[labelled] < 0).any():
         name = train.name(int(labelled[np.argmax(train.labels[labelled] < 0)]))
         raise UserError(f"split {chosen.id}: {name} is among the images without labels")
     missing = np.setdiff1d(np.arange(len(train.classes)), train.labels[labelled])
     if len(missing):
-        raise UserError(f"split {chosen.id}: class {train.classes[missing[0]]} has no labelled image"
-                        + (f", nor have {len(missing) - 1} more" if len(missing) > 1 else ""))
-    views = [photo_view(pipeline(name, image_size), IMAGENET_NORM, on_device) for name in (weak, strong, "eval")]
-    return Data(train, train.labels, labelled, unlabelled, test, test.labels, *views, classes=train.classes, channels=3,
-                split=SplitId(chosen.id, chosen.sha256))
+        raise UserError(
+            f"split {chosen.id}: class {train.classes[missing[0]]} has no labelled image"
+            + (f", nor have {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    views = [
+        photo_view(pipeline(name, image_size), IMAGENET_NORM, on_device) for name in (weak, strong, "eval")
+    ]
+    return Data(
+        train,
+        train.labels,
+        labelled,
+        unlabelled,
+        test,
+        test.labels,
+        *views,
+        classes=train.classes,
+        channels=3,
+        split=SplitId(chosen.id, chosen.sha256),
+    )
 
 
 def _base(file: Path, folder: Path) -> Path:

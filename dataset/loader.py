@@ -1,8 +1,10 @@
-"""What every step sees, as a pure function of (seed, step, rank, world size): no worker, prefetch or restart changes it.
+"""What every step sees, as a pure function of (seed, step, rank, world size): no worker, prefetch or restart
+changes it.
 
-A view is made in two halves: `host`, in the worker that loads the image, and `device`, in batches where the network runs.
-What travels between them is small: uint8 pixels, and the numbers that the second half needs.
+A view is made in two halves: `host`, in the worker that loads the image, and `device`, in batches where the
+network runs. What travels between them is small: uint8 pixels, and the numbers that the second half needs.
 """
+
 import hashlib
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
@@ -11,23 +13,36 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.draws import ORDER_U, ORDER_X, REPLACE_U, REPLACE_X, VIEW_STRONG, VIEW_WEAK, VIEW_X, permutation, shuffled, uniforms
+from dataset.draws import (
+    ORDER_U,
+    ORDER_X,
+    REPLACE_U,
+    REPLACE_X,
+    VIEW_STRONG,
+    VIEW_WEAK,
+    VIEW_X,
+    permutation,
+    shuffled,
+    uniforms,
+)
 from dataset.source import BadImage, Files, Source
 from dataset.workers import Batches
 from util.errors import UserError
 
-Raw = tuple[Tensor, ...]    # what `host` hands to `device`; the first has n lines, one an image
+Raw = tuple[Tensor, ...]  # what `host` hands to `device`; the first has n lines, one an image
 
 
 class View(NamedTuple):
     """A random view: `numbers` uniform numbers in [0, 1) an image decide everything that is random in it."""
+
     numbers: int
-    host: Callable[[Sequence, np.ndarray], Raw]         # images [n], uniforms [n, numbers] -> raw
-    device: Callable[[Raw], Tensor]                     # raw -> normalised [n, c, h, w] float32
+    host: Callable[[Sequence, np.ndarray], Raw]  # images [n], uniforms [n, numbers] -> raw
+    device: Callable[[Raw], Tensor]  # raw -> normalised [n, c, h, w] float32
 
 
 class SplitId(NamedTuple):
     """Names the labelled subset: results on different subsets do not compare."""
+
     id: str
     sha256: str
 
@@ -37,6 +52,8 @@ class SplitId(NamedTuple):
 
 class Data(NamedTuple):
     """A data set, its labelled subset and its views, as `build_data` returns them."""
+
+    # fmt: off
     images: Source                  # training images                                   [N]
     labels: np.ndarray              # their labels; −1 where there is none              [N] int64
     labelled: np.ndarray            # rows whose labels may be used: the labelled list  [K] int64
@@ -49,10 +66,15 @@ class Data(NamedTuple):
     classes: list[str]              # names, in the order of the labels                 [C]
     channels: int                   # of a view
     split: SplitId
+    # fmt: on
 
     def fingerprint(self) -> str:
-        """SHA-256 of which images are where, by their names without folders: the same wherever the data are kept."""
-        total = hashlib.sha256(f"{len(self.images)} {len(self.unlabelled)} {len(self.test_images)} {self.classes}".encode())
+        """SHA-256 of which images are where, by their names without folders: the same wherever the data are
+        kept.
+        """
+        total = hashlib.sha256(
+            f"{len(self.images)} {len(self.unlabelled)} {len(self.test_images)} {self.classes}".encode()
+        )
         for source in (self.images, self.test_images):
             if isinstance(source, Files):
                 total.update(b"\0".join(name.rpartition(b"/")[2] for name in source.names.array.tolist()))
@@ -61,6 +83,8 @@ class Data(NamedTuple):
 
 class Item(NamedTuple):
     """What a worker makes of one step, for one rank."""
+
+    # fmt: off
     x: Raw                          # weak views of labelled images
     y: Tensor                       # their labels                                      [B] int64
     index: Tensor                   # their places in the labelled list                 [B] int64
@@ -68,62 +92,96 @@ class Item(NamedTuple):
     u_strong: Raw                   # strong views of the same images
     hidden: Optional[Tensor]        # the labels that nobody may use                    [muB] int64; None if unknown
     bad: list[tuple[str, str]]      # (name, cause) of images that others stand in for
+    # fmt: on
 
 
 class Stream(Dataset):
     """step -> Item, for one rank; without an end.
 
-    An epoch is one pass over the unlabelled images in random order, the incomplete last step dropped; or, with
-    `steps_per_epoch`, that many steps, the passes following each other. The labelled images follow each other in random
-    permutations without end. Ranks take neighbouring slices of the same order.
+    An epoch is one pass over the unlabelled images in random order, the incomplete last step dropped; or,
+    with
+    `steps_per_epoch`, that many steps, the passes following each other. The labelled images follow each other
+    in random permutations without end. Ranks take neighbouring slices of the same order.
     """
 
-    def __init__(self, data: Data, batch_size: int, mu: int, seed: int, rank: int = 0, world: int = 1,
-                 steps_per_epoch: int = 0):
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int,
+        mu: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        steps_per_epoch: int = 0,
+    ):
         """batch_size: labelled images a rank and step (B); mu: unlabelled ones for each of them."""
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
-        self.known = bool((data.labels[data.unlabelled] >= 0).all())        # whether hidden labels exist, for all
+        self.known = bool((data.labels[data.unlabelled] >= 0).all())  # whether hidden labels exist, for all
         in_a_pass = len(data.unlabelled) // (self.n_u * world)
         self.steps_per_epoch = steps_per_epoch or in_a_pass
         self.pass_length = len(data.unlabelled) if steps_per_epoch else in_a_pass * self.n_u * world
 
     def bank_ready(self, step: int) -> bool:
         """True from the first epoch on before which every labelled image has been seen."""
-        start = step // self.steps_per_epoch * self.steps_per_epoch     # of this epoch
+        start = step // self.steps_per_epoch * self.steps_per_epoch  # of this epoch
         return start > 0 and start * self.n_x * self.world >= len(self.data.labelled)
 
     def __getitem__(self, step: int) -> Item:
         data, bad = self.data, []
-        index, passes = self._order(step, self.n_x, len(data.labelled), len(data.labelled), ORDER_X)    # [B], [B]
-        (x,), index = self._views([(data.weak, VIEW_X)], data.labelled, index, passes, self._same_class, REPLACE_X, bad)
-        order, passes = self._order(step, self.n_u, len(data.unlabelled), self.pass_length, ORDER_U)    # [muB], [muB]
+        index, passes = self._order(
+            step, self.n_x, len(data.labelled), len(data.labelled), ORDER_X
+        )  # [B], [B]
+        (x,), index = self._views(
+            [(data.weak, VIEW_X)], data.labelled, index, passes, self._same_class, REPLACE_X, bad
+        )
+        order, passes = self._order(
+            step, self.n_u, len(data.unlabelled), self.pass_length, ORDER_U
+        )  # [muB], [muB]
         two = [(data.weak, VIEW_WEAK), (data.strong, VIEW_STRONG)]
         (u_weak, u_strong), order = self._views(two, data.unlabelled, order, passes, None, REPLACE_U, bad)
-        hidden = torch.from_numpy(data.labels[data.unlabelled[order]]) if self.known else None          # [muB]
-        return Item(x, torch.from_numpy(data.labels[data.labelled[index]]), torch.from_numpy(index), u_weak, u_strong,
-                    hidden, bad)
+        hidden = torch.from_numpy(data.labels[data.unlabelled[order]]) if self.known else None  # [muB]
+        return Item(
+            x,
+            torch.from_numpy(data.labels[data.labelled[index]]),
+            torch.from_numpy(index),
+            u_weak,
+            u_strong,
+            hidden,
+            bad,
+        )
 
-    def _order(self, step: int, n: int, total: int, pass_length: int, purpose: int) -> tuple[np.ndarray, np.ndarray]:
+    def _order(
+        self, step: int, n: int, total: int, pass_length: int, purpose: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Places, and numbers of the pass they belong to, of this rank's n images of the step: [n], [n].
 
         Of each permutation of `total` images the first `pass_length` are used.
         """
-        passes, place = np.divmod(np.arange(n) + (step * self.world + self.rank) * n, pass_length)      # [n], [n]
+        passes, place = np.divmod(np.arange(n) + (step * self.world + self.rank) * n, pass_length)  # [n], [n]
         out = np.empty(n, np.int64)
         for number in np.unique(passes).tolist():
             here = passes == number
             out[here] = permutation(total, self.seed, purpose, number)[place[here]]
         return out, passes
 
-    def _views(self, views: list[tuple[View, int]], rows: np.ndarray, places: np.ndarray, passes: np.ndarray,
-               pool: Optional[Callable[[int], np.ndarray]], purpose: int,
-               bad: list[tuple[str, str]]) -> tuple[list[Raw], np.ndarray]:
-        """Each of the views (view, what its numbers are for) of the images rows[places], few of which are held at a time;
-        and the places of the images that were really used.
+    def _views(
+        self,
+        views: list[tuple[View, int]],
+        rows: np.ndarray,
+        places: np.ndarray,
+        passes: np.ndarray,
+        pool: Optional[Callable[[int], np.ndarray]],
+        purpose: int,
+        bad: list[tuple[str, str]],
+    ) -> tuple[list[Raw], np.ndarray]:
+        """Each of the views (view, what its numbers are for) of the images rows[places], few of which are
+        held at a time; and the places of the images that were really used.
         """
         parts, places = [[] for _ in views], places.copy()
-        for here in np.split(np.arange(len(places)), range(self.data.images.at_once, len(places), self.data.images.at_once)):
+        for here in np.split(
+            np.arange(len(places)), range(self.data.images.at_once, len(places), self.data.images.at_once)
+        ):
             images = []
             for i in here.tolist():
                 image, places[i] = self._load(int(places[i]), rows, pool, purpose, bad)
@@ -134,12 +192,19 @@ class Stream(Dataset):
         return [join(part) for part in parts], places
 
     def _same_class(self, place: int) -> np.ndarray:
-        labels = self.data.labels[self.data.labelled]                                       # [K]
+        labels = self.data.labels[self.data.labelled]  # [K]
         return np.flatnonzero(labels == labels[place])
 
-    def _load(self, place: int, rows: np.ndarray, pool: Optional[Callable[[int], np.ndarray]], purpose: int,
-              bad: list[tuple[str, str]]) -> tuple[object, int]:
-        """(image, its place in `rows`). A bad image is put down in `bad`, and another one of the pool stands in for it,
+    def _load(
+        self,
+        place: int,
+        rows: np.ndarray,
+        pool: Optional[Callable[[int], np.ndarray]],
+        purpose: int,
+        bad: list[tuple[str, str]],
+    ) -> tuple[object, int]:
+        """(image, its place in `rows`). A bad image is put down in `bad`, and another one of the pool stands
+        in for it,
         always the same one: a labelled image for one of its class, an unlabelled image for any.
         """
         source = self.data.images
@@ -152,7 +217,7 @@ class Stream(Dataset):
             try:
                 return source[int(rows[other])], other
             except BadImage:
-                pass                    # it is put down when its own turn comes
+                pass  # it is put down when its own turn comes
         raise UserError(f"{bad[-1][0]}: {bad[-1][1]}; mend or remove it: no image could stand in for it")
 
 
@@ -186,7 +251,9 @@ class Chunks(Dataset):
 
 
 class BadImages:
-    """What becomes of images that cannot be used: the run stops, or they are kept on a list that is shown to people."""
+    """What becomes of images that cannot be used: the run stops, or they are kept on a list that is shown to
+    people.
+    """
 
     def __init__(self, on_bad_image: str):
         """on_bad_image: stop or skip."""
@@ -197,8 +264,10 @@ class BadImages:
         """bad: (name, cause) of each. Raises UserError about the first, if the run is to stop."""
         for name, cause in bad:
             if self.stop:
-                raise UserError(f"{name}: {cause}; mend or remove it, or use --on-bad-image skip (python -m dataset.check "
-                                "finds all of them)")
+                raise UserError(
+                    f"{name}: {cause}; mend or remove it, or use --on-bad-image skip (python -m dataset.check "
+                    "finds all of them)"
+                )
         self.seen += [(name, cause) for name, cause in bad]
 
     def take(self) -> list[tuple[str, str]]:
@@ -232,9 +301,9 @@ class EvaluationBatches:
     """A rank's share of the test images; every image is in exactly one share."""
 
     def __init__(self, data: Data, rank: int, world: int, workers: int, device: torch.device):
-        share = np.arange(rank, len(data.test_labels), world)               # [m]
+        share = np.arange(rank, len(data.test_labels), world)  # [m]
         self.images = ImageBatches(data.test_images, data.plain, share, workers, device)
-        self.labels = torch.from_numpy(data.test_labels)                    # [M]
+        self.labels = torch.from_numpy(data.test_labels)  # [M]
 
     def read(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
         """(x [n, c, h, w], y [n]) on the device."""
@@ -244,4 +313,6 @@ class EvaluationBatches:
 
 def to_device(view: View, raw: Raw, device: torch.device) -> Tensor:
     """The second half of a view, where the network is: -> [n, c, h, w]."""
-    return view.device((raw[0].to(device, non_blocking=True), *raw[1:]))     # pixels; parameters stay (dataset/device_views.py)
+    return view.device(
+        (raw[0].to(device, non_blocking=True), *raw[1:])
+    )  # pixels; parameters stay (dataset/device_views.py)

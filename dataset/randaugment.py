@@ -1,7 +1,9 @@
-"""RandAugment (arXiv 1909.13719), in the two variants of the published recipes: every op from one integer strength v.
+"""RandAugment (arXiv 1909.13719), in the two variants of the published recipes: every op from one integer
+strength v.
 
 An op's value is v·max/10 + bias for v in 1 … 9; a signed op turns it round with probability ½.
 """
+
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -10,18 +12,19 @@ from PIL import Image, ImageEnhance, ImageOps
 
 class Op(NamedTuple):
     """apply(image, value) -> image, with how a value is drawn."""
+
     name: str
     apply: Callable[[Image.Image, float], Image.Image]
     max: float = 0.0
     bias: float = 0.0
     signed: bool = False
-    integer: bool = False       # v·max/10 is cut to an integer
+    integer: bool = False  # v·max/10 is cut to an integer
 
     def value(self, v: np.ndarray, negative: np.ndarray) -> np.ndarray:
         """v [n] in 1 … 9, negative [n] bool -> [n]."""
-        x = v * self.max / 10                                               # [n]
-        x = (np.trunc(x) if self.integer else x) + self.bias                # [n]
-        return np.where(negative & self.signed, -x, x)                      # [n]
+        x = v * self.max / 10  # [n]
+        x = (np.trunc(x) if self.integer else x) + self.bias  # [n]
+        return np.where(negative & self.signed, -x, x)  # [n]
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
@@ -54,26 +57,58 @@ SOLARIZE_ADD = Op("solarize_add", _solarize_add, 110, signed=True, integer=True)
 
 
 def _enhance(top: float, bias: float) -> list[Op]:
-    return [Op(name, lambda image, v, kind=kind: kind(image).enhance(v), top, bias)
-            for name, kind in (("brightness", ImageEnhance.Brightness), ("color", ImageEnhance.Color),
-                               ("contrast", ImageEnhance.Contrast), ("sharpness", ImageEnhance.Sharpness))]
+    return [
+        Op(name, lambda image, v, kind=kind: kind(image).enhance(v), top, bias)
+        for name, kind in (
+            ("brightness", ImageEnhance.Brightness),
+            ("color", ImageEnhance.Color),
+            ("contrast", ImageEnhance.Contrast),
+            ("sharpness", ImageEnhance.Sharpness),
+        )
+    ]
 
 
 def _translate(share: float) -> list[Op]:
-    return [Op("translate_x", _translate_x, share, signed=True), Op("translate_y", _translate_y, share, signed=True)]
+    return [
+        Op("translate_x", _translate_x, share, signed=True),
+        Op("translate_y", _translate_y, share, signed=True),
+    ]
 
 
-IMAGENET = [AUTOCONTRAST, *_enhance(1.8, 0.1), EQUALIZE, IDENTITY, INVERT, POSTERIZE, ROTATE, SHEAR_X, SHEAR_Y, SOLARIZE,
-            SOLARIZE_ADD, *_translate(0.45)]
-CIFAR = [AUTOCONTRAST, *_enhance(0.9, 0.05), EQUALIZE, IDENTITY, POSTERIZE, ROTATE, SHEAR_X, SHEAR_Y, SOLARIZE,
-         *_translate(0.3)]
+IMAGENET = [
+    AUTOCONTRAST,
+    *_enhance(1.8, 0.1),
+    EQUALIZE,
+    IDENTITY,
+    INVERT,
+    POSTERIZE,
+    ROTATE,
+    SHEAR_X,
+    SHEAR_Y,
+    SOLARIZE,
+    SOLARIZE_ADD,
+    *_translate(0.45),
+]
+CIFAR = [
+    AUTOCONTRAST,
+    *_enhance(0.9, 0.05),
+    EQUALIZE,
+    IDENTITY,
+    POSTERIZE,
+    ROTATE,
+    SHEAR_X,
+    SHEAR_Y,
+    SOLARIZE,
+    *_translate(0.3),
+]
 OPS = {"imagenet": IMAGENET, "cifar": CIFAR}
 
 
 class RandAugment(NamedTuple):
     """`n` ops drawn with replacement, each applied with probability `p`."""
+
     n: int
-    ops: str                # a name in OPS
+    ops: str  # a name in OPS
     p: float = 1.0
 
     @property
@@ -81,15 +116,17 @@ class RandAugment(NamedTuple):
         return 4 * self.n
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """u [n, numbers] -> parameters [n, 3·self.n]: for each op its place in the list, whether to apply it, its value."""
+        """u [n, numbers] -> parameters [n, 3·self.n]: for each op its place in the list, whether to apply it,
+        its value.
+        """
         ops, out = OPS[self.ops], []
         for k in range(self.n):
-            which, v, sign, apply = u[:, 4 * k:4 * k + 4].T                 # [n] each
-            place = (which * len(ops)).astype(int)                          # [n]
-            v, negative = 1 + np.floor(9 * v), sign < 0.5                   # [n], [n]
-            values = np.stack([op.value(v, negative) for op in ops], 1)     # [n, ops]
+            which, v, sign, apply = u[:, 4 * k : 4 * k + 4].T  # [n] each
+            place = (which * len(ops)).astype(int)  # [n]
+            v, negative = 1 + np.floor(9 * v), sign < 0.5  # [n], [n]
+            values = np.stack([op.value(v, negative) for op in ops], 1)  # [n, ops]
             out += [place, apply < self.p, values[np.arange(len(u)), place]]
-        return np.stack(out, 1)                                             # [n, 3·self.n]
+        return np.stack(out, 1)  # [n, 3·self.n]
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
         for place, apply, value in p.reshape(self.n, 3).tolist():

@@ -1,4 +1,5 @@
 """Where images come from: arrays in memory, or files that may be anything."""
+
 import warnings
 from pathlib import Path
 from typing import Protocol, Sequence
@@ -6,8 +7,11 @@ from typing import Protocol, Sequence
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-Image.MAX_IMAGE_PIXELS = 150_000_000    # Pillow refuses twice as many: above a scan of 17,000 × 17,000, memory is at risk
-# Formats of data sets. Pillow knows more, of which some are damaged in ways of their own, and PostScript starts a program.
+Image.MAX_IMAGE_PIXELS = (
+    150_000_000  # Pillow refuses twice as many: above a scan of 17,000 × 17,000, memory is at risk
+)
+# Formats of data sets. Pillow knows more, of which some are damaged in ways of their own, and PostScript
+# starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
@@ -16,12 +20,14 @@ class BadImage(Exception):
 
 
 class Source(Protocol):
-    """A row number -> an image. `name` is what an error message calls it; `at_once`: how many a worker holds at a time."""
+    """A row number -> an image. `name` is what an error message calls it; `at_once`: how many a worker holds
+    at a time.
+    """
 
     at_once: int
 
     def __len__(self) -> int: ...
-    def __getitem__(self, row: int) -> object: ...      # raises BadImage
+    def __getitem__(self, row: int) -> object: ...  # raises BadImage
     def name(self, row: int) -> str: ...
 
 
@@ -46,7 +52,7 @@ class Arrays:
 class Files:
     """Image files below `root`; [row] is a decoded RGB PIL image."""
 
-    at_once = 8             # a telephone's photograph takes 40 MB decoded
+    at_once = 8  # a telephone's photograph takes 40 MB decoded
 
     def __init__(self, root: Path, names: Sequence[str]):
         """names: paths relative to root; a compact sequence (dataset/listing.py): every worker gets a copy."""
@@ -65,12 +71,15 @@ class Files:
 def decode(path: Path) -> Image.Image:
     """The file as an RGB image, its pixels decoded; BadImage with the cause where that cannot be.
 
-    What the file holds counts, not its name. Grey, palette, CMYK, 16-bit and transparent images become RGB, transparency
-    over white; of an animation the first frame. Pixels stay in the file's own orientation, as in torchvision's loader.
+    What the file holds counts, not its name. Grey, palette, CMYK, 16-bit and transparent images become RGB,
+    transparency over white; of an animation the first frame. Pixels stay in the file's own orientation, as in
+    torchvision's loader.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")       # about EXIF blocks and palettes: of no consequence for the pixels
+            warnings.simplefilter(
+                "ignore"
+            )  # about EXIF blocks and palettes: of no consequence for the pixels
             with Image.open(path, formats=FORMATS) as image:
                 return to_rgb(image)
     except FileNotFoundError:
@@ -83,8 +92,15 @@ def decode(path: Path) -> Image.Image:
         cause = "no permission to read it"
     except Image.DecompressionBombError:
         cause = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError) as error:    # Pillow's ways to say "damaged"
-        if isinstance(error, OSError) and error.errno:      # the system's own word: the file may be sound
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        IndexError,
+        EOFError,
+        TypeError,
+    ) as error:  # Pillow's ways to say "damaged"
+        if isinstance(error, OSError) and error.errno:  # the system's own word: the file may be sound
             cause = f"it cannot be read ({error.strerror})"
         else:
             cause = f"it is damaged or cut short ({' '.join(str(error).split())})"
@@ -94,7 +110,7 @@ def decode(path: Path) -> Image.Image:
 def _is_empty(path: Path) -> bool:
     try:
         return path.stat().st_size == 0
-    except OSError:                     # it has gone meanwhile
+    except OSError:  # it has gone meanwhile
         return False
 
 
@@ -103,8 +119,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if image.mode.startswith(("I", "F")):                   # 16 bits and more: Pillow's convert would clip at 255
-        grey = np.asarray(image, np.float64)                # [h, w]
+    if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow's convert would clip at 255
+        grey = np.asarray(image, np.float64)  # [h, w]
         top = 65535 if image.mode.startswith("I") else max(1.0, grey.max(initial=0))
         return Image.fromarray((grey * (255 / top)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -1,4 +1,5 @@
 """The methods, by name. Everything here is told what it needs by value; only `build_method` sees a config."""
+
 from typing import Any
 
 from torch import Tensor
@@ -14,18 +15,32 @@ from models.supervised import Supervised
 
 METHODS = {
     "simmatch": lambda c, network, labels: SimMatch(
-        network, labels, c.cls, c.dim, bn="average" if c.eman else "shuffle", **_simmatch(c)),
-    "simmatch_single": lambda c, network, labels: SimMatchSingle(network, labels, c.cls, c.dim, **_simmatch(c)),
+        network, labels, c.cls, c.dim, bn="average" if c.eman else "shuffle", **_simmatch(c)
+    ),
+    "simmatch_single": lambda c, network, labels: SimMatchSingle(
+        network, labels, c.cls, c.dim, **_simmatch(c)
+    ),
     "fixmatch": lambda c, network, labels: FixMatch(
-        network, lambda_u=c.lambda_u, threshold=c.threshold, ema_m=c.ema_m, eman=c.eman),
+        network, lambda_u=c.lambda_u, threshold=c.threshold, ema_m=c.ema_m, eman=c.eman
+    ),
     "supervised": lambda c, network, labels: Supervised(network, ema_m=c.ema_m),
 }
 
 
 def _simmatch(c: Any) -> dict[str, Any]:
     """What both forms of SimMatch are told."""
-    return dict(lambda_u=c.lambda_u, lambda_in=c.lambda_in, threshold=c.threshold, st=c.st, tt=c.tt, c_smooth=c.c_smooth,
-                DA=c.DA, da_len=c.da_len, bank_m=c.bank_m, ema_m=c.ema_m)
+    return dict(
+        lambda_u=c.lambda_u,
+        lambda_in=c.lambda_in,
+        threshold=c.threshold,
+        st=c.st,
+        tt=c.tt,
+        c_smooth=c.c_smooth,
+        DA=c.DA,
+        da_len=c.da_len,
+        bank_m=c.bank_m,
+        ema_m=c.ema_m,
+    )
 
 
 def build_network(config: Any, channels: int) -> Network:
@@ -36,7 +51,8 @@ def build_network(config: Any, channels: int) -> Network:
 
 
 def build_method(config: Any, channels: int, labels: Tensor) -> Method:
-    """config: anything with the fields of util.config.Config; channels: of the images; labels [K]: of the labelled list.
+    """config: anything with the fields of util.config.Config; channels: of the images; labels [K]: of the
+    labelled list.
 
     Raises ValueError on an unknown method or backbone, naming the known ones.
     """

@@ -1,4 +1,5 @@
 """The teacher: a moving average of the student, of three kinds."""
+
 import copy
 from contextlib import contextmanager, nullcontext
 from typing import Iterator, Literal, Sequence, get_args
@@ -13,16 +14,17 @@ BN = Literal["shuffle", "average", "copy"]
 
 
 class Teacher(nn.Module):
-    """F_t, a network that is never trained by gradient: teacher <- m·teacher + (1 − m)·student after every step.
+    """F_t, a network that is never trained by gradient: teacher <- m·teacher + (1 − m)·student after every
+    step.
 
     bn: what becomes of BN's running statistics, and with them of the forward.
-    shuffle (`ema`, the published SimMatch recipe): parameters alone are averaged. The forward runs in train mode, on
-    batch statistics, over images regrouped at random across ranks (shuffle-BN); the running statistics are those that
-    this forward collects.
-    average (EMAN, arXiv 2101.08482): the forward runs in eval mode, and the running mean and variance are averaged like
-    parameters; num_batches_tracked is copied.
-    copy (the CIFAR recipe): eval mode, and all buffers are the student's as they are. It is for evaluation only, so that
-    ranks exchange nothing in a step: the statistics are each rank's own, as the student's are.
+    shuffle (`ema`, the published SimMatch recipe): parameters alone are averaged. The forward runs in train
+    mode, on batch statistics, over images regrouped at random across ranks (shuffle-BN); the running
+    statistics are those that this forward collects.
+    average (EMAN, arXiv 2101.08482): the forward runs in eval mode, and the running mean and variance are
+    averaged like parameters; num_batches_tracked is copied.
+    copy (the CIFAR recipe): eval mode, and all buffers are the student's as they are. It is for evaluation
+    only, so that ranks exchange nothing in a step: the statistics are each rank's own, as the student's are.
     """
 
     def __init__(self, student: nn.Module, momentum: float, bn: BN):
@@ -32,14 +34,15 @@ class Teacher(nn.Module):
         self.net = copy.deepcopy(student).requires_grad_(False)
         self.momentum = momentum
         self.bn = bn
-        self.train()        # a copy that runs in eval mode must not start in the student's mode
+        self.train()  # a copy that runs in eval mode must not start in the student's mode
 
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(mode and self.bn == "shuffle")
 
     @torch.no_grad()
     def forward(self, groups: Sequence[Tensor], step: int) -> list[tuple[Tensor, Tensor]]:
-        """x [n, c, h, w] of each rank that this process plays -> logits' [n, C], z' [n, D] of each, in the type of the network.
+        """x [n, c, h, w] of each rank that this process plays -> logits' [n, C], z' [n, D] of each, in the
+        type of the network.
 
         step: the global step, which seeds the regrouping.
         """
@@ -47,12 +50,12 @@ class Teacher(nn.Module):
             return [self.net(x) for x in groups]
         shuffle, out = dist_utils.Shuffle(len(groups[0]), len(groups), seed=step), []
         for i, x in enumerate(shuffle.scatter(groups)):
-            with no_statistics(self.net) if i else nullcontext():       # running statistics are the first rank's
+            with no_statistics(self.net) if i else nullcontext():  # running statistics are the first rank's
                 out.append(self.net(x))
         if shuffle.alone:
             return out
         classes = out[0][0].shape[1]
-        both = shuffle.gather([torch.cat(pair, dim=1) for pair in out])                     # [n, C+D] of each
+        both = shuffle.gather([torch.cat(pair, dim=1) for pair in out])  # [n, C+D] of each
         return [(rows[:, :classes], rows[:, classes:]) for rows in both]
 
     @torch.no_grad()

@@ -1,4 +1,5 @@
 """The contract between the one step (models/step.py) and every method."""
+
 from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
@@ -9,34 +10,43 @@ from models.ema import BN, Teacher
 
 class Batch(NamedTuple):
     """What one rank sees in one step: B labelled images, and two views of mu·B unlabelled ones."""
+
+    # fmt: off
     x: Tensor           # weak views of labelled images             [B, c, h, w], float
     y: Tensor           # their labels                              [B], int64
     index: Tensor       # their places in the labelled list         [B], int64
     u_weak: Tensor      # weak views of unlabelled images           [muB, c, h, w], float
     u_strong: Tensor    # strong views of the same images           [muB, c, h, w], float
+    # fmt: on
 
 
 class Fresh(NamedTuple):
     """What a step computed that `update` writes and the log reads; no gradient. A method fills what it has."""
+
+    # fmt: off
     z: Optional[Tensor] = None          # embedding of the labelled images, for the bank  [B, D]
     y: Optional[Tensor] = None          # their labels                                  [B]
     index: Optional[Tensor] = None      # their rows in the bank                        [B]
     prior: Optional[Tensor] = None      # mean of p over the global batch               [C]
     pseudo: Optional[Tensor] = None     # pseudo-labels                                 [muB, C]
     mask: Optional[Tensor] = None       # 1 where a pseudo-label is confident, else 0   [muB]
+    # fmt: on
 
 
 def precise(x: Tensor) -> Tensor:
-    """`x` in float32 at least: probabilities are summed over a thousand classes, for which bf16 and fp16 are too coarse."""
+    """`x` in float32 at least: probabilities are summed over a thousand classes, for which bf16 and fp16 are
+    too coarse.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
 class Method(nn.Module):
     """A student, its teacher, and what a method keeps besides. One state_dict is the whole truth.
 
-    A step is one call of `targets` for all ranks that this process plays, one of `losses` for each of them, and one of
-    `update`. Between the first two lies all that ranks have to tell each other before there is a loss, so that the student's
-    forward and backward run for one rank at a time, and need the memory of one.
+    A step is one call of `targets` for all ranks that this process plays, one of `losses` for each of them,
+    and one of
+    `update`. Between the first two lies all that ranks have to tell each other before there is a loss, so
+    that the student's forward and backward run for one rank at a time, and need the memory of one.
     """
 
     def __init__(self, network: nn.Module, ema_m: float, bn: BN):
@@ -52,15 +62,20 @@ class Method(nn.Module):
         """
         return [None] * len(batches)
 
-    def losses(self, batch: Batch, targets: Any, student: nn.Module, *, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
-        """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or teacher.
+    def losses(
+        self, batch: Batch, targets: Any, student: nn.Module, *, bank_ready: bool
+    ) -> tuple[dict[str, Tensor], Fresh]:
+        """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or
+        teacher.
 
         bank_ready: False in the first epoch, which shows every labelled image.
         """
         raise NotImplementedError
 
     def signs(self, batch: Batch, targets: Any, *, bank_ready: bool) -> dict[str, Tensor]:
-        """What only this method can tell of its health, for the diagnostics (docs/DOCTOR.md). Changes nothing."""
+        """What only this method can tell of its health, for the diagnostics (docs/DOCTOR.md). Changes
+        nothing.
+        """
         return {}
 
     def update(self, fresh: Fresh) -> None:

@@ -1,4 +1,5 @@
 """ResNet encoders: torchvision's own, without their classifier, under the published names."""
+
 from torch import nn
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -15,7 +16,7 @@ class WideResNetEncoder(resnet.ResNet):
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        if planes == 64:                        # the first layer: torchvision has just set the stem's width
+        if planes == 64:  # the first layer: torchvision has just set the stem's width
             self.inplanes = 64 * self.widen
         return super()._make_layer(block, planes * self.widen, *args, **kwargs)
 

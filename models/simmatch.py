@@ -1,4 +1,5 @@
 """SimMatch (arXiv 2203.06915): pseudo-labels that agree by class and by similarity to labelled images."""
+
 from typing import NamedTuple, Optional, Sequence
 
 import torch
@@ -13,34 +14,59 @@ from util import dist_utils
 
 class Learnt(NamedTuple):
     """What the student says; gradients flow through it."""
+
+    # fmt: off
     logits_x: Tensor                    # of the labelled images        [B, C]
     logits_us: Tensor                   # of the strong views           [muB, C]
     z_us: Tensor                        # their embeddings              [muB, D]
+    # fmt: on
 
 
 class Taught(NamedTuple):
     """What the teacher says; no gradient."""
+
+    # fmt: off
     z_x: Tensor                         # of the labelled images        [B, D]
     logits_uw: Tensor                   # of the weak views             [muB, C]
     z_uw: Tensor                        # their embeddings              [muB, D]
     learnt: Optional[Learnt] = None     # of the same forward, where student and teacher are one
+    # fmt: on
 
 
 class Target(NamedTuple):
     """The same after all ranks have met: what a loss compares the student with."""
+
+    # fmt: off
     z_x: Tensor                         # for the bank                  [B, D]
     log_p: Tensor                       # aligned predictions           [muB, C]
     z_uw: Tensor                        #                               [muB, D]
     prior: Optional[Tensor]             # mean of p over the global batch, without DA none    [C]
     learnt: Optional[Learnt]
+    # fmt: on
 
 
 class SimMatch(Method):
     """Section 3 of the paper, in its order and symbols."""
 
-    def __init__(self, network: nn.Module, labels: Tensor, num_classes: int, dim: int, *, lambda_u: float,
-                 lambda_in: float, threshold: float, st: float, tt: float, c_smooth: float, DA: bool, da_len: int,
-                 bank_m: float, ema_m: float, bn: BN):
+    def __init__(
+        self,
+        network: nn.Module,
+        labels: Tensor,
+        num_classes: int,
+        dim: int,
+        *,
+        lambda_u: float,
+        lambda_in: float,
+        threshold: float,
+        st: float,
+        tt: float,
+        c_smooth: float,
+        DA: bool,
+        da_len: int,
+        bank_m: float,
+        ema_m: float,
+        bn: BN,
+    ):
         """labels [K]: of the labelled list, in its order."""
         super().__init__(network, ema_m, bn)
         self.bank = LabelBank(labels, dim, bank_m)
@@ -48,6 +74,7 @@ class SimMatch(Method):
         self.lambda_u, self.lambda_in, self.threshold = lambda_u, lambda_in, threshold
         self.st, self.tt, self.c_smooth = st, tt, c_smooth
 
+    # fmt: off
     def teach(self, batches: Sequence[Batch], student: nn.Module, step: int) -> list[Taught]:
         """What the teacher makes of the weak views of each batch."""
         n_x = len(batches[0].x)
@@ -91,18 +118,22 @@ class SimMatch(Method):
                  "loss_in": self.lambda_in * loss_in}
         return terms, Fresh(z_x, batch.y, batch.index, prior, p, mask)
 
+    # fmt: on
     def similarities(self, z: Tensor, t: float) -> Tensor:
-        """log q, the similarities of embeddings z [n, D] to the bank at temperature t, each row a distribution -> [n, K]."""
+        """log q, the similarities of embeddings z [n, D] to the bank at temperature t, each row a
+        distribution -> [n, K].
+        """
         return torch.log_softmax(z @ self.bank.z.T / t, dim=1)
 
     @torch.no_grad()
     def signs(self, batch: Batch, targets: Target, *, bank_ready: bool) -> dict[str, Tensor]:
-        """bank_rows, K; from the second epoch on q_entropy, the mean entropy of q_w in nats, and bank_drift, 1 − the mean cosine
-        of the rows to be written and what they are written over; with DA the `prior` [C], this step's included.
+        """bank_rows, K; from the second epoch on q_entropy, the mean entropy of q_w in nats, and bank_drift,
+        1 − the mean cosine of the rows to be written and what they are written over; with DA the `prior` [C],
+        this step's included.
         """
         out = {"bank_rows": torch.tensor(len(self.bank.labels), device=self.bank.z.device)}
         if bank_ready:
-            log_q_w = self.similarities(targets.z_uw, self.tt)              # [muB, K]
+            log_q_w = self.similarities(targets.z_uw, self.tt)  # [muB, K]
             out["q_entropy"] = cross_entropy(log_q_w.exp(), log_q_w).mean()
             out["bank_drift"] = 1 - F.cosine_similarity(targets.z_x, self.bank.z[batch.index]).mean()
         if self.align is not None:
@@ -118,7 +149,8 @@ class SimMatch(Method):
 
 
 def unfold(log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
-    """Calibrate instance similarities by class predictions (section 3.3): q̂_ij ∝ q_ij · p_i[label_j], in logs.
+    """Calibrate instance similarities by class predictions (section 3.3): q̂_ij ∝ q_ij · p_i[label_j], in
+    logs.
 
     log_q [n, K], log_p [n, C], labels [K] -> [n, K], each row the log of a distribution.
     """
@@ -130,11 +162,10 @@ def aggregate(log_q: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
     log_q [n, K], labels [K] -> [n, C], each row a distribution.
     """
-    q = log_q.exp()                                                         # [n, K]
+    q = log_q.exp()  # [n, K]
     return q.new_zeros(len(q), num_classes).index_add_(1, labels, q)
 
 
 def cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
     """H(p_i, q_i) of two distributions, in nats: p [n, C], log q [n, C], finite -> [n]."""
     return -(p * log_q).sum(dim=1)
-

@@ -1,4 +1,5 @@
 """One global training step, the same for every method, on any number of processes."""
+
 from contextlib import nullcontext
 from typing import Optional, Sequence
 
@@ -10,15 +11,26 @@ from models.method import Batch, Fresh, Method
 from util import dist_utils
 
 
-def train_step(method: Method, student: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], *, step: int,
-               bank_ready: bool, scaler: Optional[torch.amp.GradScaler] = None) -> tuple[dict[str, Tensor], Fresh]:
-    """Losses → backward → optimizer step → bank, prior, teacher. Returns the terms (means over `batches`) and what was fresh.
+def train_step(
+    method: Method,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    bank_ready: bool,
+    scaler: Optional[torch.amp.GradScaler] = None,
+) -> tuple[dict[str, Tensor], Fresh]:
+    """Losses → backward → optimizer step → bank, prior, teacher. Returns the terms (means over `batches`) and
+    what was fresh.
 
-    batches: one for each rank that this process plays; more than one where virtual ranks share it. These take turns, each
-    with BN statistics of its own batch, and their gradients are averaged, as between processes: the step of r ranks is the
-    same on 1 to r processes, to rounding. Running statistics are those of the first.
-    student: method.student, or its data-parallel wrapper. step: from 0. bank_ready: False in the first epoch. scaler: for fp16,
-    whose small gradients would be 0; a step whose gradients overflow leaves the weights as they are.
+    batches: one for each rank that this process plays; more than one where virtual ranks share it. These take
+    turns, each with BN statistics of its own batch, and their gradients are averaged, as between processes:
+    the step of r ranks is the same on 1 to r processes, to rounding. Running statistics are those of the
+    first.
+    student: method.student, or its data-parallel wrapper. step: from 0. bank_ready: False in the first epoch.
+    scaler: for fp16, whose small gradients would be 0; a step whose gradients overflow leaves the weights as
+    they are.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     parts: list[tuple[dict[str, Tensor], Fresh]] = []
@@ -26,7 +38,10 @@ def train_step(method: Method, student: nn.Module, optimizer: torch.optim.Optimi
     optimizer.zero_grad()
     for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         first, last = i == 0, i == len(batches) - 1
-        with nullcontext() if first else no_statistics(method.student), dist_utils.sync_gradients(student, last):
+        with (
+            nullcontext() if first else no_statistics(method.student),
+            dist_utils.sync_gradients(student, last),
+        ):
             terms, fresh = method.losses(batch, target, student, bank_ready=bank_ready)
             scaler.scale(sum(terms.values()) / len(batches)).backward()
         parts.append(({name: term.detach() for name, term in terms.items()}, fresh))
@@ -62,4 +77,4 @@ def tune(method: Method, precision: str, channels_last: bool, compiled: bool) ->
         if channels_last:
             network.to(memory_format=torch.channels_last)
         if compiled:
-            network.backbone.compile()      # the backbone alone: a compiled head that no loss uses would get a gradient of 0, not none
+            network.backbone.compile()  # the backbone alone: a compiled head that no loss uses would get a gradient of 0, not none

@@ -1,4 +1,5 @@
 """The labelled loss alone: what the labels are worth without any unlabelled image."""
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +12,8 @@ class Supervised(Method):
     def __init__(self, network: nn.Module, *, ema_m: float):
         super().__init__(network, ema_m, "average")
 
-    def losses(self, batch: Batch, targets: None, student: nn.Module, *, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
-        logits, _ = student(batch.x)                                        # [B, C]
+    def losses(
+        self, batch: Batch, targets: None, student: nn.Module, *, bank_ready: bool
+    ) -> tuple[dict[str, Tensor], Fresh]:
+        logits, _ = student(batch.x)  # [B, C]
         return {"loss_x": F.cross_entropy(precise(logits), batch.y)}, Fresh()

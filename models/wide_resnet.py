@@ -1,8 +1,11 @@
-"""Wide ResNets (arXiv 1605.07146) for 32×32 images, in FixMatch's form: WRN-28-2 for CIFAR-10, WRN-28-8 for CIFAR-100."""
+"""Wide ResNets (arXiv 1605.07146) for 32×32 images, in FixMatch's form: WRN-28-2 for CIFAR-10, WRN-28-8 for
+CIFAR-100.
+"""
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLOPE = 0.1             # of LeakyReLU below zero
+SLOPE = 0.1  # of LeakyReLU below zero
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -15,7 +18,8 @@ def activate(bn: nn.Module, x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-activation block: x + conv(act(conv(act(x)))), the sum over a 1×1 convolution of x where the width changes.
+    """Pre-activation block: x + conv(act(conv(act(x)))), the sum over a 1×1 convolution of x where the width
+    changes.
 
     activate_first: the shortcut too starts from act(x); otherwise from x as it is.
     """
@@ -27,18 +31,22 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
         self.bn2 = batch_norm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False)
+        self.shortcut = (
+            nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = activate(self.bn1, x)                                         # [n, c_in, h, w]
+        out = activate(self.bn1, x)  # [n, c_in, h, w]
         if self.activate_first:
             x = out
-        out = self.conv2(activate(self.bn2, self.conv1(out)))               # [n, c_out, h/stride, w/stride]
+        out = self.conv2(activate(self.bn2, self.conv1(out)))  # [n, c_out, h/stride, w/stride]
         return self.shortcut(x) + out
 
 
 class WideResNet(nn.Module):
-    """[n, channels, h, w] -> [n, 64·widen]. No convolution has a bias: the BN that every path meets later would take it out."""
+    """[n, channels, h, w] -> [n, 64·widen]. No convolution has a bias: the BN that every path meets later
+    would take it out.
+    """
 
     def __init__(self, depth: int, widen: int, channels: int):
         super().__init__()
@@ -47,7 +55,9 @@ class WideResNet(nn.Module):
         for stage, stride in enumerate((1, 2, 2)):
             c_out = 16 * widen << stage
             blocks = []
-            for i in range((depth - 4) // 6):       # two convolutions a block, three stages; a stem and three shortcuts besides
+            for i in range(
+                (depth - 4) // 6
+            ):  # two convolutions a block, three stages; a stem and three shortcuts besides
                 blocks.append(Block(c_in, c_out, stride if i == 0 else 1, activate_first=stage == i == 0))
                 c_in = c_out
             stages.append(nn.Sequential(*blocks))
@@ -58,8 +68,8 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))            # [n, 64·widen, h/4, w/4]
-        return activate(self.bn, x).mean(dim=(2, 3))                        # [n, 64·widen]
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))  # [n, 64·widen, h/4, w/4]
+        return activate(self.bn, x).mean(dim=(2, 3))  # [n, 64·widen]
 
 
 def wide_resnet(depth: int, widen: int, channels: int) -> tuple[nn.Module, int]:

@@ -1,4 +1,5 @@
 """A real Slurm as the tests use it: submitting, waiting, looking, and cleaning up."""
+
 import os
 import re
 import shutil
@@ -11,23 +12,46 @@ from conftest import ROOT
 
 
 def slurm(*words, cwd=ROOT):
-    return subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"},
+    )
 
 
 def nodes():
-    """Names of the nodes that can take jobs; none where no Slurm is. (sinfo alone takes 9 s to find that nobody answers.)"""
+    """Names of the nodes that can take jobs; none where no Slurm is. (sinfo alone takes 9 s to find that
+    nobody answers.)
+    """
     if not shutil.which("sbatch") or slurm("scontrol", "ping").returncode:
         return []
     return sorted(set(slurm("sinfo", "-h", "-N", "-t", "idle,mix,alloc,comp", "-o", "%N").stdout.split()))
 
 
-needs_slurm = [pytest.mark.slow,
-               pytest.mark.skipif(len(nodes()) < 2, reason="no Slurm with two nodes is running here (sbatch, sinfo)")]
+needs_slurm = [
+    pytest.mark.slow,
+    pytest.mark.skipif(len(nodes()) < 2, reason="no Slurm with two nodes is running here (sbatch, sinfo)"),
+]
 JOBS = []
 ON_CPUS = ["--nodes=2", "--ntasks-per-node=1", "--gres=none", "--cpus-per-task=1", "--time=10"]
-DIGITS = ["configs/digits.yaml", "--device", "cpu", "--batch-size", "5", "--epochs", "20", "--print-freq", "10", "--eval-freq",
-          "5", "--workers", "1"]        # on two ranks 400 steps
+DIGITS = [
+    "configs/digits.yaml",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "5",
+    "--epochs",
+    "20",
+    "--print-freq",
+    "10",
+    "--eval-freq",
+    "5",
+    "--workers",
+    "1",
+]  # on two ranks 400 steps
 
 
 def sbatch(*words, **how):
@@ -40,8 +64,17 @@ def sbatch(*words, **how):
 
 def digits(folder, *flags, options=(), **how):
     """Train on digits with two ranks on two nodes, into `folder`; the log is <folder>.out."""
-    return sbatch(*ON_CPUS, f"--output={folder}.out", *options, "script/train.sh", *DIGITS, "--output-dir", folder, *flags,
-                  **how)
+    return sbatch(
+        *ON_CPUS,
+        f"--output={folder}.out",
+        *options,
+        "script/train.sh",
+        *DIGITS,
+        "--output-dir",
+        folder,
+        *flags,
+        **how,
+    )
 
 
 def listed(job):
@@ -69,7 +102,9 @@ def show(job):
 
 def task(job, rank, node):
     """Process number of a rank of the job's first step; a test needs to be on the node for that."""
-    for pid, _, _, _, number in map(str.split, slurm("scontrol", "listpids", f"{job}.0", node).stdout.splitlines()[1:]):
+    for pid, _, _, _, number in map(
+        str.split, slurm("scontrol", "listpids", f"{job}.0", node).stdout.splitlines()[1:]
+    ):
         if number == str(rank):
             return int(pid)
     pytest.skip(f"the processes on {node} cannot be reached from here")

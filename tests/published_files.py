@@ -1,4 +1,7 @@
-"""Files of the published layouts: modules that register what docs/CHECKPOINTS.md lists, on torchvision's own ResNets."""
+"""Files of the published layouts: modules that register what docs/CHECKPOINTS.md lists, on torchvision's own
+ResNets.
+"""
+
 import torch
 import torchvision
 from torch import nn
@@ -51,16 +54,30 @@ def unit(n, dim):
 
 def simmatch(arch="resnet18", classes=3, dim=16, labelled=7, DA=True):
     ring = {"DA_queue": torch.rand(256, classes), "DA_ptr": torch.tensor([5])} if DA else {}
-    return randomised(Published(Net(arch, classes, dim), Net(arch, classes, dim), bank=unit(labelled, dim).T.contiguous(),
-                                labels=torch.arange(labelled) % classes, **ring))
+    return randomised(
+        Published(
+            Net(arch, classes, dim),
+            Net(arch, classes, dim),
+            bank=unit(labelled, dim).T.contiguous(),
+            labels=torch.arange(labelled) % classes,
+            **ring,
+        )
+    )
 
 
 def simmatchv2(arch="resnet18", classes=3, dim=16, labelled=7, norm=True):
-    return randomised(Published(
-        Net(arch, classes, dim, norm), Net(arch, classes, dim, norm), l_bank=unit(labelled, dim),
-        l_labels=torch.eye(classes)[torch.arange(labelled) % classes],
-        ptr=torch.zeros(1, dtype=torch.long), u_bank=unit(20, dim),
-        u_labels=torch.zeros(20, classes), da=torch.full((1, classes), 1 / classes)))
+    return randomised(
+        Published(
+            Net(arch, classes, dim, norm),
+            Net(arch, classes, dim, norm),
+            l_bank=unit(labelled, dim),
+            l_labels=torch.eye(classes)[torch.arange(labelled) % classes],
+            ptr=torch.zeros(1, dtype=torch.long),
+            u_bank=unit(20, dim),
+            u_labels=torch.zeros(20, classes),
+            da=torch.full((1, classes), 1 / classes),
+        )
+    )
 
 
 def fixmatch(arch="resnet18", classes=3, eman=True):
@@ -81,7 +98,9 @@ def randomised(model):
 
 
 def sgd(model, without_gradient=()):
-    """The published optimizer over all parameters, those of the teacher too, after a step that only moves the student."""
+    """The published optimizer over all parameters, those of the teacher too, after a step that only moves the
+    student.
+    """
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, nesterov=True)
     for name, p in model.named_parameters():
         if p.requires_grad and not name.startswith(without_gradient or "nothing"):

@@ -1,7 +1,10 @@
-"""SimMatch's step the slow way: loops over ranks, images, classes and bank rows, written from the method's description.
+"""SimMatch's step the slow way: loops over ranks, images, classes and bank rows, written from the method's
+description.
 
-Only the networks' forward and backward are PyTorch's. The fast path must agree with this to rounding in float64.
+Only the networks' forward and backward are PyTorch's. The fast path must agree with this to rounding in
+float64.
 """
+
 import copy
 import math
 
@@ -41,7 +44,9 @@ def cross_entropy(p, q):
 
 
 def align(p, ring, ptr, mean):
-    """Put `mean` into the ring (a list of rows) at ptr, then divide each row of p by the ring's mean; sum 1 again."""
+    """Put `mean` into the ring (a list of rows) at ptr, then divide each row of p by the ring's mean; sum 1
+    again.
+    """
     ring[ptr] = list(mean)
     prior = [sum(row[c] for row in ring) / len(ring) for c in range(len(mean))]
     out = []
@@ -61,24 +66,64 @@ class SimMatchReference:
     Two networks, with `bn` shuffle (the EMA teacher) or average (EMAN).
     """
 
-    def __init__(self, network, bank, labels, num_classes, *, lambda_u, lambda_in, threshold, st, tt, c_smooth, DA, da_len,
-                 bank_m, ema_m, lr, momentum, wd, nesterov, no_decay_bn=False, bn=None):
+    def __init__(
+        self,
+        network,
+        bank,
+        labels,
+        num_classes,
+        *,
+        lambda_u,
+        lambda_in,
+        threshold,
+        st,
+        tt,
+        c_smooth,
+        DA,
+        da_len,
+        bank_m,
+        ema_m,
+        lr,
+        momentum,
+        wd,
+        nesterov,
+        no_decay_bn=False,
+        bn=None,
+    ):
         self.student, self.teacher = copy.deepcopy(network), copy.deepcopy(network)
         self.teacher.requires_grad_(False)
         self.bank, self.labels = [row.clone() for row in bank], [int(label) for label in labels]
         self.ring, self.ptr = [[0.0] * num_classes for _ in range(da_len)], 0
         self.velocity = {}
         self.num_classes = num_classes
-        self.h = dict(lambda_u=lambda_u, lambda_in=lambda_in, threshold=threshold, st=st, tt=tt, c_smooth=c_smooth, DA=DA,
-                      bank_m=bank_m, ema_m=ema_m, bn=bn, lr=lr, momentum=momentum, wd=wd, nesterov=nesterov,
-                      no_decay_bn=no_decay_bn)
+        self.h = dict(
+            lambda_u=lambda_u,
+            lambda_in=lambda_in,
+            threshold=threshold,
+            st=st,
+            tt=tt,
+            c_smooth=c_smooth,
+            DA=DA,
+            bank_m=bank_m,
+            ema_m=ema_m,
+            bn=bn,
+            lr=lr,
+            momentum=momentum,
+            wd=wd,
+            nesterov=nesterov,
+            no_decay_bn=no_decay_bn,
+        )
 
     def step(self, batches, step, first_epoch):
-        """batches: one (x, y, index, u_weak, u_strong) for each rank. Returns the terms, pseudo-labels and masks."""
+        """batches: one (x, y, index, u_weak, u_strong) for each rank. Returns the terms, pseudo-labels and
+        masks.
+        """
         h, n_x = self.h, len(batches[0][0])
         self.student.train()
-        logits_x, logits_us, z_us, z_x, logits_uw, z_uw = self._forwards(batches, step)         # each [rank][image][…]
-        p = [[softmax(row) for row in logits] for logits in logits_uw]                          # [rank][image][class]
+        logits_x, logits_us, z_us, z_x, logits_uw, z_uw = self._forwards(
+            batches, step
+        )  # each [rank][image][…]
+        p = [[softmax(row) for row in logits] for logits in logits_uw]  # [rank][image][class]
         everything = [row for rank in p for row in rank]
         mean = [sum(row[c] for row in everything) / len(everything) for c in range(self.num_classes)]
         if h["DA"]:
@@ -94,12 +139,16 @@ class SimMatchReference:
                 q_w = [softmax([c / h["tt"] for c in row]) for row in cosines(z_uw[rank], self.bank)]
                 q_hat = unfold(q_w, p[rank], self.labels)
                 share = aggregate(q_w, self.labels, self.num_classes)
-                target = [[h["c_smooth"] * p_c + (1 - h["c_smooth"]) * a_c for p_c, a_c in zip(p_i, a_i)]
-                          for p_i, a_i in zip(p[rank], share)]
+                target = [
+                    [h["c_smooth"] * p_c + (1 - h["c_smooth"]) * a_c for p_c, a_c in zip(p_i, a_i)]
+                    for p_i, a_i in zip(p[rank], share)
+                ]
                 q_s = [softmax([c / h["st"] for c in row]) for row in cosines(z_us[rank], self.bank)]
                 loss_in = sum(cross_entropy(a, b) for a, b in zip(q_hat, q_s)) / len(q_hat)
             mask = [1.0 if max(float(v) for v in row) >= h["threshold"] else 0.0 for row in target]
-            loss_u = sum(m * cross_entropy(a, softmax(b)) for m, a, b in zip(mask, target, logits_us[rank])) / len(target)
+            loss_u = sum(
+                m * cross_entropy(a, softmax(b)) for m, a, b in zip(mask, target, logits_us[rank])
+            ) / len(target)
             loss_x = sum(-torch.log(softmax(row)[int(label)]) for row, label in zip(logits_x[rank], y)) / n_x
             totals["loss_x"] += loss_x / len(batches)
             totals["loss_u"] += h["lambda_u"] * loss_u / len(batches)
@@ -108,7 +157,7 @@ class SimMatchReference:
             masks.append(mask)
 
         before = list(self.bank)
-        for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):        # the bank of the next step
+        for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):  # the bank of the next step
             for j in range(n_x):
                 self.bank[int(index[j])] = self._row(before[int(index[j])], z_x[rank][j])
                 self.labels[int(index[j])] = int(y[j])
@@ -117,12 +166,22 @@ class SimMatchReference:
         return {name: float(torch.as_tensor(value).detach()) for name, value in totals.items()}, pseudo, masks
 
     def _forwards(self, batches, step):
-        """logits_x, logits_us, z_us of the student; z_x, logits_uw, z_uw of the teacher. Each a list over ranks."""
+        """logits_x, logits_us, z_us of the student; z_x, logits_uw, z_uw of the teacher. Each a list over
+        ranks.
+        """
         n_x = len(batches[0][0])
         logits_t, z_t = self._teacher_forward([torch.cat([b[0], b[3]]) for b in batches], step)
-        student = [self._student_forward(torch.cat([b[0], b[4]]), first=i == 0) for i, b in enumerate(batches)]
-        return ([logits[:n_x] for logits, _ in student], [logits[n_x:] for logits, _ in student], [z[n_x:] for _, z in student],
-                [z[:n_x] for z in z_t], [logits[n_x:] for logits in logits_t], [z[n_x:] for z in z_t])
+        student = [
+            self._student_forward(torch.cat([b[0], b[4]]), first=i == 0) for i, b in enumerate(batches)
+        ]
+        return (
+            [logits[:n_x] for logits, _ in student],
+            [logits[n_x:] for logits, _ in student],
+            [z[n_x:] for _, z in student],
+            [z[:n_x] for z in z_t],
+            [logits[n_x:] for logits in logits_t],
+            [z[n_x:] for z in z_t],
+        )
 
     def _row(self, old, z):
         """What becomes of a bank row."""
@@ -163,8 +222,12 @@ class SimMatchReference:
     def _sgd(self, loss):
         h = self.h
         parameters = dict(self.student.named_parameters())
-        bn = {f"{name}.{kind}" for name, module in self.student.named_modules()
-              if isinstance(module, torch.nn.BatchNorm2d) for kind in ("weight", "bias")}
+        bn = {
+            f"{name}.{kind}"
+            for name, module in self.student.named_modules()
+            if isinstance(module, torch.nn.BatchNorm2d)
+            for kind in ("weight", "bias")
+        }
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         with torch.no_grad():
             for (name, p), g in zip(parameters.items(), gradients):
@@ -188,14 +251,23 @@ class SimMatchReference:
 
 
 class SimMatchSingleReference(SimMatchReference):
-    """One network: it gives the weak views' predictions too, and the teacher, for evaluation, copies its buffers."""
+    """One network: it gives the weak views' predictions too, and the teacher, for evaluation, copies its
+    buffers.
+    """
 
     def _forwards(self, batches, step):
         n_x, n_u = len(batches[0][0]), len(batches[0][3])
-        out = [self._student_forward(torch.cat([b[0], b[3], b[4]]), first=i == 0) for i, b in enumerate(batches)]
-        return ([logits[:n_x] for logits, _ in out], [logits[n_x + n_u:] for logits, _ in out], [z[n_x + n_u:] for _, z in out],
-                [z[:n_x].detach() for _, z in out], [logits[n_x:n_x + n_u].detach() for logits, _ in out],
-                [z[n_x:n_x + n_u].detach() for _, z in out])
+        out = [
+            self._student_forward(torch.cat([b[0], b[3], b[4]]), first=i == 0) for i, b in enumerate(batches)
+        ]
+        return (
+            [logits[:n_x] for logits, _ in out],
+            [logits[n_x + n_u :] for logits, _ in out],
+            [z[n_x + n_u :] for _, z in out],
+            [z[:n_x].detach() for _, z in out],
+            [logits[n_x : n_x + n_u].detach() for logits, _ in out],
+            [z[n_x : n_x + n_u].detach() for _, z in out],
+        )
 
     @torch.no_grad()
     def _average(self):

@@ -1,4 +1,5 @@
 """The CIFAR recipe through train_semi.py and eval.py, on a few made-up images in files of CIFAR's format."""
+
 import sys
 
 import pytest
@@ -14,7 +15,9 @@ from dataset import cifar
 
 @pytest.mark.slow
 def test_the_recipe_trains_evaluates_and_continues_exactly(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)      # the checksums are of the real files
+    monkeypatch.setattr(
+        cifar.CIFAR10, "_check_integrity", lambda self: True
+    )  # the checksums are of the real files
     monkeypatch.setattr(cifar.CIFAR10, "meta", {**cifar.CIFAR10.meta, "md5": None})
     root = cifar10(tmp_path / "cifar")
 
@@ -23,13 +26,34 @@ def test_the_recipe_trains_evaluates_and_continues_exactly(tmp_path, monkeypatch
         main()
 
     def train(folder, *flags):
-        call(train_semi.main, "--config", ROOT / "configs" / "cifar10_40.yaml", "--data", root, "--batch-size", "2", "--mu", "2",
-             "--steps-per-epoch", "100", "--epochs", "2", "--print-freq", "20", "--device", "cpu", "--output-dir", folder, *flags)
+        call(
+            train_semi.main,
+            "--config",
+            ROOT / "configs" / "cifar10_40.yaml",
+            "--data",
+            root,
+            "--batch-size",
+            "2",
+            "--mu",
+            "2",
+            "--steps-per-epoch",
+            "100",
+            "--epochs",
+            "2",
+            "--print-freq",
+            "20",
+            "--device",
+            "cpu",
+            "--output-dir",
+            folder,
+            *flags,
+        )
+
     train(tmp_path / "a", "--workers", "0")
     assert "40 labelled, 200 unlabelled, 20 test images" in capsys.readouterr().out
 
     monkeypatch.setattr(train_semi.checkpoint.Writer, "save", once(train_semi.checkpoint.Writer.save))
-    with pytest.raises(KeyboardInterrupt):                      # the second epoch's checkpoint is never written
+    with pytest.raises(KeyboardInterrupt):  # the second epoch's checkpoint is never written
         train(tmp_path / "b", "--workers", "1")
     monkeypatch.undo()
     monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)
@@ -56,4 +80,5 @@ def once(save):
             raise KeyboardInterrupt
         written.append(state["step"])
         save(writer, state, best)
+
     return call

@@ -1,4 +1,5 @@
 """eval.py as a user runs it."""
+
 import re
 
 import pytest
@@ -19,7 +20,7 @@ def test_it_needs_the_checkpoint_alone_and_ends_with_the_published_line(finished
     assert sum(line.startswith("class ") for line in lines) == 10
     assert any(line.startswith("teacher: top-1") for line in lines)
     best = re.search(r"best student top-1 (\d+\.\d{3})", trained.stdout)[1]
-    assert lines[-1].startswith(f"* Acc@1 {best} ")        # the accuracy that training reported
+    assert lines[-1].startswith(f"* Acc@1 {best} ")  # the accuracy that training reported
 
 
 def test_per_class_is_on_demand(finished, command):  # noqa: F811
@@ -27,29 +28,45 @@ def test_per_class_is_on_demand(finished, command):  # noqa: F811
     assert "class " not in command("eval.py", "--checkpoint", folder / "best.pth").stdout
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s: s["config"].update(backbone="resnet18_encoder"), ["a.pth", "another network or class count"]),
-    (lambda s: s["config"].update(cls=7), ["cls is 7", "10 classes"]),
-    (lambda s: s["method"].update({"student.fc.weight": torch.zeros(7, 64)}), ["a.pth", "student.fc.weight is [7, 64]"]),
-    (lambda s: s["config"].update(colour="red"), ["a.pth", "'colour'"]),
-    (lambda s: s["config"].update(method="magic"), ["a.pth", "'magic'"]),
-    (lambda s: s.update(split=("another", "0")), ["a.pth", "split", "another"]),
-    (lambda s: s.pop("method"), ["a.pth", "was not written by train_semi.py", "'method'"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda s: s["config"].update(backbone="resnet18_encoder"),
+            ["a.pth", "another network or class count"],
+        ),
+        (lambda s: s["config"].update(cls=7), ["cls is 7", "10 classes"]),
+        (
+            lambda s: s["method"].update({"student.fc.weight": torch.zeros(7, 64)}),
+            ["a.pth", "student.fc.weight is [7, 64]"],
+        ),
+        (lambda s: s["config"].update(colour="red"), ["a.pth", "'colour'"]),
+        (lambda s: s["config"].update(method="magic"), ["a.pth", "'magic'"]),
+        (lambda s: s.update(split=("another", "0")), ["a.pth", "split", "another"]),
+        (lambda s: s.pop("method"), ["a.pth", "was not written by train_semi.py", "'method'"]),
+    ],
+)
 def test_checkpoints_of_something_else(finished, mistake, tmp_path, change, words):  # noqa: F811
     state = torch.load(finished[0] / "best.pth", weights_only=True)
     change(state)
-    checkpoint.save(tmp_path / "a.pth", {key: value for key, value in state.items() if key not in ("format", "sha256")})
+    checkpoint.save(
+        tmp_path / "a.pth", {key: value for key, value in state.items() if key not in ("format", "sha256")}
+    )
     mistake(eval_script.main, ["--checkpoint", tmp_path / "a.pth"], *words)
 
 
 def test_missing_truncated_and_foreign_files(finished, mistake, tmp_path):  # noqa: F811
     mistake(eval_script.main, ["--checkpoint", tmp_path / "none.pth"], "none.pth", "does not exist")
     whole = (finished[0] / "best.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     mistake(eval_script.main, ["--checkpoint", tmp_path / "cut.pth"], "cut.pth", "damaged")
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "foreign.pth")
-    mistake(eval_script.main, ["--checkpoint", tmp_path / "foreign.pth"], "foreign.pth", "was not written by train_semi.py")
+    mistake(
+        eval_script.main,
+        ["--checkpoint", tmp_path / "foreign.pth"],
+        "foreign.pth",
+        "was not written by train_semi.py",
+    )
     mistake(eval_script.main, [], "--checkpoint")
 
 

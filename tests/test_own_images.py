@@ -1,4 +1,7 @@
-"""Real image files through both programs, as a user runs them: train, evaluate, predict, bad images, moved data."""
+"""Real image files through both programs, as a user runs them: train, evaluate, predict, bad images, moved
+data.
+"""
+
 import csv
 import json
 
@@ -25,10 +28,34 @@ def root(tmp_path_factory):
 @pytest.fixture
 def train_photos(command, root):
     def call(output_dir, *flags, data=None):
-        return command("train_semi.py", "--config", "configs/folder.yaml", "--data", data or root, "--labels-per-class", "2",
-                       "--image-size", "32", "--backbone", "small_encoder", "--batch-size", "3", "--mu", "2", "--epochs", "2",
-                       "--warmup-epoch", "1", "--print-freq", "1", "--output-dir", output_dir, *flags,
-                       env={"SIMMATCH_CACHE": str(output_dir.parent / "cache")})
+        return command(
+            "train_semi.py",
+            "--config",
+            "configs/folder.yaml",
+            "--data",
+            data or root,
+            "--labels-per-class",
+            "2",
+            "--image-size",
+            "32",
+            "--backbone",
+            "small_encoder",
+            "--batch-size",
+            "3",
+            "--mu",
+            "2",
+            "--epochs",
+            "2",
+            "--warmup-epoch",
+            "1",
+            "--print-freq",
+            "1",
+            "--output-dir",
+            output_dir,
+            *flags,
+            env={"SIMMATCH_CACHE": str(output_dir.parent / "cache")},
+        )
+
     return call
 
 
@@ -36,7 +63,9 @@ def train_photos(command, root):
 def test_train_evaluate_and_predict(train_photos, command, root, tmp_path):
     done = train_photos(tmp_path / "run", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert "6 labelled, 30 unlabelled, 12 test images, 3 classes" in done.stdout and "split" not in done.stderr
+    assert (
+        "6 labelled, 30 unlabelled, 12 test images, 3 classes" in done.stdout and "split" not in done.stderr
+    )
     done = command("eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--per-class")
     assert done.returncode == 0 and "class n00000002: " in done.stdout, done.stderr
 
@@ -46,17 +75,32 @@ def test_train_evaluate_and_predict(train_photos, command, root, tmp_path):
     picture(6, size=(500, 20)).save(pile / "deep" / "b, c.jpg")
     (pile / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
     out = tmp_path / "answers.csv"
-    done = command("eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--predict", pile, "--output", out)
+    done = command(
+        "eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--predict", pile, "--output", out
+    )
     one_line(done.returncode, done.stderr, "torn.jpg")
     assert not out.exists()
-    done = command("eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--predict", pile, "--output", out,
-                   "--on-bad-image", "skip", "--data", "/moved/away")        # no training data needed
+    done = command(
+        "eval.py",
+        "--checkpoint",
+        tmp_path / "run" / "best.pth",
+        "--predict",
+        pile,
+        "--output",
+        out,
+        "--on-bad-image",
+        "skip",
+        "--data",
+        "/moved/away",
+    )  # no training data needed
     assert done.returncode == 0 and "left out" in done.stdout and "2 images" in done.stdout, done.stderr
     lines = list(csv.DictReader(open(out, newline="")))
     assert [line["path"] for line in lines] == ["a.png", "deep/b, c.jpg"]
     for line in lines:
         top = dict(entry.rsplit("=", 1) for entry in line["top5"].split(";"))
-        assert set(top) == {"n00000000", "n00000001", "n00000002"} and sum(map(float, top.values())) == pytest.approx(1, abs=1e-3)
+        assert set(top) == {"n00000000", "n00000001", "n00000002"} and sum(
+            map(float, top.values())
+        ) == pytest.approx(1, abs=1e-3)
         assert top[line["class"]] == line["probability"] == max(top.values(), key=float)
 
 
@@ -66,7 +110,7 @@ def test_the_same_bits_with_any_workers_and_after_a_move(train_photos, root, tmp
     assert train_photos(tmp_path / "a", "--workers", "0").returncode == 0
     assert train_photos(tmp_path / "b", "--workers", "2", "--epochs", "1").returncode == 0
     half = torch.load(tmp_path / "b" / "last.pth", weights_only=True)
-    half["config"]["epochs"] = 2                    # the cosine of one epoch is warm-up alone, as the first of two is
+    half["config"]["epochs"] = 2  # the cosine of one epoch is warm-up alone, as the first of two is
     checkpoint.save(tmp_path / "b" / "last.pth", without_frame(half))
     moved = tmp_path / "elsewhere"
     moved.symlink_to(root)
@@ -74,7 +118,7 @@ def test_the_same_bits_with_any_workers_and_after_a_move(train_photos, root, tmp
     for path in (tmp_path / run / name for run in "ab" for name in ("best.pth", "last.pth")):
         values = torch.load(path, weights_only=True)
         del values["config"]["data"]
-        values["config"]["epochs"] = 2              # best.pth may be of the first start
+        values["config"]["epochs"] = 2  # best.pth may be of the first start
         checkpoint.save(path, without_frame(values))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
@@ -101,6 +145,14 @@ def test_bad_images_stop_the_run_or_are_skipped_and_listed(train_photos, tmp_pat
 def test_predict_refuses_what_it_cannot_do(mistake, tmp_path, train):
     assert train(tmp_path / "digits", "--epochs", "1", "--warmup-epoch", "0").returncode == 0
     picture(0).save(tmp_path / "a.png")
-    mistake(eval_script.main, ["--checkpoint", tmp_path / "digits" / "last.pth", "--predict", tmp_path],
-            "a network for digits")
-    mistake(eval_script.main, ["--checkpoint", tmp_path / "digits" / "last.pth", "--workers", "many"], "workers", "'many'")
+    mistake(
+        eval_script.main,
+        ["--checkpoint", tmp_path / "digits" / "last.pth", "--predict", tmp_path],
+        "a network for digits",
+    )
+    mistake(
+        eval_script.main,
+        ["--checkpoint", tmp_path / "digits" / "last.pth", "--workers", "many"],
+        "workers",
+        "'many'",
+    )

@@ -1,4 +1,7 @@
-"""benchmark/parity.py notices wrong steps; the example in docs/PARITY.md runs, and gives the reference's numbers."""
+"""benchmark/parity.py notices wrong steps; the example in docs/PARITY.md runs, and gives the reference's
+numbers.
+"""
+
 import os
 import re
 import subprocess
@@ -21,7 +24,10 @@ EXACT, FAST = parity.Mode("float64", precision="fp64"), parity.Mode("float32")
 @pytest.fixture(scope="module")
 def steps():
     """Steps of the reference, of the first epoch and after it."""
-    return {eman: parity_steps.trajectory(parity_steps.settings("small_encoder", eman=eman), 1, 2) for eman in (False, True)}
+    return {
+        eman: parity_steps.trajectory(parity_steps.settings("small_encoder", eman=eman), 1, 2)
+        for eman in (False, True)
+    }
 
 
 def rows(mode, steps, eman=False, **changes):
@@ -39,10 +45,21 @@ def test_the_step_holds_the_bounds(mode, eman, steps):
     assert 0 < masks.sum() < len(masks) and all(value > 0 for value in steps[eman][1].terms.values())
 
 
-@pytest.mark.parametrize("changes, column", [
-    (dict(ema_m=0.99), "teacher"), (dict(no_decay_bn=True), "momentum"), (dict(nesterov=False), "student"),
-    (dict(lambda_in=1.0), "loss_in"), (dict(c_smooth=1.0), "pseudo"), (dict(DA=False), "pseudo"), (dict(tt=0.2), "loss_in"),
-    (dict(threshold=0.9), "momentum"), (dict(bank_m=0.7), "bank")], ids=str)
+@pytest.mark.parametrize(
+    "changes, column",
+    [
+        (dict(ema_m=0.99), "teacher"),
+        (dict(no_decay_bn=True), "momentum"),
+        (dict(nesterov=False), "student"),
+        (dict(lambda_in=1.0), "loss_in"),
+        (dict(c_smooth=1.0), "pseudo"),
+        (dict(DA=False), "pseudo"),
+        (dict(tt=0.2), "loss_in"),
+        (dict(threshold=0.9), "momentum"),
+        (dict(bank_m=0.7), "bank"),
+    ],
+    ids=str,
+)
 def test_another_setting_is_caught(changes, column, steps):
     if changes.get("DA") is False:
         steps = {False: [step._replace(before=without_ring(step.before)) for step in steps[False]]}
@@ -60,6 +77,7 @@ def sum_for_mean(patch):
     def losses(self, batch, *args, **how):
         terms, fresh = right(self, batch, *args, **how)
         return {**terms, "loss_u": terms["loss_u"] * len(batch.u_weak)}, fresh
+
     patch.setattr(SimMatch, "losses", losses)
 
 
@@ -70,12 +88,18 @@ def bank_before_the_losses(patch):
         out = right(self, batches, *args, **how)
         self.bank.write(batches[0].index, out[0].z_x, batches[0].y)
         return out
+
     patch.setattr(SimMatch, "targets", targets)
 
 
 def prior_without_this_step(patch):
-    patch.setattr(DistributionAlignment, "forward", lambda self, log_p, mean: torch.log_softmax(
-        log_p - self.ring.mean(dim=0).clamp_min(1e-30).log(), dim=1))
+    patch.setattr(
+        DistributionAlignment,
+        "forward",
+        lambda self, log_p, mean: torch.log_softmax(
+            log_p - self.ring.mean(dim=0).clamp_min(1e-30).log(), dim=1
+        ),
+    )
 
 
 def teacher_before_the_optimizer(patch):
@@ -86,6 +110,7 @@ def teacher_before_the_optimizer(patch):
         out = right(self, *args, **how)
         update(self.teacher, self.student)
         return out
+
     patch.setattr(SimMatch, "targets", targets)
     patch.setattr(Teacher, "update", lambda self, student: None)
 
@@ -94,9 +119,16 @@ def teacher_in_the_other_mode(patch):
     patch.setattr(Teacher, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
 
 
-@pytest.mark.parametrize("mistake, column", [
-    (sum_for_mean, "loss_u"), (bank_before_the_losses, "loss_in"), (prior_without_this_step, "pseudo"),
-    (teacher_before_the_optimizer, "teacher"), (teacher_in_the_other_mode, "pseudo")])
+@pytest.mark.parametrize(
+    "mistake, column",
+    [
+        (sum_for_mean, "loss_u"),
+        (bank_before_the_losses, "loss_in"),
+        (prior_without_this_step, "pseudo"),
+        (teacher_before_the_optimizer, "teacher"),
+        (teacher_in_the_other_mode, "pseudo"),
+    ],
+)
 def test_a_wrong_step_is_caught(mistake, column, steps, monkeypatch):
     mistake(monkeypatch)
     row = rows(EXACT, steps)
@@ -115,13 +147,19 @@ def test_a_head_with_a_gradient_of_zero_in_the_first_epoch_is_caught(steps, monk
 
     def losses(self, *args, **how):
         terms, fresh = right(self, *args, **how)
-        return {**terms, "loss_in": terms["loss_in"] + 0 * sum(p.sum() for p in self.student.head.parameters())}, fresh
+        return {
+            **terms,
+            "loss_in": terms["loss_in"] + 0 * sum(p.sum() for p in self.student.head.parameters()),
+        }, fresh
+
     monkeypatch.setattr(SimMatch, "losses", losses)
     assert rows(EXACT, steps)["momentum"] == float("inf")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(parity.missing(parity.Mode("compiled", compiled=True)) is not None, reason="no C++ compiler")
+@pytest.mark.skipif(
+    parity.missing(parity.Mode("compiled", compiled=True)) is not None, reason="no C++ compiler"
+)
 def test_a_compiled_step_holds_the_bounds(steps):
     mode = parity.Mode("compiled", compiled=True)
     row = rows(mode, steps)
@@ -130,17 +168,25 @@ def test_a_compiled_step_holds_the_bounds(steps):
 
 # docs/PARITY.md, part by part.
 
+
 def example():
-    return re.search(r"```python\n(.*?)```", (ROOT / "docs" / "PARITY.md").read_text(encoding="utf-8"), re.S)[1]
+    return re.search(r"```python\n(.*?)```", (ROOT / "docs" / "PARITY.md").read_text(encoding="utf-8"), re.S)[
+        1
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eman", [False, True])
 def test_the_example_gives_the_references_numbers(eman):
-    """Two ranks in one process, as the text stands there but for the teacher's kind, a threshold that some images pass, and float64."""
+    """Two ranks in one process, as the text stands there but for the teacher's kind, a threshold that some
+    images pass, and float64.
+    """
     text, space = example(), {}
-    for old, new in (("eman=False", f"eman={eman}, threshold=0.15"), ("side, side)", "side, side, dtype=torch.float64)"),
-                     ("# 2. The tensors", "method.double()\n# 2. The tensors")):
+    for old, new in (
+        ("eman=False", f"eman={eman}, threshold=0.15"),
+        ("side, side)", "side, side, dtype=torch.float64)"),
+        ("# 2. The tensors", "method.double()\n# 2. The tensors"),
+    ):
         assert old in text
         text = text.replace(old, new)
     exec(compile(text, "docs/PARITY.md", "exec"), space)
@@ -151,9 +197,14 @@ def test_the_example_gives_the_references_numbers(eman):
         assert value > 0 and space["terms"][name].item() == pytest.approx(value, rel=1e-9)
     assert space["L_u"] == pytest.approx(terms["loss_u"] / config.lambda_u, rel=1e-9)
     got = space["method"].state_dict()
-    expected = {key: value for key, value in parity_steps.state_of(slow).items() if not key.startswith("momentum.")}
+    expected = {
+        key: value for key, value in parity_steps.state_of(slow).items() if not key.startswith("momentum.")
+    }
     assert set(got) == set(expected)
-    assert parity.relative(space["fresh"].pseudo, torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1)) <= 1e-9
+    assert (
+        parity.relative(space["fresh"].pseudo, torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1))
+        <= 1e-9
+    )
     for key, value in expected.items():
         assert parity.relative(got[key], value) <= 1e-9, key
 
@@ -161,11 +212,27 @@ def test_the_example_gives_the_references_numbers(eman):
 def reference_from(state, method, config):
     """The reference in the state of a SimMatch method's state_dict."""
     method.load_state_dict(state)
-    slow = SimMatchReference(method.student, method.bank.z, method.bank.labels, config.cls, lambda_u=config.lambda_u,
-                             lambda_in=config.lambda_in, threshold=config.threshold, st=config.st, tt=config.tt,
-                             c_smooth=config.c_smooth, DA=config.DA, da_len=config.da_len, bank_m=config.bank_m, ema_m=config.ema_m,
-                             lr=config.lr, momentum=config.momentum, wd=config.wd, nesterov=config.nesterov,
-                             bn="average" if config.eman else "shuffle")
+    slow = SimMatchReference(
+        method.student,
+        method.bank.z,
+        method.bank.labels,
+        config.cls,
+        lambda_u=config.lambda_u,
+        lambda_in=config.lambda_in,
+        threshold=config.threshold,
+        st=config.st,
+        tt=config.tt,
+        c_smooth=config.c_smooth,
+        DA=config.DA,
+        da_len=config.da_len,
+        bank_m=config.bank_m,
+        ema_m=config.ema_m,
+        lr=config.lr,
+        momentum=config.momentum,
+        wd=config.wd,
+        nesterov=config.nesterov,
+        bn="average" if config.eman else "shuffle",
+    )
     slow.teacher.load_state_dict(method.teacher.net.state_dict())
     slow.ring, slow.ptr = method.align.ring.tolist(), int(method.align.ptr)
     return slow
@@ -177,7 +244,14 @@ def test_the_example_with_a_process_for_each_rank_prints_the_same(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = []
     for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        done = subprocess.run([sys.executable, *start, "check.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, *start, "check.py"],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         out.append([float(number) for number in re.findall(r"-?\d+\.\d+", done.stdout)])
     assert out[0] and out[0] == pytest.approx(out[1], rel=1e-4)

@@ -1,7 +1,9 @@
 """The ImageNet recipe through exactly the published command line, on the published list of labelled images.
 
-The images are made up and small, 15,000 names for a few files, and seen at 16 px; everything else is the recipe on one rank.
+The images are made up and small, 15,000 names for a few files, and seen at 16 px; everything else is the
+recipe on one rank.
 """
+
 import os
 import shlex
 import shutil
@@ -20,42 +22,66 @@ from tests.models.test_recipes import PUBLISHED
 from util import checkpoint
 
 LISTS = os.environ.get("SIMMATCH_SPLITS", "")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not LISTS, reason="SIMMATCH_SPLITS names no folder with the published lists")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LISTS, reason="SIMMATCH_SPLITS names no folder with the published lists"),
+]
 SMALLER = "--image-size 16 --workers 1 --device cpu --save-freq 50"
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A copy of this one, with the lists fetched and the path at the top of dataset/imagenet.py edited, as a user does."""
+    """A copy of this one, with the lists fetched and the path at the top of dataset/imagenet.py edited, as a
+    user does.
+    """
     here = tmp_path_factory.mktemp("user")
     copy = here / "SimMatch"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "checkpoints", "__pycache__", "log"))
-    done = subprocess.run(["bash", "script/get_splits.sh", "--from", os.path.abspath(LISTS)], cwd=copy, capture_output=True, text=True,
-                          env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "checkpoints", "__pycache__", "log")
+    )
+    done = subprocess.run(
+        ["bash", "script/get_splits.sh", "--from", os.path.abspath(LISTS)],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"},
+    )
     assert done.returncode == 0, done.stderr
     names = (copy / "dataset" / "semi_files" / "simmatch-1p.txt").read_text().split()
     files = [here / f"{k}.jpg" for k in range(20)]
     for k, file in enumerate(files):
         picture(k, size=(64, 48)).save(file)
     classes = sorted({name.split("_")[0] for name in names})
-    names += [f"{wnid}_more{k}.JPEG" for wnid in classes for k in range(2)]         # the unlabelled ones
-    for k, (part, name) in enumerate([("train", name) for name in names] + [("val", f"{wnid}_val.JPEG") for wnid in classes]):
+    names += [f"{wnid}_more{k}.JPEG" for wnid in classes for k in range(2)]  # the unlabelled ones
+    for k, (part, name) in enumerate(
+        [("train", name) for name in names] + [("val", f"{wnid}_val.JPEG") for wnid in classes]
+    ):
         folder = here / "imagenet" / part / name.split("_")[0]
         folder.mkdir(parents=True, exist_ok=True)
         os.link(files[k % 20], folder / name)
     code = copy / "dataset" / "imagenet.py"
-    code.write_text(code.read_text().replace('IMAGENET_ROOT = "/path/to/imagenet"', f'IMAGENET_ROOT = "{here}/imagenet"'))
+    code.write_text(
+        code.read_text().replace('IMAGENET_ROOT = "/path/to/imagenet"', f'IMAGENET_ROOT = "{here}/imagenet"')
+    )
     return copy
 
 
 def start(repository, *flags):
     command = [sys.executable, "train_semi.py", *shlex.split(f"{PUBLISHED['imagenet_1p']} {SMALLER}"), *flags]
-    return subprocess.Popen(command, cwd=repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "SIMMATCH_CACHE": str(repository.parent / "cache")})
+    return subprocess.Popen(
+        command,
+        cwd=repository,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SIMMATCH_CACHE": str(repository.parent / "cache")},
+    )
 
 
 def until(process, file, step, seconds=600):
-    """The state that `process` saves at `file` once it is of that step or a later one; what lies there before is not read."""
+    """The state that `process` saves at `file` once it is of that step or a later one; what lies there before
+    is not read.
+    """
     end, seen = time.monotonic() + seconds, file.stat().st_mtime_ns if file.exists() else 0
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.3)
@@ -64,7 +90,9 @@ def until(process, file, step, seconds=600):
             state = checkpoint.load(file)
             if state["step"] >= step:
                 return state
-    raise AssertionError(process.communicate()[1] if process.poll() is not None else f"no step {step} in {seconds} s")
+    raise AssertionError(
+        process.communicate()[1] if process.poll() is not None else f"no step {step} in {seconds} s"
+    )
 
 
 def test_two_hundred_steps_are_the_same_after_a_kill(repository):
@@ -82,8 +110,14 @@ def test_two_hundred_steps_are_the_same_after_a_kill(repository):
         states[name] = until(process, file, 200)
         process.kill()
         out, err = process.communicate()
-        assert "64" not in out.split("images a step")[0] and "8 + 40 images a step, 50 steps an epoch, 400 epochs = 20000 steps" in out
-        assert "13000 labelled, 2000 unlabelled, 1000 test images, 1000 classes" in out and "simmatch-1p (sha256 90c1450521fa)" in out
+        assert (
+            "64" not in out.split("images a step")[0]
+            and "8 + 40 images a step, 50 steps an epoch, 400 epochs = 20000 steps" in out
+        )
+        assert (
+            "13000 labelled, 2000 unlabelled, 1000 test images, 1000 classes" in out
+            and "simmatch-1p (sha256 90c1450521fa)" in out
+        )
         if name == "whole":
             (repository / "checkpoints" / "simmatch-1p").rename(repository / "checkpoints" / "whole")
             file.rename(repository / "checkpoints" / "whole.pth")
@@ -96,18 +130,36 @@ def test_two_hundred_steps_are_the_same_after_a_kill(repository):
         done = subprocess.run([sys.executable, *words], cwd=repository, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[-1]
-    flags = "--workers 1 --device cpu".split()
-    line = said("train_semi.py", *shlex.split("--evaluate --anno-percent 0.01 --DA --checkpoint whole.pth"), *flags)
-    assert line.startswith("* Acc@1 ") and line == said("eval.py", "--checkpoint", "checkpoints/whole.pth", *flags)
 
-    said("eval.py", "--checkpoint", "checkpoints/whole.pth", "--export", "checkpoints/simmatch-10p.pth", "--format", "published")
-    assert line == said("eval.py", "--checkpoint", "checkpoints/simmatch-10p.pth", *flags, "--image-size", "16")
+    flags = "--workers 1 --device cpu".split()
+    line = said(
+        "train_semi.py", *shlex.split("--evaluate --anno-percent 0.01 --DA --checkpoint whole.pth"), *flags
+    )
+    assert line.startswith("* Acc@1 ") and line == said(
+        "eval.py", "--checkpoint", "checkpoints/whole.pth", *flags
+    )
+
+    said(
+        "eval.py",
+        "--checkpoint",
+        "checkpoints/whole.pth",
+        "--export",
+        "checkpoints/simmatch-10p.pth",
+        "--format",
+        "published",
+    )
+    assert line == said(
+        "eval.py", "--checkpoint", "checkpoints/simmatch-10p.pth", *flags, "--image-size", "16"
+    )
     theirs = torch.load(repository / "checkpoints" / "simmatch-10p.pth", weights_only=True)
     assert theirs["epoch"] == 4 and theirs["state_dict"]["module.bank"].shape == (128, 13000)
     kept = (repository / "checkpoints" / "simmatch-10p.pth").read_bytes()
-    process = start(repository, "--checkpoint", "simmatch-10p.pth")             # the last --checkpoint counts
+    process = start(repository, "--checkpoint", "simmatch-10p.pth")  # the last --checkpoint counts
     after = until(process, repository / "checkpoints" / "simmatch-10p.pth", 250)
     process.kill()
     out, _ = process.communicate()
     assert "is a checkpoint of the published program" in out and "at step 200: 19800 steps to go" in out
-    assert after["step"] == 250 and Path(repository, "checkpoints", "simmatch-10p.published.pth").read_bytes() == kept
+    assert (
+        after["step"] == 250
+        and Path(repository, "checkpoints", "simmatch-10p.published.pth").read_bytes() == kept
+    )

@@ -1,4 +1,7 @@
-"""Training on several processes as a user starts it: killed, continued with other numbers of processes, and with a rank lost."""
+"""Training on several processes as a user starts it: killed, continued with other numbers of processes, and
+with a rank lost.
+"""
+
 import os
 import re
 import signal
@@ -15,18 +18,57 @@ from test_train import assert_same_run, events, weights
 import train_semi
 
 pytestmark = pytest.mark.slow
-FLAGS = ["--config", "configs/digits.yaml", "--device", "cpu", "--batch-size", "5", "--epochs", "3", "--eval-freq", "1", "--print-freq", "4",
-         "--workers", "0", "--save-freq", "7"]
+FLAGS = [
+    "--config",
+    "configs/digits.yaml",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "5",
+    "--epochs",
+    "3",
+    "--eval-freq",
+    "1",
+    "--print-freq",
+    "4",
+    "--workers",
+    "0",
+    "--save-freq",
+    "7",
+]
 
 
 def start(folder, *flags, processes=2, others=()):
-    """The ranks, as torchrun starts them; each with its own output. others: flags that ranks other than 0 have besides."""
+    """The ranks, as torchrun starts them; each with its own output. others: flags that ranks other than 0
+    have besides.
+    """
     port = next(p for p in range(20000 + os.getpid() % 5000, 30000) if free(p))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen([sys.executable, "train_semi.py", *FLAGS, "--output-dir", str(folder), *flags,
-                              *(others if rank else ())], cwd=ROOT, text=True,
-                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for rank in range(processes)]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "train_semi.py",
+                *FLAGS,
+                "--output-dir",
+                str(folder),
+                *flags,
+                *(others if rank else ()),
+            ],
+            cwd=ROOT,
+            text=True,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(processes)
+    ]
 
 
 def finish(ranks, seconds=180):
@@ -78,22 +120,34 @@ def test_two_ranks_that_are_killed_go_on_to_the_same_bits(whole, tmp_path):
 
 
 def test_virtual_ranks_are_the_ranks_rounded_otherwise(whole, tmp_path):
-    (code, out, err), = finish(start(tmp_path / "virtual", "--virtual-ranks", "2", processes=1))
+    ((code, out, err),) = finish(start(tmp_path / "virtual", "--virtual-ranks", "2", processes=1))
     assert code == 0 and "2 ranks of 5 labelled images, 2 on each of 1 processes" in out, err
-    first, second = ([event for event in events(folder) if event["event"] == "train"] for folder in (whole, tmp_path / "virtual"))
+    first, second = (
+        [event for event in events(folder) if event["event"] == "train"]
+        for folder in (whole, tmp_path / "virtual")
+    )
     assert [event["step"] for event in first] == [event["step"] for event in second]
-    for a, b in zip(first[:3], second):         # rounding in float32 grows from step to step; the models' tests are in float64
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["pseudo_acc"] == pytest.approx(a["pseudo_acc"], abs=0.02)
+    for a, b in zip(
+        first[:3], second
+    ):  # rounding in float32 grows from step to step; the models' tests are in float64
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["pseudo_acc"] == pytest.approx(
+            a["pseudo_acc"], abs=0.02
+        )
 
 
 def test_another_number_of_processes_is_refused_or_goes_on_as_the_user_says(mistake, tmp_path):
     folder = tmp_path / "run"
     reached = killed(folder)
     before = (folder / "last.pth").read_bytes()
-    mistake(train_semi.main, [*FLAGS, "--output-dir", folder], "of 2 ranks, this start is of 1", "--virtual-ranks 2",
-            "--other-ranks continue")
+    mistake(
+        train_semi.main,
+        [*FLAGS, "--output-dir", folder],
+        "of 2 ranks, this start is of 1",
+        "--virtual-ranks 2",
+        "--other-ranks continue",
+    )
     assert (folder / "last.pth").read_bytes() == before
-    (code, out, err), = finish(start(folder, "--other-ranks", "continue", processes=1))
+    ((code, out, err),) = finish(start(folder, "--other-ranks", "continue", processes=1))
     assert code == 0 and "the same step, rounded otherwise" in out and f"at step {reached}" in out, err
     steps = [event["step"] for event in events(folder) if event["event"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 60 and weights(folder)["world"] == 2
@@ -103,11 +157,22 @@ def test_ranks_grouped_anew_keep_the_images_of_a_step(whole, tmp_path):
     alone = finish(start(tmp_path / "run", "--batch-size", "10", "--epochs", "2", processes=1))
     assert alone[0][0] == 0, alone[0][2]
     one = weights(tmp_path / "run")
-    one["config"]["epochs"] = 3                 # another three epochs would be another run
+    one["config"]["epochs"] = 3  # another three epochs would be another run
     from util import checkpoint
-    checkpoint.save(tmp_path / "run" / "last.pth", {key: value for key, value in one.items() if key not in ("sha256", "format")})
-    (code, out, err), other = finish(start(tmp_path / "run", "--batch-size", "10", "--other-ranks", "continue"))
-    assert code == 0 and other[0] == 0 and "2 ranks of 5 labelled images (it had 1 of 10)" in out and "BN's statistics" in out, err
+
+    checkpoint.save(
+        tmp_path / "run" / "last.pth",
+        {key: value for key, value in one.items() if key not in ("sha256", "format")},
+    )
+    (code, out, err), other = finish(
+        start(tmp_path / "run", "--batch-size", "10", "--other-ranks", "continue")
+    )
+    assert (
+        code == 0
+        and other[0] == 0
+        and "2 ranks of 5 labelled images (it had 1 of 10)" in out
+        and "BN's statistics" in out
+    ), err
     assert weights(tmp_path / "run")["step"] == 60 and weights(tmp_path / "run")["batch_size"] == 5
 
 
@@ -115,7 +180,9 @@ def test_evaluation_counts_every_image_once(whole, command):
     """The ranks' accuracy is that of one process that sees all images."""
     done = command("eval.py", "--checkpoint", whole / "last.pth")
     last = [event for event in events(whole) if event["event"] == "eval"][-1]
-    assert done.stdout.splitlines()[-1] == f"* Acc@1 {last['student_top1']:.3f} Acc@5 {last['student_top5']:.3f}", done.stderr
+    assert (
+        done.stdout.splitlines()[-1] == f"* Acc@1 {last['student_top1']:.3f} Acc@5 {last['student_top5']:.3f}"
+    ), done.stderr
 
 
 @pytest.mark.parametrize("how, victim", [("hangs", 1), ("dies", 1), ("dies", 0)])
@@ -128,13 +195,22 @@ def test_a_lost_rank_ends_the_run_with_its_name(how, victim, tmp_path):
     for code, out, err in survivors:
         assert code == 1 and "Traceback" not in err, err
         line = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(line) == 1 and re.search(rf"waited in vain for rank {victim} on \S+: it hangs or has ended", line[0]), err
+        assert len(line) == 1 and re.search(
+            rf"waited in vain for rank {victim} on \S+: it hangs or has ended", line[0]
+        ), err
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"] > 0
 
 
 def test_ranks_that_cannot_be_shared(mistake, tmp_path):
-    mistake(train_semi.main, [*FLAGS, "--output-dir", tmp_path, "--timeout-minutes", "0"], "timeout_minutes", "greater than 0")
-    mistake(train_semi.main, [*FLAGS, "--output-dir", tmp_path, "--other-ranks", "maybe"], "refuse or continue")
+    mistake(
+        train_semi.main,
+        [*FLAGS, "--output-dir", tmp_path, "--timeout-minutes", "0"],
+        "timeout_minutes",
+        "greater than 0",
+    )
+    mistake(
+        train_semi.main, [*FLAGS, "--output-dir", tmp_path, "--other-ranks", "maybe"], "refuse or continue"
+    )
 
 
 @pytest.mark.parametrize("what, flags", [("seed", ["--seed", "4"]), ("step", ["--output-dir", "elsewhere"])])

@@ -1,4 +1,5 @@
 """The shell scripts: they parse, find an environment that will do, and refuse one that will not."""
+
 import os
 import subprocess
 import sys
@@ -13,11 +14,24 @@ def test_syntax(script):
 
 
 def setup(function, *args, **env):
-    return subprocess.run(["bash", "-c", f'source "{ROOT}/script/setup.sh"; {function} "$@"; code=$?; echo "$PYTHON"; exit $code',
-                           "-", *map(str, args)], cwd="/", capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run(
+        [
+            "bash",
+            "-c",
+            f'source "{ROOT}/script/setup.sh"; {function} "$@"; code=$?; echo "$PYTHON"; exit $code',
+            "-",
+            *map(str, args),
+        ],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
 
 
-@pytest.mark.parametrize("line, met", [("numpy>=1.0", True), ("numpy>=999", False), ("no-such-package>=1", False), ("", True)])
+@pytest.mark.parametrize(
+    "line, met", [("numpy>=1.0", True), ("numpy>=999", False), ("no-such-package>=1", False), ("", True)]
+)
 def test_has_requirements(tmp_path, line, met):
     (tmp_path / "r.txt").write_text(line + "\n")
     assert (setup("has_requirements", sys.executable, tmp_path / "r.txt").returncode == 0) == met

@@ -1,4 +1,5 @@
 """Jobs of script/train.sh that are interrupted, on a real Slurm of two nodes; skipped where none is running."""
+
 import os
 import re
 import shutil
@@ -31,8 +32,13 @@ def log(folder):
     return folder.with_name(folder.name + ".out").read_text()
 
 
-@pytest.mark.parametrize("how, by", [(["scancel", "--signal=USR1"], "train: back into the queue"),
-                                     (["scontrol", "requeue"], "DUE TO JOB REQUEUE")])
+@pytest.mark.parametrize(
+    "how, by",
+    [
+        (["scancel", "--signal=USR1"], "train: back into the queue"),
+        (["scontrol", "requeue"], "DUE TO JOB REQUEUE"),
+    ],
+)
 def test_a_job_that_is_asked_to_stop_is_requeued_and_ends_with_the_same_bits(how, by, whole, tmp_path):
     """By a signal to the ranks; and by SIGTERM as Slurm puts it back itself, which is what a preemption does."""
     folder = tmp_path / "asked"
@@ -40,15 +46,18 @@ def test_a_job_that_is_asked_to_stop_is_requeued_and_ends_with_the_same_bits(how
     wait_running(job, folder / "last.pth")
     assert slurm(*how, job).returncode == 0
     wait(job)
-    assert "asked to stop: saved step" in log(folder) and by in log(folder) and "start number 1" in log(folder), log(folder)
+    assert (
+        "asked to stop: saved step" in log(folder) and by in log(folder) and "start number 1" in log(folder)
+    ), log(folder)
     assert "start number 2" not in log(folder)
     assert show(job)["Restarts"] == "1" and show(job)["JobState"] == "COMPLETED"
     assert_same_run(whole, folder)
 
 
 def test_slurm_signals_before_the_time_limit_and_the_job_goes_on_later(whole, tmp_path):
-    """The limit is two minutes and the signal due a minute before it; Slurm looks every 30 s. So that no machine is fast
-    enough to end before it, the ranks stand still (SIGSTOP) until Slurm sends it, which wakes them.
+    """The limit is two minutes and the signal due a minute before it; Slurm looks every 30 s. So that no
+    machine is fast enough to end before it, the ranks stand still (SIGSTOP) until Slurm sends it, which wakes
+    them.
     """
     folder = tmp_path / "limited"
     job = digits(folder, options=["--time=2", "--signal=USR1@60"])
@@ -57,7 +66,11 @@ def test_slurm_signals_before_the_time_limit_and_the_job_goes_on_later(whole, tm
     assert "asked to stop" not in log(folder)
     wait(job)
     assert "asked to stop: saved step" in log(folder) and "start number 1" in log(folder), log(folder)
-    assert "TIME LIMIT" not in log(folder) and show(job)["JobState"] == "COMPLETED" and int(show(job)["Restarts"]) >= 1
+    assert (
+        "TIME LIMIT" not in log(folder)
+        and show(job)["JobState"] == "COMPLETED"
+        and int(show(job)["Restarts"]) >= 1
+    )
     assert_same_run(whole, folder)
 
 
@@ -83,19 +96,28 @@ def test_a_node_that_goes_down_is_waited_for(which, whole, tmp_path):
 
 
 def by_urgency():
-    """Names of the partitions, the least urgent first, if Slurm puts a job of one back into the queue for one of a later."""
+    """Names of the partitions, the least urgent first, if Slurm puts a job of one back into the queue for one
+    of a later.
+    """
     if not nodes() or not re.search(r"PreemptMode\s*=\s*REQUEUE", slurm("scontrol", "show", "config").stdout):
         return []
-    tiers = re.findall(r"PartitionName=(\S+).*?PriorityTier=(\d+)", slurm("scontrol", "show", "partition").stdout, re.S)
+    tiers = re.findall(
+        r"PartitionName=(\S+).*?PriorityTier=(\d+)", slurm("scontrol", "show", "partition").stdout, re.S
+    )
     return [name for name, tier in sorted(tiers, key=lambda pair: int(pair[1]))]
 
 
-@pytest.mark.skipif(len(by_urgency()) < 2, reason="this Slurm does not preempt: PreemptMode=REQUEUE and two partitions are needed")
+@pytest.mark.skipif(
+    len(by_urgency()) < 2,
+    reason="this Slurm does not preempt: PreemptMode=REQUEUE and two partitions are needed",
+)
 def test_a_preempted_job_goes_on_later(whole, tmp_path):
     folder, (least, *_, most) = tmp_path / "preempted", by_urgency()
     job = digits(folder, options=[f"--partition={least}"])
     wait_running(job, folder / "last.pth")
-    sbatch(f"--partition={most}", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 5")
+    sbatch(
+        f"--partition={most}", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 5"
+    )
     wait(job)
     assert "DUE TO PREEMPTION" in log(folder) and "asked to stop: saved step" in log(folder), log(folder)
     assert "start number 1" in log(folder) and show(job)["JobState"] == "COMPLETED"

@@ -1,6 +1,7 @@
-"""What script/train.sh and script/eval.sh ask a real Slurm for, and the tables of docs/SLURM.md: each row by its name, against
-what Slurm says; skipped where none is running.
+"""What script/train.sh and script/eval.sh ask a real Slurm for, and the tables of docs/SLURM.md: each row by
+its name, against what Slurm says; skipped where none is running.
 """
+
 import re
 import time
 
@@ -28,7 +29,11 @@ def says(quoted, text):
 
 def cpus():
     """The most that a node has."""
-    return max([int(n.rstrip("+")) for n in slurm("sinfo", "-h", "-N", "-o", "%c").stdout.split()]) if nodes() else 0
+    return (
+        max([int(n.rstrip("+")) for n in slurm("sinfo", "-h", "-N", "-o", "%c").stdout.split()])
+        if nodes()
+        else 0
+    )
 
 
 REFUSED = {
@@ -52,7 +57,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_request_that_sbatch_refuses(name, tmp_path):
-    done = slurm("sbatch", "--parsable", *REFUSED[name], "script/train.sh", cwd=tmp_path if "folder" in name else ROOT)
+    done = slurm(
+        "sbatch", "--parsable", *REFUSED[name], "script/train.sh", cwd=tmp_path if "folder" in name else ROOT
+    )
     if done.returncode == 0:
         slurm("scancel", done.stdout.strip())
     assert done.returncode != 0 and done.stdout == ""
@@ -87,19 +94,41 @@ def test_a_request_that_waits(name):
 
 
 def test_every_row_is_tested():
-    names = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", PAGE, re.M)           # the rows of three columns
+    names = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", PAGE, re.M)  # the rows of three columns
     assert sorted(set(names) - {"asked for"}) == sorted([*REFUSED, *WAITING])
 
 
 def test_what_the_script_asks_for_and_that_the_command_line_goes_before_it(tmp_path):
     usual = show(sbatch("--hold", "script/train.sh"))
-    assert (usual["JobName"], usual["TimeLimit"], usual["NumTasks"], usual["TresPerNode"], usual["Requeue"]) == (
-        "simmatch", "1-00:00:00", "8", "gres:gpu:8", "1")
+    assert (
+        usual["JobName"],
+        usual["TimeLimit"],
+        usual["NumTasks"],
+        usual["TresPerNode"],
+        usual["Requeue"],
+    ) == ("simmatch", "1-00:00:00", "8", "gres:gpu:8", "1")
     assert usual["StdOut"] == f"{ROOT}/log/simmatch-{usual['JobId']}.out"
-    own = show(sbatch("--hold", "--job-name=mine", "--time=7", "--ntasks-per-node=2", "--gres=gpu:2", "--cpus-per-task=3",
-                      "--no-requeue", f"--output={tmp_path}/%x-%j.txt", "script/train.sh"))
-    assert (own["JobName"], own["TimeLimit"], own["NumTasks"], own["TresPerNode"], own["Requeue"], own["CPUs/Task"]) == (
-        "mine", "00:07:00", "2", "gres:gpu:2", "0", "3")
+    own = show(
+        sbatch(
+            "--hold",
+            "--job-name=mine",
+            "--time=7",
+            "--ntasks-per-node=2",
+            "--gres=gpu:2",
+            "--cpus-per-task=3",
+            "--no-requeue",
+            f"--output={tmp_path}/%x-%j.txt",
+            "script/train.sh",
+        )
+    )
+    assert (
+        own["JobName"],
+        own["TimeLimit"],
+        own["NumTasks"],
+        own["TresPerNode"],
+        own["Requeue"],
+        own["CPUs/Task"],
+    ) == ("mine", "00:07:00", "2", "gres:gpu:2", "0", "3")
     assert own["StdOut"] == f"{tmp_path}/mine-{own['JobId']}.txt"
 
 
@@ -112,22 +141,32 @@ def finished(tmp_path, *words, **how):
 
 def test_more_tasks_than_gpus_is_an_error(tmp_path):
     run = tmp_path / "run"
-    state, said = finished(tmp_path, *ONE, "--ntasks-per-node=2", "script/train.sh", *DIGITS, "--output-dir", run)
+    state, said = finished(
+        tmp_path, *ONE, "--ntasks-per-node=2", "script/train.sh", *DIGITS, "--output-dir", run
+    )
     assert state["ExitCode"] == "2:0" and said == ROWS["more tasks than GPUs"] + "\n"
     assert not run.exists()
 
 
 def test_fewer_tasks_than_gpus_is_a_warning(tmp_path):
     run = tmp_path / "run"
-    state, said = finished(tmp_path, *ONE, "--gres=gpu:2", "script/train.sh", *DIGITS, "--epochs", "1", "--output-dir", run)
+    state, said = finished(
+        tmp_path, *ONE, "--gres=gpu:2", "script/train.sh", *DIGITS, "--epochs", "1", "--output-dir", run
+    )
     assert state["JobState"] == "COMPLETED" and said.startswith(ROWS["fewer tasks than GPUs"] + "\n"), said
     assert (run / "last.pth").exists()
 
 
 def test_a_job_from_another_folder(tmp_path):
     state, said = finished(tmp_path, *ONE, ROOT / "script" / "train.sh", cwd=tmp_path)
-    assert state["ExitCode"] == "2:0" and said.count("\n") == 1 and says(ROWS["sbatch from another folder"], said), said
-    state, _ = finished(tmp_path, *ONE, f"--output={tmp_path}/log/%j.out", ROOT / "script" / "train.sh", cwd=tmp_path)
+    assert (
+        state["ExitCode"] == "2:0"
+        and said.count("\n") == 1
+        and says(ROWS["sbatch from another folder"], said)
+    ), said
+    state, _ = finished(
+        tmp_path, *ONE, f"--output={tmp_path}/log/%j.out", ROOT / "script" / "train.sh", cwd=tmp_path
+    )
     assert "`ExitCode=0:53`" in PAGE and state["ExitCode"] == "0:53" and not (tmp_path / "log").exists()
 
 
@@ -146,7 +185,9 @@ def test_eval_sh(tmp_path, train):
     """Under Slurm the same lines as without."""
     assert train(tmp_path / "run", "--device", "cpu").returncode == 0
     words = ["script/eval.sh", "--device", "cpu", "--checkpoint"]
-    state, said = finished(tmp_path, "--gres=none", "--cpus-per-task=1", *words, tmp_path / "run" / "last.pth")
+    state, said = finished(
+        tmp_path, "--gres=none", "--cpus-per-task=1", *words, tmp_path / "run" / "last.pth"
+    )
     assert state["JobState"] == "COMPLETED", said
     here = slurm("bash", *words, tmp_path / "run" / "last.pth")
     assert here.returncode == 0 and here.stdout == said, said
@@ -159,5 +200,8 @@ def test_eval_sh(tmp_path, train):
 def test_on_a_login_node_without_gpu_train_sh_names_sbatch(tmp_path):
     done = slurm("bash", "script/train.sh", *DIGITS, "--epochs", "1", "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "no GPU here, so on the CPU; to use this cluster's GPUs: sbatch script/train.sh configs/digits.yaml" in done.stdout
+    assert (
+        "no GPU here, so on the CPU; to use this cluster's GPUs: sbatch script/train.sh configs/digits.yaml"
+        in done.stdout
+    )
     assert (tmp_path / "run" / "last.pth").exists()

@@ -1,4 +1,7 @@
-"""What ranks send each other, as the kernel counts it: nothing grows with the bank, images travel at most once."""
+"""What ranks send each other, as the kernel counts it: nothing grows with the bank, images travel at most
+once.
+"""
+
 import socket
 from statistics import mean
 
@@ -10,12 +13,15 @@ from util.config import parse
 
 
 def test_every_byte_of_a_connection_is_counted_once_read_or_not():
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as here:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as here,
+    ):
         there, _ = server.accept()
         with there:
             before = traffic.bytes_sent()
             here.setblocking(False)
-            sent = here.send(bytes(10**8))          # more than the other end has room for: a part waits here
+            sent = here.send(bytes(10**8))  # more than the other end has room for: a part waits here
             assert sent > 10**5 and traffic.bytes_sent() - before == sent
             read = 0
             while read < sent:
@@ -25,7 +31,11 @@ def test_every_byte_of_a_connection_is_counted_once_read_or_not():
 
 
 def test_the_ledger_puts_what_is_sent_inside_on_the_inner_cause():
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as here:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as here,
+    ):
+
         class Place:
             def inner(self, n):
                 here.sendall(bytes(n))
@@ -34,29 +44,53 @@ def test_the_ledger_puts_what_is_sent_inside_on_the_inner_cause():
                 here.sendall(bytes(10 * n))
                 self.inner(n)
                 here.sendall(bytes(100 * n))
+
         ledger = traffic.Ledger()
         ledger.wrap(Place, "inner", "features")
         ledger.wrap(Place, "outer", "other")
         here.sendall(bytes(5))
         Place().outer(1)
-        assert ledger.take() == {**dict.fromkeys(traffic.CAUSES, 0), "features": 1, "other": 110, "unassigned": 5}
+        assert ledger.take() == {
+            **dict.fromkeys(traffic.CAUSES, 0),
+            "features": 1,
+            "other": 110,
+            "unassigned": 5,
+        }
         assert set(ledger.take().values()) == {0}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["ema", "eman"])
 def test_two_ranks(teacher):
-    config = parse(["--config", str(ROOT / "configs" / "imagenet_10p.yaml"), "--backbone", "small_encoder", "--image-size", "32",
-                    "--cls", "10", "--eman", str(teacher == "eman")], "")
+    config = parse(
+        [
+            "--config",
+            str(ROOT / "configs" / "imagenet_10p.yaml"),
+            "--backbone",
+            "small_encoder",
+            "--image-size",
+            "32",
+            "--cls",
+            "10",
+            "--eman",
+            str(teacher == "eman"),
+        ],
+        "",
+    )
     few, many = traffic.count(2, config, [10, 1000], steps=2)
-    assert few["sent"] == many["sent"] and len(few["sent"]) == 4    # every cause, rank and step; the larger bank has 0.5 MB more
+    assert (
+        few["sent"] == many["sent"] and len(few["sent"]) == 4
+    )  # every cause, rank and step; the larger bank has 0.5 MB more
     paper = traffic.on_paper(2, config, few)
     assert few["images"] == 48 * 3 * 32 * 32 * 4 and few["gradients"] > 600_000
     for sent in few["sent"]:
         assert sent["unassigned"] == 0
-        for cause in ("gradients", "features"):         # the rest are headers and, for gradients, which parameters were used
+        for cause in (
+            "gradients",
+            "features",
+        ):  # the rest are headers and, for gradients, which parameters were used
             assert paper[cause] <= sent[cause] <= 1.01 * paper[cause] + 1000
-        assert sent["other"] <= 10_000                  # prior, statistics, the log's means, whether to stop
+        assert sent["other"] <= 10_000  # prior, statistics, the log's means, whether to stop
         if teacher == "ema":
             assert 0 < sent["shuffle-BN out"] <= few["images"]
             assert 0 < sent["shuffle-BN home"] <= 48 * (config.cls + config.dim) * 4 + 1000
@@ -64,4 +98,6 @@ def test_two_ranks(teacher):
             assert sent["shuffle-BN out"] == sent["shuffle-BN home"] == 0
         assert traffic.share_of_bound(sent, few["images"]) <= 1
     for cause in traffic.CAUSES[:-1]:
-        assert paper[cause] == pytest.approx(mean(sent[cause] for sent in few["sent"]), rel=0.25, abs=5000), cause
+        assert paper[cause] == pytest.approx(mean(sent[cause] for sent in few["sent"]), rel=0.25, abs=5000), (
+            cause
+        )

@@ -1,4 +1,7 @@
-"""train_semi.py as a user runs it: what it writes, that seeds are honoured, that it continues, and what mistakes print."""
+"""train_semi.py as a user runs it: what it writes, that seeds are honoured, that it continues, and what
+mistakes print.
+"""
+
 import json
 import os
 import signal
@@ -16,7 +19,19 @@ import train_semi
 from benchmark.same_run import difference, events, first_difference, weights
 from util.diagnostics import KEYS
 
-TRAIN = {"event", "step", "epoch", "loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s"}
+TRAIN = {
+    "event",
+    "step",
+    "epoch",
+    "loss",
+    "loss_x",
+    "loss_u",
+    "loss_in",
+    "mask",
+    "pseudo_acc",
+    "lr",
+    "images_per_s",
+}
 EVAL = {"event", "step", "student_top1", "student_top5", "teacher_top1", "teacher_top5"}
 
 
@@ -29,16 +44,39 @@ def assert_same_run(a, b):
 def finished(tmp_path_factory):
     """One finished run of two epochs that several tests look at."""
     folder = tmp_path_factory.mktemp("run")
-    done = subprocess.run([sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1",
-                           "--print-freq", "3", "--output-dir", str(folder)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train_semi.py",
+            "--config",
+            "configs/digits.yaml",
+            "--epochs",
+            "2",
+            "--eval-freq",
+            "1",
+            "--print-freq",
+            "3",
+            "--output-dir",
+            str(folder),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return folder, done
 
 
 def test_the_output_directory(finished):
     folder, _ = finished
-    assert sorted(os.listdir(folder)) == ["best.pth", "config.yaml", "last.previous.pth", "last.pth", "log.jsonl", "tb"]
+    assert sorted(os.listdir(folder)) == [
+        "best.pth",
+        "config.yaml",
+        "last.previous.pth",
+        "last.pth",
+        "log.jsonl",
+        "tb",
+    ]
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["epochs"] == 2 and config["method"] == "simmatch" and config == weights(folder)["config"]
 
@@ -55,7 +93,10 @@ def test_the_log_has_the_promised_keys_in_order(finished):
     trains = [event for event in log if event["event"] == "train"]
     steps = [event["step"] for event in trains]
     assert steps == sorted(set(steps))
-    assert all(event["loss"] == pytest.approx(event["loss_x"] + event["loss_u"] + event["loss_in"], rel=1e-5) for event in trains)
+    assert all(
+        event["loss"] == pytest.approx(event["loss_x"] + event["loss_u"] + event["loss_in"], rel=1e-5)
+        for event in trains
+    )
     for kind in ("eval", "diagnostics"):
         assert [event["step"] for event in log if event["event"] == kind] == [max(steps) // 2, max(steps)]
 
@@ -68,7 +109,7 @@ def test_tensorboard_reads_the_same_values(finished):
         for key, value in event.items():
             if key in ("event", "step") or event["event"] == "start":
                 continue
-            if not isinstance(value, (int, float)):     # null, and lists of the diagnostics
+            if not isinstance(value, (int, float)):  # null, and lists of the diagnostics
                 continue
             found = [s.value for s in reader.Scalars(f"{event['event']}/{key}") if s.step == event["step"]]
             assert found == [pytest.approx(value, rel=1e-6)]
@@ -109,7 +150,12 @@ def test_another_seed_is_another_run(train, tmp_path):
 @pytest.mark.slow
 def test_diagnostics_change_no_bit(train, tmp_path):
     for name, every in (("each", 1), ("never", 1000)):
-        assert train(tmp_path / name, "--diagnose-freq", every, "--virtual-ranks", 2, "--batch-size", 5).returncode == 0
+        assert (
+            train(
+                tmp_path / name, "--diagnose-freq", every, "--virtual-ranks", 2, "--batch-size", 5
+            ).returncode
+            == 0
+        )
     each, never = (weights(tmp_path / name) for name in ("each", "never"))
     assert [e for e in events(tmp_path / "each") if e["event"] != "diagnostics"] == events(tmp_path / "never")
     for key in ("method", "optimizer", "best"):
@@ -117,17 +163,30 @@ def test_diagnostics_change_no_bit(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, flags", [("simmatch", []), ("simmatch", ["--eman"]), ("fixmatch", []), ("supervised", [])])
+@pytest.mark.parametrize(
+    "method, flags", [("simmatch", []), ("simmatch", ["--eman"]), ("fixmatch", []), ("supervised", [])]
+)
 def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path):
     flags = ["--method", method, "--epochs", "4", *flags]
     assert train(tmp_path / "whole", *flags).returncode == 0
-    command = [sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--eval-freq", "1", "--output-dir",
-               str(tmp_path / "killed"), "--save-freq", "7", *flags]
+    command = [
+        sys.executable,
+        "train_semi.py",
+        "--config",
+        "configs/digits.yaml",
+        "--eval-freq",
+        "1",
+        "--output-dir",
+        str(tmp_path / "killed"),
+        "--save-freq",
+        "7",
+        *flags,
+    ]
     run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (tmp_path / "killed" / "last.pth").exists() and time.time() < deadline:
         time.sleep(0.01)
-    time.sleep(0.15)                    # somewhere between two checkpoints
+    time.sleep(0.15)  # somewhere between two checkpoints
     run.send_signal(signal.SIGKILL)
     run.wait()
     reached = weights(tmp_path / "killed")["step"]
@@ -141,14 +200,32 @@ def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_run_that_is_asked_to_stop_saves_and_continues_to_the_same_bits(number, train, tmp_path):
     assert train(tmp_path / "whole", "--epochs", "6", "--workers", "0").returncode == 0
-    command = [sys.executable, "train_semi.py", "--config", "configs/digits.yaml", "--eval-freq", "1", "--epochs", "6", "--workers", "2",
-               "--output-dir", str(tmp_path / "asked")]
-    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "train_semi.py",
+        "--config",
+        "configs/digits.yaml",
+        "--eval-freq",
+        "1",
+        "--epochs",
+        "6",
+        "--workers",
+        "2",
+        "--output-dir",
+        str(tmp_path / "asked"),
+    ]
+    run = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     deadline = time.time() + 120
     while not (tmp_path / "asked" / "last.pth").exists() and time.time() < deadline:
         time.sleep(0.01)
-    os.killpg(run.pid, number)                      # to its workers too, as Slurm does
+    os.killpg(run.pid, number)  # to its workers too, as Slurm does
     out, err = run.communicate(timeout=120)
     reached = weights(tmp_path / "asked")["step"]
     assert run.returncode == 75 and f"asked to stop: saved step {reached}" in out and err == "", err
@@ -168,18 +245,28 @@ def test_a_damaged_or_missing_last_checkpoint_is_replaced_by_the_one_before_it(t
         if damage == "gone":
             (folder / "last.pth").unlink()
         elif damage == "cut":
-            (folder / "last.pth").write_bytes(data[:len(data) // 2])
+            (folder / "last.pth").write_bytes(data[: len(data) // 2])
         else:
             data[data.index(weights(folder)["method"]["student.fc.weight"].numpy().tobytes())] ^= 1
             (folder / "last.pth").write_bytes(data)
         again = train(folder)
-        assert again.returncode == 0 and "last.previous.pth" in again.stdout and "at step 20: 20 steps to go" in again.stdout
+        assert (
+            again.returncode == 0
+            and "last.previous.pth" in again.stdout
+            and "at step 20: 20 steps to go" in again.stdout
+        )
         assert_same_run(tmp_path / "whole", folder)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--start-epoch", "1"], ["no checkpoint", "start epoch 1"]), (["--moco-path", "nowhere.pth"], ["--moco-path nowhere.pth", "no such file"]),
-    (["--moco-path", "README.md"], ["README.md", "not a PyTorch checkpoint"]), (["--evaluate"], ["--evaluate needs --checkpoint"])])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--start-epoch", "1"], ["no checkpoint", "start epoch 1"]),
+        (["--moco-path", "nowhere.pth"], ["--moco-path nowhere.pth", "no such file"]),
+        (["--moco-path", "README.md"], ["README.md", "not a PyTorch checkpoint"]),
+        (["--evaluate"], ["--evaluate needs --checkpoint"]),
+    ],
+)
 def test_mistakes_about_where_to_start(flags, words, mistake, tmp_path):
     mistake(train_semi.main, [*DIGITS, tmp_path / "run", *flags], *words)
 
@@ -191,26 +278,34 @@ def test_a_folder_or_a_published_file_in_the_place_of_a_checkpoint(mistake, tmp_
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "last.pth")
     before = (tmp_path / "last.pth").read_bytes()
     (tmp_path / "last.previous.pth").write_bytes(b"of another run")
-    mistake(train_semi.main, [*DIGITS, tmp_path], "of the published program, but", "last.previous.pth is of another run")
+    mistake(
+        train_semi.main,
+        [*DIGITS, tmp_path],
+        "of the published program, but",
+        "last.previous.pth is of another run",
+    )
     assert (tmp_path / "last.pth").read_bytes() == before
 
 
 DIGITS = ("--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1", "--output-dir")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--lamda-u", "3"], ["--lamda-u", "lambda_u"]),
-    (["--epochs", "ten"], ["--epochs", "int", "'ten'"]),
-    (["--labels-per-class", "0"], ["0 images per class", "at least 1"]),
-    (["--labels-per-class", "2000"], ["only 142 images", "2000 are to be drawn"]),
-    (["--method", "simatch"], ["'simatch'", "simmatch_single, fixmatch, supervised"]),
-    (["--backbone", "resnet51"], ["'resnet51'", "resnet50_encoder"]),
-    (["--dataset", "mnist"], ["'mnist'", "digits"]),
-    (["--cls", "9"], ["cls is 9", "10 classes"]),
-    (["--batch-size", "300"], ["1437", "--batch-size"]),
-    (["--output-dir", "/proc/run"], ["/proc/run", "--output-dir"]),
-    (["--output-dir", "pytest.ini/run"], ["pytest.ini/run", "Not a directory"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--lamda-u", "3"], ["--lamda-u", "lambda_u"]),
+        (["--epochs", "ten"], ["--epochs", "int", "'ten'"]),
+        (["--labels-per-class", "0"], ["0 images per class", "at least 1"]),
+        (["--labels-per-class", "2000"], ["only 142 images", "2000 are to be drawn"]),
+        (["--method", "simatch"], ["'simatch'", "simmatch_single, fixmatch, supervised"]),
+        (["--backbone", "resnet51"], ["'resnet51'", "resnet50_encoder"]),
+        (["--dataset", "mnist"], ["'mnist'", "digits"]),
+        (["--cls", "9"], ["cls is 9", "10 classes"]),
+        (["--batch-size", "300"], ["1437", "--batch-size"]),
+        (["--output-dir", "/proc/run"], ["/proc/run", "--output-dir"]),
+        (["--output-dir", "pytest.ini/run"], ["pytest.ini/run", "Not a directory"]),
+    ],
+)
 def test_mistakes(flags, words, mistake, tmp_path):
     mistake(train_semi.main, [*DIGITS, tmp_path / "run", *flags], *words)
     assert not (tmp_path / "run" / "last.pth").exists()
@@ -227,10 +322,14 @@ def test_a_damaged_last_checkpoint_is_not_overwritten(mistake, tmp_path):
     assert (tmp_path / "last.pth").read_bytes() == b"PK\x03\x04 half a file"
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--method", "fixmatch"], ["method was 'simmatch' and is now 'fixmatch'", "--output-dir"]),
-    (["--seed", "4"], ["seed was 0 and is now 4", "split"]),
-    (["--backbone", "resnet18_encoder"], ["backbone was 'small_encoder'"])])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--method", "fixmatch"], ["method was 'simmatch' and is now 'fixmatch'", "--output-dir"]),
+        (["--seed", "4"], ["seed was 0 and is now 4", "split"]),
+        (["--backbone", "resnet18_encoder"], ["backbone was 'small_encoder'"]),
+    ],
+)
 def test_another_run_in_the_same_directory_is_refused(finished, mistake, flags, words):
     folder, _ = finished
     before = [(folder / name).read_bytes() for name in ("last.pth", "config.yaml", "log.jsonl")]
@@ -239,8 +338,15 @@ def test_another_run_in_the_same_directory_is_refused(finished, mistake, flags, 
 
 
 def test_a_non_finite_loss_names_term_and_step_and_keeps_the_checkpoint(mistake, tmp_path):
-    """A weight so large that it overflows; L_in counts from the second epoch on, so the first goes well and is saved."""
-    mistake(train_semi.main, [*DIGITS, tmp_path, "--lambda-in", "3e38"], "loss_in is inf at step 20", "last checkpoint stays")
+    """A weight so large that it overflows; L_in counts from the second epoch on, so the first goes well and
+    is saved.
+    """
+    mistake(
+        train_semi.main,
+        [*DIGITS, tmp_path, "--lambda-in", "3e38"],
+        "loss_in is inf at step 20",
+        "last checkpoint stays",
+    )
     kept = weights(tmp_path)
     assert kept["step"] == 20
     assert all(torch.isfinite(v).all() for v in kept["method"].values() if v.is_floating_point())

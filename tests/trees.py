@@ -1,4 +1,5 @@
 """Small real data sets on disk, for tests."""
+
 import pickle
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def imagenet(root: Path, classes=3, train=8, val=2, flat_val=False) -> Path:
 
 
 def cifar10(root: Path, train=200, test=20) -> Path:
-    """Files of CIFAR-10's format with made-up images; torchvision's checksums do not fit (tests replace them)."""
+    """Files of CIFAR-10's format with made-up images; torchvision's checksums do not fit (tests replace
+    them).
+    """
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -40,8 +43,11 @@ def cifar10(root: Path, train=200, test=20) -> Path:
     def write(name, count):
         labels = [k % 10 for k in range(count)]
         data = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-        data[:, 0] = (data[:, 0] // 4 + np.array(labels)[:, None, None] * 19).astype(np.uint8)      # classes differ in red
+        data[:, 0] = (data[:, 0] // 4 + np.array(labels)[:, None, None] * 19).astype(
+            np.uint8
+        )  # classes differ in red
         (folder / name).write_bytes(pickle.dumps({"data": data.reshape(count, -1), "labels": labels}))
+
     for k in range(1, 6):
         write(f"data_batch_{k}", train // 5)
     write("test_batch", test)

@@ -1,8 +1,10 @@
-"""One flat dataclass of settings: YAML gives values, flags override, anything unknown or of the wrong type is an error.
+"""One flat dataclass of settings: YAML gives values, flags override, anything unknown or of the wrong type is
+an error.
 
-A field that the published program's command line has too keeps its name, default and meaning, so that a published command, with
-no --config, is the published recipe.
+A field that the published program's command line has too keeps its name, default and meaning, so that a
+published command, with no --config, is the published recipe.
 """
+
 import dataclasses
 import difflib
 import math
@@ -26,36 +28,66 @@ def opt(default: Any, reason: str) -> Any:
 @dataclass
 class Config:
     # what runs, and where it leaves its results
-    method: str = opt("simmatch", "simmatch, simmatch_single (one network, as for CIFAR), fixmatch or supervised")
-    output_dir: str = opt("", "everything a run writes; empty means checkpoints/<name of the config or of checkpoint>")
+    method: str = opt(
+        "simmatch", "simmatch, simmatch_single (one network, as for CIFAR), fixmatch or supervised"
+    )
+    output_dir: str = opt(
+        "", "everything a run writes; empty means checkpoints/<name of the config or of checkpoint>"
+    )
     checkpoint: str = opt("", "NAME: checkpoints/NAME stands for last.pth, and may be a published file")
     evaluate: bool = opt(False, "evaluate that checkpoint instead of training")
     seed: int = opt(0, "decides the labelled draw, initial weights, order and views")
     device: str = opt("auto", "auto (a GPU if there is one), cpu or cuda")
-    precision: str = opt("fp32", "of the networks' forward and backward: fp32, bf16 or fp16; losses and weights stay in fp32")
+    precision: str = opt(
+        "fp32", "of the networks' forward and backward: fp32, bf16 or fp16; losses and weights stay in fp32"
+    )
     channels_last: bool = opt(False, "convolve in the memory layout that GPUs prefer")
     compile: bool = opt(False, "torch.compile the networks; the first steps then take minutes")
     # ranks
     port: int = opt(23456, "where ranks started by srun meet; the job's number is added to it")
-    virtual_ranks: int = opt(0, "ranks of a step, shared evenly by the processes, which play theirs in turn; 0: one a process")
-    other_ranks: str = opt("refuse", "continuing with another number of ranks than before: refuse, or continue at the same step")
-    timeout_minutes: float = opt(10.0, "how long a rank waits for another one before the run ends with its name")
+    virtual_ranks: int = opt(
+        0, "ranks of a step, shared evenly by the processes, which play theirs in turn; 0: one a process"
+    )
+    other_ranks: str = opt(
+        "refuse", "continuing with another number of ranks than before: refuse, or continue at the same step"
+    )
+    timeout_minutes: float = opt(
+        10.0, "how long a rank waits for another one before the run ends with its name"
+    )
     # data
     dataset: str = opt("imagenet", "a name in dataset/build.py")
-    data: str = opt("", "folder of the images; empty: the path at the top of dataset/imagenet.py, or data/ for CIFAR")
+    data: str = opt(
+        "", "folder of the images; empty: the path at the top of dataset/imagenet.py, or data/ for CIFAR"
+    )
     unlabelled: str = opt("", "dataset folder: more images, in any nesting, that have no labels")
     val: str = opt("", "dataset folder: the test images, in class folders; empty: data/val, or val_share")
-    val_share: float = opt(0.0, "dataset folder without test images: the share of each class that is held out as such")
-    split: str = opt("", "the labelled images: a published list (python -m dataset.splits list) or any list file")
+    val_share: float = opt(
+        0.0, "dataset folder without test images: the share of each class that is held out as such"
+    )
+    split: str = opt(
+        "", "the labelled images: a published list (python -m dataset.splits list) or any list file"
+    )
     labels_per_class: int = opt(0, "without split: labelled images of each class, drawn by seed")
-    anno_percent: float = opt(0.1, "without either: the share that is labelled; ImageNet's 0.01 and 0.1 are SimMatch's lists")
+    anno_percent: float = opt(
+        0.1, "without either: the share that is labelled; ImageNet's 0.01 and 0.1 are SimMatch's lists"
+    )
     weak: str = opt("weak", "view of labelled and weak unlabelled images: a name in dataset/views.py")
-    strong: str = opt("moco", "strong view of unlabelled images: a name in dataset/views.py (moco, rand, stack, ...)")
+    strong: str = opt(
+        "moco", "strong view of unlabelled images: a name in dataset/views.py (moco, rand, stack, ...)"
+    )
     image_size: int = opt(224, "pixels a side of the views of photographs; the recipes use 224")
-    device_views: str = opt("auto", "where flips, colours, blur and normalisation are done: on (the training device), "
-                                    "off (PIL, in the workers), auto (on, for a GPU)")
-    on_bad_image: str = opt("stop", "an image that cannot be read: stop the run, or skip it (another stands in)")
-    workers: int = opt(6, "processes that load training images, and as many again for test images; no effect on what is loaded")
+    device_views: str = opt(
+        "auto",
+        "where flips, colours, blur and normalisation are done: on (the training device), "
+        "off (PIL, in the workers), auto (on, for a GPU)",
+    )
+    on_bad_image: str = opt(
+        "stop", "an image that cannot be read: stop the run, or skip it (another stands in)"
+    )
+    workers: int = opt(
+        6,
+        "processes that load training images, and as many again for test images; no effect on what is loaded",
+    )
     batch_size: int = opt(8, "labelled images a step and rank (B)")
     mu: int = opt(5, "unlabelled images for each labelled one")
     # network
@@ -66,13 +98,20 @@ class Config:
     moco_path: str = opt("", "a MoCo checkpoint that a new run's backbone and head start from")
     # optimisation: SGD
     epochs: int = opt(200, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
-    start_epoch: int = opt(0, "of the published command line: a checkpoint says itself where it goes on, and without one only 0 will do")
+    start_epoch: int = opt(
+        0,
+        "of the published command line: a checkpoint says itself where it goes on, and without one only 0 will do",
+    )
     steps_per_epoch: int = opt(0, "steps that count as an epoch; 0: one pass over the unlabelled images")
     lr: float = opt(0.1, "learning rate after warm-up")
     warmup_epoch: int = opt(0, "epochs of linear warm-up")
     cos: bool = opt(False, "cosine decay to 0, once an epoch; otherwise --schedule")
-    cos_7_16: bool = opt(False, "FixMatch's decay, every step: lr * cos(7 pi / 16 * share of the training done)")
-    schedule: list[int] = opt([120, 160], "without --cos and --cos-7-16: epochs at which the rate falls tenfold")
+    cos_7_16: bool = opt(
+        False, "FixMatch's decay, every step: lr * cos(7 pi / 16 * share of the training done)"
+    )
+    schedule: list[int] = opt(
+        [120, 160], "without --cos and --cos-7-16: epochs at which the rate falls tenfold"
+    )
     momentum: float = opt(0.9, "SGD momentum")
     nesterov: bool = opt(False, "Nesterov's form of momentum")
     wd: float = opt(1e-4, "weight decay, on every parameter (biases and BN too)")
@@ -83,7 +122,9 @@ class Config:
     threshold: float = opt(0.7, "pseudo-labels whose largest probability is below this do not count in L_u")
     st: float = opt(0.1, "temperature of the student's similarities")
     tt: float = opt(0.1, "temperature of the teacher's similarities")
-    c_smooth: float = opt(1.0, "share of the class prediction in the pseudo-label; the rest comes from the bank (alpha)")
+    c_smooth: float = opt(
+        1.0, "share of the class prediction in the pseudo-label; the rest comes from the bank (alpha)"
+    )
     DA: bool = opt(False, "distribution alignment of the teacher's predictions")
     da_len: int = opt(256, "steps whose mean prediction counts in distribution alignment")
     bank_m: float = opt(0.0, "share of its old row that a bank row keeps when written (temporal ensemble)")
@@ -92,41 +133,120 @@ class Config:
     # what is reported, and how often
     print_freq: int = opt(20, "steps between two train events in the log")
     eval_freq: int = opt(1, "epochs between two evaluations, each with a checkpoint")
-    diagnose_freq: int = opt(0, "steps between two diagnostics (docs/DOCTOR.md), each at the cost of some three steps; 0: with "
-                                "every evaluation")
+    diagnose_freq: int = opt(
+        0,
+        "steps between two diagnostics (docs/DOCTOR.md), each at the cost of some three steps; 0: with "
+        "every evaluation",
+    )
     save_freq: int = opt(0, "steps between two further checkpoints; 0: none")
-    on_save_error: str = opt("stop", "a checkpoint or log that cannot be written, as on a full disk: stop the run, or continue "
-                                     "and try again later")
-    save_minutes: float = opt(0.0, "minutes between two further checkpoints, looked at every print_freq steps; 0: none")
+    on_save_error: str = opt(
+        "stop",
+        "a checkpoint or log that cannot be written, as on a full disk: stop the run, or continue "
+        "and try again later",
+    )
+    save_minutes: float = opt(
+        0.0, "minutes between two further checkpoints, looked at every print_freq steps; 0: none"
+    )
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # How a run is watched and where its data are, not what it computes: these may change when a run is continued.
-FREE = frozenset({"output_dir", "checkpoint", "evaluate", "moco_path", "start_epoch", "port", "device", "workers",
-                  "print_freq", "eval_freq", "diagnose_freq", "save_freq", "save_minutes", "data", "unlabelled", "val",
-                  "on_bad_image", "virtual_ranks", "other_ranks", "timeout_minutes", "on_save_error"})
+FREE = frozenset(
+    {
+        "output_dir",
+        "checkpoint",
+        "evaluate",
+        "moco_path",
+        "start_epoch",
+        "port",
+        "device",
+        "workers",
+        "print_freq",
+        "eval_freq",
+        "diagnose_freq",
+        "save_freq",
+        "save_minutes",
+        "data",
+        "unlabelled",
+        "val",
+        "on_bad_image",
+        "virtual_ranks",
+        "other_ranks",
+        "timeout_minutes",
+        "on_save_error",
+    }
+)
 # Further spellings on the published command line, and flags that stand for a value of a field.
-ALIASES = {"workers": ["-j"], "batch_size": ["-b"], "print_freq": ["-p"], "evaluate": ["-e"], "lr": ["--learning-rate"],
-           "wd": ["--weight-decay"]}
+ALIASES = {
+    "workers": ["-j"],
+    "batch_size": ["-b"],
+    "print_freq": ["-p"],
+    "evaluate": ["-e"],
+    "lr": ["--learning-rate"],
+    "wd": ["--weight-decay"],
+}
 SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
 
-_POSITIVE = ("timeout_minutes", "port", "image_size", "batch_size", "mu", "dim", "epochs", "lr", "st", "tt", "da_len", "print_freq",
-             "eval_freq")
-_NOT_NEGATIVE = ("virtual_ranks", "start_epoch", "diagnose_freq", "save_freq", "save_minutes", "seed", "cls", "labels_per_class",
-                 "workers", "steps_per_epoch", "warmup_epoch", "wd", "lambda_u", "lambda_in")
+_POSITIVE = (
+    "timeout_minutes",
+    "port",
+    "image_size",
+    "batch_size",
+    "mu",
+    "dim",
+    "epochs",
+    "lr",
+    "st",
+    "tt",
+    "da_len",
+    "print_freq",
+    "eval_freq",
+)
+_NOT_NEGATIVE = (
+    "virtual_ranks",
+    "start_epoch",
+    "diagnose_freq",
+    "save_freq",
+    "save_minutes",
+    "seed",
+    "cls",
+    "labels_per_class",
+    "workers",
+    "steps_per_epoch",
+    "warmup_epoch",
+    "wd",
+    "lambda_u",
+    "lambda_in",
+)
 _SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "bank_m", "ema_m")
 
 
 def parse(argv: Sequence[str], description: str) -> Config:
     """Config of a command line: `--config FILE` first, then every `--field value` over it."""
     parser = Parser(description)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the fields below; without it the published "
-                        "program's defaults hold, which are for ImageNet")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the fields below; without it the published "
+        "program's defaults hold, which are for ImageNet",
+    )
     for name, f in FIELDS.items():
         flags = dict.fromkeys([*ALIASES.get(name, ()), f"--{name.replace('_', '-')}", f"--{name}"])
-        how = {"nargs": "?", "const": "true"} if f.type is bool else {"nargs": "*"} if f.type == list[int] else {}
-        parser.add_argument(*flags, dest=name, default=None, metavar=_type_name(f.type).upper(),
-                            help=f"{f.metadata['help']} (default: {getattr(Config(), name)!r})", **how)
+        how = (
+            {"nargs": "?", "const": "true"}
+            if f.type is bool
+            else {"nargs": "*"}
+            if f.type == list[int]
+            else {}
+        )
+        parser.add_argument(
+            *flags,
+            dest=name,
+            default=None,
+            metavar=_type_name(f.type).upper(),
+            help=f"{f.metadata['help']} (default: {getattr(Config(), name)!r})",
+            **how,
+        )
     for flag, (name, value) in SHORTHANDS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=f"the same as --{name} {value}")
     known, unknown = parser.parse_known_args(argv)
@@ -138,11 +258,15 @@ def parse(argv: Sequence[str], description: str) -> Config:
             values[name] = coerce(name, getattr(known, name), f"--{name.replace('_', '-')}")
     said = [flag for flag in SHORTHANDS if getattr(known, flag)]
     if len(said) + (known.strong is not None) > 1:
-        raise UserError(f"--{' and --'.join([*said, 'strong'][:2])} both choose the strong view: give one of them")
+        raise UserError(
+            f"--{' and --'.join([*said, 'strong'][:2])} both choose the strong view: give one of them"
+        )
     values |= dict(SHORTHANDS[flag] for flag in said)
     config = Config(**values)
     if not known.config and not config.checkpoint:
-        raise UserError("--config FILE or --checkpoint NAME must say what to train: try --config configs/digits.yaml")
+        raise UserError(
+            "--config FILE or --checkpoint NAME must say what to train: try --config configs/digits.yaml"
+        )
     if not config.output_dir:
         config.output_dir = os.path.join("checkpoints", Path(config.checkpoint or known.config).stem)
     return validate(config)
@@ -160,7 +284,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"config file {path}: expected lines of the form 'key: value', got a {type(values).__name__}")
+        raise UserError(
+            f"config file {path}: expected lines of the form 'key: value', got a {type(values).__name__}"
+        )
     return from_dict(values, path)
 
 
@@ -204,9 +330,11 @@ def _scalar(kind: type, value: Any) -> Any:
 
 def validate(config: Config) -> Config:
     """Ranges that every method and data set share; the rest is checked where it is known."""
+
     def must(ok: bool, name: str, rule: str) -> None:
         if not ok:
             raise UserError(f"{name} must be {rule}, got {getattr(config, name)!r}")
+
     for name in _POSITIVE:
         must(getattr(config, name) > 0, name, "greater than 0")
     for name in _NOT_NEGATIVE:
@@ -218,9 +346,15 @@ def validate(config: Config) -> Config:
     must(config.device_views in ("auto", "on", "off"), "device_views", "auto, on or off")
     must(config.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
     must(config.norm in ("None", "BN"), "norm", "None or BN: the published recipe has BN per rank")
-    must(Path(config.checkpoint).name == config.checkpoint, "checkpoint", "a file name, of a file in checkpoints/")
+    must(
+        Path(config.checkpoint).name == config.checkpoint,
+        "checkpoint",
+        "a file name, of a file in checkpoints/",
+    )
     if config.evaluate and not config.checkpoint:
-        raise UserError("--evaluate needs --checkpoint NAME, a file in checkpoints/; for any other: python eval.py --checkpoint FILE")
+        raise UserError(
+            "--evaluate needs --checkpoint NAME, a file in checkpoints/; for any other: python eval.py --checkpoint FILE"
+        )
     must(config.other_ranks in ("refuse", "continue"), "other_ranks", "refuse or continue")
     must(config.on_save_error in ("stop", "continue"), "on_save_error", "stop or continue")
     must(config.on_bad_image in ("stop", "skip"), "on_bad_image", "stop or skip")

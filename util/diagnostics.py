@@ -1,4 +1,7 @@
-"""The diagnostics event: what a look at a step and the pseudo-labels since the last one come to, in a few numbers."""
+"""The diagnostics event: what a look at a step and the pseudo-labels since the last one come to, in a few
+numbers.
+"""
+
 import math
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional, Sequence
@@ -11,22 +14,56 @@ from util.errors import UserError
 from util.log import Log
 
 # In this order in the log; docs/DOCTOR.md says what each is. What a method does not have is null.
-KEYS = ("epoch", "steps_per_epoch", "share_x", "share_u", "share_in", "grad_x", "grad_u", "grad_in",
-        "pseudo_labels", "mask", "pseudo_acc", "confident_acc", "marginal_kl", "marginal_min", "marginal_max", "starved", "most",
-        "least", "prior_kl", "q_entropy", "bank_rows", "bank_drift", "bank_unwritten", "bank_age_median", "bank_age_max",
-        "bank_pass", "not_finite")
-EXTREMES = 5        # classes named as given too often, and as many too rarely
+KEYS = (
+    "epoch",
+    "steps_per_epoch",
+    "share_x",
+    "share_u",
+    "share_in",
+    "grad_x",
+    "grad_u",
+    "grad_in",
+    "pseudo_labels",
+    "mask",
+    "pseudo_acc",
+    "confident_acc",
+    "marginal_kl",
+    "marginal_min",
+    "marginal_max",
+    "starved",
+    "most",
+    "least",
+    "prior_kl",
+    "q_entropy",
+    "bank_rows",
+    "bank_drift",
+    "bank_unwritten",
+    "bank_age_median",
+    "bank_age_max",
+    "bank_pass",
+    "not_finite",
+)
+EXTREMES = 5  # classes named as given too often, and as many too rarely
 
 
-def diagnostics(epoch: int, steps_per_epoch: int, labels_per_step: int, looked: dict[str, Tensor], counts: Optional[Tensor],
-                labels: np.ndarray, classes: Sequence[str], ages: np.ndarray) -> dict[str, Any]:
+def diagnostics(
+    epoch: int,
+    steps_per_epoch: int,
+    labels_per_step: int,
+    looked: dict[str, Tensor],
+    counts: Optional[Tensor],
+    labels: np.ndarray,
+    classes: Sequence[str],
+    ages: np.ndarray,
+) -> dict[str, Any]:
     """The values of the event, the same on every rank; all ranks must call it.
 
     labels_per_step: labelled images of all ranks in a step. looked: what models.diagnose gave, on this rank.
-    counts: Meter.take_counts(). labels [K]: of the labelled list. classes [C]: their names. ages [K]: of its rows (dataset/age.py).
+    counts: Meter.take_counts(). labels [K]: of the labelled list. classes [C]: their names. ages [K]: of its
+    rows (dataset/age.py).
     """
     values = {name: dist_utils.all_mean(value.float()).tolist() for name, value in looked.items()}
-    reference = np.bincount(labels, minlength=len(classes)) / len(labels)                   # [C]
+    reference = np.bincount(labels, minlength=len(classes)) / len(labels)  # [C]
     losses = {name[5:]: value for name, value in values.items() if name.startswith("loss_")}
     total = sum(losses.values())
     out = dict.fromkeys(KEYS) | {key: value for key, value in values.items() if key in KEYS}
@@ -38,11 +75,16 @@ def diagnostics(epoch: int, steps_per_epoch: int, labels_per_step: int, looked: 
         out["prior_kl"] = kl(np.asarray(values["prior"]), reference)
     if "bank_rows" in values:
         seen = ages[ages >= 0]
-        out |= {"bank_rows": len(ages), "bank_unwritten": len(ages) - len(seen), "bank_age_median": float(np.median(seen)),
-                "bank_age_max": int(seen.max()), "bank_pass": math.ceil(len(ages) / labels_per_step)}
+        out |= {
+            "bank_rows": len(ages),
+            "bank_unwritten": len(ages) - len(seen),
+            "bank_age_median": float(np.median(seen)),
+            "bank_age_max": int(seen.max()),
+            "bank_pass": math.ceil(len(ages) / labels_per_step),
+        }
     bad = [key for key, value in out.items() if isinstance(value, float) and not math.isfinite(value)]
     bad += [name for name, value in values.items() if name.startswith("loss_") and not math.isfinite(value)]
-    return out | dict.fromkeys((key for key in bad if key in KEYS)) | {"not_finite": bad}      # JSON has no NaN
+    return out | dict.fromkeys((key for key in bad if key in KEYS)) | {"not_finite": bad}  # JSON has no NaN
 
 
 def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
@@ -51,22 +93,33 @@ def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) 
     counts [2 or 4, C]: rows of Meter.take_counts.
     """
     given, n = counts[0], int(counts[0].sum())
-    share = given / n                                                                       # [C]
-    order = np.argsort(share - reference, kind="stable")                                    # [C]
+    share = given / n  # [C]
+    order = np.argsort(share - reference, kind="stable")  # [C]
     confident = int(counts[1].sum())
-    out = {"pseudo_labels": n, "mask": confident / n, "marginal_kl": kl(share, reference), "marginal_min": float(share.min()),
-           "marginal_max": float(share.max()), "starved": int((share < reference / 10).sum()),
-           "most": [[classes[c], float(share[c])] for c in order[::-1][:EXTREMES]],
-           "least": [[classes[c], float(share[c])] for c in order[:EXTREMES]]}
+    out = {
+        "pseudo_labels": n,
+        "mask": confident / n,
+        "marginal_kl": kl(share, reference),
+        "marginal_min": float(share.min()),
+        "marginal_max": float(share.max()),
+        "starved": int((share < reference / 10).sum()),
+        "most": [[classes[c], float(share[c])] for c in order[::-1][:EXTREMES]],
+        "least": [[classes[c], float(share[c])] for c in order[:EXTREMES]],
+    }
     if len(counts) == 4:
-        out |= {"pseudo_acc": int(counts[2].sum()) / n, "confident_acc": int(counts[3].sum()) / confident if confident else None}
+        out |= {
+            "pseudo_acc": int(counts[2].sum()) / n,
+            "confident_acc": int(counts[3].sum()) / confident if confident else None,
+        }
     return out
 
 
 def kl(p: np.ndarray, reference: np.ndarray) -> float:
-    """KL(p ‖ reference) in nats; p [C] is made to sum to 1. A class of which no image is labelled counts as a share of 1e-12."""
+    """KL(p ‖ reference) in nats; p [C] is made to sum to 1. A class of which no image is labelled counts as a
+    share of 1e-12.
+    """
     p = p / p.sum()
-    here = ~(p <= 0)                    # NaN is here too: it is to be seen
+    here = ~(p <= 0)  # NaN is here too: it is to be seen
     return float((p[here] * np.log(p[here] / reference[here].clip(1e-12))).sum())
 
 

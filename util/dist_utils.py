@@ -1,4 +1,7 @@
-"""Ranks: the only file that talks to torch.distributed. Alone (world size 1) every function is the obvious identity."""
+"""Ranks: the only file that talks to torch.distributed. Alone (world size 1) every function is the obvious
+identity.
+"""
+
 import inspect
 import os
 import socket
@@ -15,16 +18,18 @@ from torch import Tensor, nn
 from util.errors import UserError
 from util.place import place
 
-# Ranks talk twice: about tensors, over NCCL between GPUs; and about what to do next, over gloo, whose timeout leaves time to say
-# which rank did not answer. CONTROL is the group of the latter, STORE the board where the ranks met, HOSTS their machines.
+# Ranks talk twice: about tensors, over NCCL between GPUs; and about what to do next, over gloo, whose timeout
+# leaves time to say which rank did not answer. CONTROL is the group of the latter, STORE the board where the
+# ranks met, HOSTS their machines.
 CONTROL: Optional[dist.ProcessGroup] = None
 STORE: Optional[dist.Store] = None
 HOSTS: list[str] = []
-ROLL_CALL = 10              # s in which ranks that still live put their names on the board after one was lost
+ROLL_CALL = 10  # s in which ranks that still live put their names on the board after one was lost
 
 
 def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
-    """Join the other ranks, if there are any, and choose this rank's device: NCCL between GPUs, gloo between CPUs.
+    """Join the other ranks, if there are any, and choose this rank's device: NCCL between GPUs, gloo between
+    CPUs.
 
     device: auto, cpu or cuda. timeout_minutes: how long a rank waits for another one, now and in any step.
     port: for `place`.
@@ -40,47 +45,66 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
     if here.world > 1 and not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         try:
-            # NCCL's own timeout ends a process without naming the rank it waited for, so it is to come second.
-            hosts_it = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"      # torchrun has its own
+            # NCCL's own timeout ends a process without naming the rank it waited for, so it is to come
+            # second.
+            hosts_it = (
+                here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            )  # torchrun has its own
             STORE = dist.TCPStore(here.host, here.port, here.world, hosts_it, timeout)
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", STORE), rank=here.rank,
-                                    world_size=here.world, timeout=2 * timeout if cuda else timeout)
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=dist.PrefixStore("group", STORE),
+                rank=here.rank,
+                world_size=here.world,
+                timeout=2 * timeout if cuda else timeout,
+            )
             CONTROL = dist.new_group(backend="gloo", timeout=timeout)
             HOSTS[:] = all_gather_object(socket.gethostname())
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"rank {here.rank} of {here.world}, on {socket.gethostname()}, did not meet the others at {here.host}:"
-                            f"{here.port} within {timeout_minutes:g} minutes ({str(error).splitlines()[0][:200]}): look for the "
-                            "rank that ended or never started, and whether that port is open between the nodes") from None
+            raise UserError(
+                f"rank {here.rank} of {here.world}, on {socket.gethostname()}, did not meet the others at {here.host}:"
+                f"{here.port} within {timeout_minutes:g} minutes ({str(error).splitlines()[0][:200]}): look for the "
+                "rank that ended or never started, and whether that port is open between the nodes"
+            ) from None
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def explain(error: RuntimeError) -> Optional[str]:
-    """A line that names the ranks that were lost, if `error` is of one that waited for them in vain; else None."""
+    """A line that names the ranks that were lost, if `error` is of one that waited for them in vain; else
+    None.
+    """
     text = str(error)
-    if STORE is None or not any(sign in text for sign in ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")):
+    if STORE is None or not any(
+        sign in text for sign in ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")
+    ):
         return None
-    me, missing = f"rank {rank()} on {HOSTS[rank()]}", [0]       # if the board does not answer: the rank that keeps it
+    me, missing = (
+        f"rank {rank()} on {HOSTS[rank()]}",
+        [0],
+    )  # if the board does not answer: the rank that keeps it
     call = threading.Thread(target=_roll_call, args=(missing,), daemon=True)
     call.start()
     call.join(ROLL_CALL + 5)
     if not missing:
         return f"{me} lost contact with the others, which still live ({text.splitlines()[0][:200]}): look at the network between them"
     lost = ", ".join(f"rank {r} on {HOSTS[r]}" for r in missing)
-    return (f"{me} waited in vain for {lost}: it hangs or has ended; see what it said last, and its machine. The same command "
-            "continues from the last checkpoint")
+    return (
+        f"{me} waited in vain for {lost}: it hangs or has ended; see what it said last, and its machine. The same command "
+        "continues from the last checkpoint"
+    )
 
 
 def _roll_call(missing: list[int]) -> None:
     """Put this rank's name on the board; the ranks that do not, within ROLL_CALL seconds, are `missing`."""
     end, silent = time.monotonic() + ROLL_CALL, list(range(world_size()))
-    with suppress(RuntimeError):        # a board that is gone
+    with suppress(RuntimeError):  # a board that is gone
         STORE.set(f"lives/{rank()}", "")
         while silent and time.monotonic() < end:
             silent = [r for r in silent if not STORE.check([f"lives/{r}"])]
             time.sleep(0.1)
         missing[:] = silent
         if rank() == 0:
-            time.sleep(3)               # others are reading still: the board goes with this process
+            time.sleep(3)  # others are reading still: the board goes with this process
 
 
 def must_agree(facts: dict[str, Any]) -> None:
@@ -89,8 +113,10 @@ def must_agree(facts: dict[str, Any]) -> None:
     for number, other in enumerate(others, 1):
         for key in first:
             if other[key] != first[key]:
-                raise UserError(f"rank {number} on {HOSTS[number]} has {key} {str(other[key])[:80]!r}, but rank 0 on {HOSTS[0]} has "
-                                f"{str(first[key])[:80]!r}: all ranks need the same command, data and output directory")
+                raise UserError(
+                    f"rank {number} on {HOSTS[number]} has {key} {str(other[key])[:80]!r}, but rank 0 on {HOSTS[0]} has "
+                    f"{str(first[key])[:80]!r}: all ranks need the same command, data and output directory"
+                )
 
 
 def dist_end() -> None:
@@ -109,19 +135,24 @@ def world_size() -> int:
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """`module` with gradients averaged over ranks. BN stays per rank; `broadcast_buffers` makes its statistics rank 0's.
+    """`module` with gradients averaged over ranks. BN stays per rank; `broadcast_buffers` makes its
+    statistics rank 0's.
 
     Parameters that a step does not use (the head, in the first epoch) keep no gradient, as when alone.
     """
     if world_size() == 1:
         return module
     ddp = nn.parallel.DistributedDataParallel
-    new = "forward_sync_buffers" in inspect.signature(ddp).parameters       # what newer PyTorch calls it
-    return ddp(module, find_unused_parameters=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # what newer PyTorch calls it
+    return ddp(
+        module, find_unused_parameters=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
+    )
 
 
 def sync_gradients(student: nn.Module, yes: bool) -> ContextManager[None]:
-    """Whether a backward in this context ends with averaging the gradients over processes, those of earlier ones included."""
+    """Whether a backward in this context ends with averaging the gradients over processes, those of earlier
+    ones included.
+    """
     return nullcontext() if yes or world_size() == 1 else student.no_sync()
 
 
@@ -195,41 +226,49 @@ def broadcast_buffers(module: nn.Module) -> None:
 class Shuffle:
     """One random regrouping of all ranks' rows, for shuffle-BN (MoCo, arXiv 1911.05722, section 3.3).
 
-    `scatter` sends every row to the rank that the permutation gives it, each row travelling once; `gather` brings the
-    results home, in the order in which the rows stood. One rank alone keeps its rows: its statistics are the same in any
-    order.
+    `scatter` sends every row to the rank that the permutation gives it, each row travelling once; `gather`
+    brings the results home, in the order in which the rows stood. One rank alone keeps its rows: its
+    statistics are the same in any order.
     """
 
     def __init__(self, rows: int, groups: int, seed: int):
-        """rows: of a rank, the same for all; groups: ranks that this process plays; seed: the same on all processes, another
-        one for every step.
+        """rows: of a rank, the same for all; groups: ranks that this process plays; seed: the same on all
+        processes, another one for every step.
         """
         self.rows, self.alone = rows, world_size() * groups == 1
         if self.alone:
             return
-        here = groups * rows                                              # rows of a process
+        here = groups * rows  # rows of a process
         generator = torch.Generator().manual_seed(seed)
-        slot = torch.randperm(world_size() * here, generator=generator)   # slot[i]: new place of global row i   [world·here]
+        slot = torch.randperm(
+            world_size() * here, generator=generator
+        )  # slot[i]: new place of global row i   [world·here]
         mine = slice(rank() * here, (rank() + 1) * here)
-        home = torch.argsort(slot)[mine] // here                          # where the rows of the new places stand [here]
-        self.order = torch.argsort(slot[mine])                            # own rows by new place                [here]
-        self.sent = torch.bincount(slot[mine] // here, minlength=world_size()).tolist()     # to each process    [world]
-        self.received = torch.bincount(home, minlength=world_size()).tolist()               # from each          [world]
-        self.arrival = torch.argsort(home, stable=True)                   # new places in the order of arrival   [here]
+        home = torch.argsort(slot)[mine] // here  # where the rows of the new places stand [here]
+        self.order = torch.argsort(slot[mine])  # own rows by new place                [here]
+        self.sent = torch.bincount(
+            slot[mine] // here, minlength=world_size()
+        ).tolist()  # to each process    [world]
+        self.received = torch.bincount(home, minlength=world_size()).tolist()  # from each          [world]
+        self.arrival = torch.argsort(home, stable=True)  # new places in the order of arrival   [here]
 
     def scatter(self, groups: Sequence[Tensor]) -> Sequence[Tensor]:
         """[n, ...] of each rank that this process plays -> [n, ...] of the new groups in the same places."""
         if self.alone:
             return groups
-        x = torch.cat(list(groups))                                       # [here, ...]
-        return _inverse(self._exchange(x[self.order.to(x.device)], self.received, self.sent), self.arrival).split(self.rows)
+        x = torch.cat(list(groups))  # [here, ...]
+        return _inverse(
+            self._exchange(x[self.order.to(x.device)], self.received, self.sent), self.arrival
+        ).split(self.rows)
 
     def gather(self, groups: Sequence[Tensor]) -> Sequence[Tensor]:
         """[n, ...] of each new group -> [n, ...] of each rank's own rows."""
         if self.alone:
             return groups
-        x = torch.cat(list(groups))                                       # [here, ...]
-        return _inverse(self._exchange(x[self.arrival.to(x.device)], self.sent, self.received), self.order).split(self.rows)
+        x = torch.cat(list(groups))  # [here, ...]
+        return _inverse(
+            self._exchange(x[self.arrival.to(x.device)], self.sent, self.received), self.order
+        ).split(self.rows)
 
     @staticmethod
     def _exchange(x: Tensor, received: list[int], sent: list[int]) -> Tensor:

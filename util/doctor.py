@@ -1,7 +1,9 @@
-"""What looks wrong in a run, and by which rule: python -m util.doctor RUN_DIR [--json]. Reads log.jsonl and config.yaml alone.
+"""What looks wrong in a run, and by which rule: python -m util.doctor RUN_DIR [--json]. Reads log.jsonl and
+config.yaml alone.
 
 Exit code 0: nothing looks wrong; 1: something does; 2: RUN_DIR cannot be read.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -17,13 +19,17 @@ from util.symptoms import Event, Run
 def read(folder: Path) -> tuple[Run, list[Event]]:
     """The run and all its events. Raises UserError if it is none."""
     events = read_events(folder)
-    trains, evals, looks, stops = ([e for e in events if e["event"] == kind] for kind in ("train", "eval", "diagnostics", "stop"))
+    trains, evals, looks, stops = (
+        [e for e in events if e["event"] == kind] for kind in ("train", "eval", "diagnostics", "stop")
+    )
     config = Config(**read_yaml(str(folder / "config.yaml")))
     return Run(config, trains, evals, looks, stops, steps_per_epoch(trains, evals, looks)), events
 
 
 def steps_per_epoch(trains: list[Event], evals: list[Event], looks: list[Event]) -> Optional[int]:
-    """The diagnostics say it; otherwise an evaluation does, being at the end of an epoch that a train event names."""
+    """The diagnostics say it; otherwise an evaluation does, being at the end of an epoch that a train event
+    names.
+    """
     if looks:
         return looks[0]["steps_per_epoch"]
     epochs = {e["step"]: e["epoch"] for e in trains}
@@ -33,8 +39,18 @@ def steps_per_epoch(trains: list[Event], evals: list[Event], looks: list[Event])
 def examine(r: Run) -> list[dict[str, Any]]:
     """What the rules find, in their order."""
     found = [(rule, rule.find(r)) for rule in RULES]
-    return [{"rule": rule.name, "what": finding.what, "first_step": finding.first, "last_step": finding.last, "words": rule.words,
-             "advice": rule.advice} for rule, finding in found if finding]
+    return [
+        {
+            "rule": rule.name,
+            "what": finding.what,
+            "first_step": finding.first,
+            "last_step": finding.last,
+            "words": rule.words,
+            "advice": rule.advice,
+        }
+        for rule, finding in found
+        if finding
+    ]
 
 
 def main() -> None:
@@ -46,19 +62,42 @@ def main() -> None:
         r, events = read(args.run)
         findings = examine(r)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{args.run / 'log.jsonl'} is damaged: an event is not one of ours ({error})") from None
-    step, total = max((e["step"] for e in events), default=0), r.steps_per_epoch and r.steps_per_epoch * r.config.epochs
+        raise UserError(
+            f"{args.run / 'log.jsonl'} is damaged: an event is not one of ours ({error})"
+        ) from None
+    step, total = (
+        max((e["step"] for e in events), default=0),
+        r.steps_per_epoch and r.steps_per_epoch * r.config.epochs,
+    )
     if args.json:
-        print(json.dumps({"run": str(args.run), "step": step, "total": total, "rules": len(RULES), "events": len(events),
-                          "findings": findings}))
+        print(
+            json.dumps(
+                {
+                    "run": str(args.run),
+                    "step": step,
+                    "total": total,
+                    "rules": len(RULES),
+                    "events": len(events),
+                    "findings": findings,
+                }
+            )
+        )
         sys.exit(1 if findings else 0)
     for f in findings:
-        where = f"step {f['first_step']}" + (f" to {f['last_step']}" if f["last_step"] != f["first_step"] else "")
+        where = f"step {f['first_step']}" + (
+            f" to {f['last_step']}" if f["last_step"] != f["first_step"] else ""
+        )
         print(f"{f['rule']}: {f['what']} ({where})\n  rule: {f['words']}\n  try: {f['advice']}")
     if not findings:
-        print(f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)" if r.trains else "nothing to judge: no step is in the log yet")
+        print(
+            f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)"
+            if r.trains
+            else "nothing to judge: no step is in the log yet"
+        )
     if total is None or step < total:
-        print(f"unfinished at step {step} of {total or 'a number that is not known before the first evaluation'}")
+        print(
+            f"unfinished at step {step} of {total or 'a number that is not known before the first evaluation'}"
+        )
     if events and not r.looks:
         print("the log has no diagnostics: rules on classes, gradients, prior, bank and q_w saw nothing")
     sys.exit(1 if findings else 0)

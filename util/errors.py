@@ -1,4 +1,5 @@
 """Mistakes a user can mend end in one line on stderr and exit code 2, never in a traceback."""
+
 import argparse
 import multiprocessing.util
 import os
@@ -22,16 +23,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists every flag")
 
 
-def run(main: Callable[[], None], interrupted: str = "interrupted",
-        explain: Callable[[RuntimeError], Optional[str]] = lambda error: None) -> None:
-    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code 130.
+def run(
+    main: Callable[[], None],
+    interrupted: str = "interrupted",
+    explain: Callable[[RuntimeError], Optional[str]] = lambda error: None,
+) -> None:
+    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code
+    130.
 
-    explain: a line for a RuntimeError that is nobody's mistake in this process, such as another one that was lost; exit code 1.
+    explain: a line for a RuntimeError that is nobody's mistake in this process, such as another one that was
+    lost; exit code 1.
     """
     try:
         main()
         return
-    except UserError as error:      # from a worker process, PyTorch hands it on with the traceback before it
+    except UserError as error:  # from a worker process, PyTorch hands it on with the traceback before it
         message = str(error).rpartition("util.errors.UserError: ")[2].strip()
         end, code = error, _last_words(f"error: {message}", 2)
     except KeyboardInterrupt as error:
@@ -42,7 +48,9 @@ def run(main: Callable[[], None], interrupted: str = "interrupted",
             _leave(line)
         traceback.print_exc()
         end, code = error, 1
-    traceback.clear_frames(end.__traceback__)       # ends workers that a frame still holds; asked by Python's exit, they take long
+    traceback.clear_frames(
+        end.__traceback__
+    )  # ends workers that a frame still holds; asked by Python's exit, they take long
     sys.exit(code)
 
 
@@ -51,8 +59,8 @@ def _leave(line: str) -> NoReturn:
     _last_words(f"error: {line}", 1)
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
-            thread.join()           # a checkpoint on its way to the disk
-    multiprocessing.util._run_finalizers()      # files of the workers' queues
+            thread.join()  # a checkpoint on its way to the disk
+    multiprocessing.util._run_finalizers()  # files of the workers' queues
     os._exit(1)
 
 

@@ -1,4 +1,7 @@
-"""What a run tells: log.jsonl for programs, tb/ for TensorBoard, lines for people. Ranks other than 0 stay silent."""
+"""What a run tells: log.jsonl for programs, tb/ for TensorBoard, lines for people. Ranks other than 0 stay
+silent.
+"""
+
 import json
 import os
 import sys
@@ -17,8 +20,8 @@ TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr",
 def prepare(output_dir: Path, checkpoint_dir: Path, config_yaml: str, anew: bool) -> list[str]:
     """Make the directories and write config.yaml into the first. Raises UserError if that is not possible.
 
-    anew: nothing is continued; then the log and best.pth of an earlier run that stand there are kept under the names that
-    are returned.
+    anew: nothing is continued; then the log and best.pth of an earlier run that stand there are kept under
+    the names that are returned.
     """
     kept = []
     try:
@@ -26,7 +29,11 @@ def prepare(output_dir: Path, checkpoint_dir: Path, config_yaml: str, anew: bool
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
         for path in (output_dir / "log.jsonl", output_dir / "best.pth"):
             if anew and path.exists() and path.stat().st_size:
-                aside = next(aside for n in range(1, 10**6) if not (aside := path.with_name(f"{path.name}.old{n}")).exists())
+                aside = next(
+                    aside
+                    for n in range(1, 10**6)
+                    if not (aside := path.with_name(f"{path.name}.old{n}")).exists()
+                )
                 os.replace(path, aside)
                 kept.append(aside.name)
         (output_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
@@ -36,19 +43,25 @@ def prepare(output_dir: Path, checkpoint_dir: Path, config_yaml: str, anew: bool
 
 
 def _cannot_write(output_dir: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to output directory {output_dir}: {error.strerror}; choose another one with --output-dir")
+    return UserError(
+        f"cannot write to output directory {output_dir}: {error.strerror}; choose another one with --output-dir"
+    )
 
 
 class Log:
-    """Events of one run. `start` is the step it continues from: later events of an earlier attempt are dropped."""
+    """Events of one run. `start` is the step it continues from: later events of an earlier attempt are
+    dropped.
+    """
 
     def __init__(self, output_dir: Path, start: int, total: int, active: bool, patient: bool = False):
-        """patient: events that cannot be written, as on a full disk, wait in memory, and the run goes on; otherwise it stops."""
+        """patient: events that cannot be written, as on a full disk, wait in memory, and the run goes on;
+        otherwise it stops.
+        """
         self.start, self.total, self.active, self.patient = start, total, active, patient
-        self.owed = b""                         # what is to be written still: lines of the log
-        self.untold: list[tuple[str, float, int]] = []      # and scalars for TensorBoard
+        self.owed = b""  # what is to be written still: lines of the log
+        self.untold: list[tuple[str, float, int]] = []  # and scalars for TensorBoard
         self.terminal = sys.stdout.isatty()
-        self.begun: Optional[float] = None      # when the first step of this process was done
+        self.begun: Optional[float] = None  # when the first step of this process was done
         if not active:
             return
         threading.excepthook = _thread_hook
@@ -64,7 +77,9 @@ class Log:
         except OSError as error:
             raise _cannot_write(output_dir, error) from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path} is damaged: a line is not one of our events; move the file away") from None
+            raise UserError(
+                f"{self.path} is damaged: a line is not one of our events; move the file away"
+            ) from None
 
     def say(self, line: str) -> None:
         """A line for people that stays."""
@@ -81,7 +96,9 @@ class Log:
         if not bad:
             return
         unique = sorted({(name, cause) for name, cause in bad})
-        self.write("bad_images", step, {"fate": fate, "count": len(bad), "images": [list(pair) for pair in unique]})
+        self.write(
+            "bad_images", step, {"fate": fate, "count": len(bad), "images": [list(pair) for pair in unique]}
+        )
         self.say(f"{len(unique)} bad images were {fate} ({len(bad)} times):")
         for name, cause in unique[:20]:
             self.say(f"  {name}: {cause}")
@@ -89,7 +106,9 @@ class Log:
             self.say(f"  and {len(unique) - 20} more, in {self.path}")
 
     def train(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
-        """step: steps done; epoch: the one in progress, from 1; values: TRAIN_KEYS, as far as the method has them."""
+        """step: steps done; epoch: the one in progress, from 1; values: TRAIN_KEYS, as far as the method has
+        them.
+        """
         values = {key: values.get(key) for key in TRAIN_KEYS}
         self.write("train", step, {"epoch": epoch, **values})
         if not self.active:
@@ -102,15 +121,17 @@ class Log:
             line += f"  pseudo_acc {values['pseudo_acc']:.3f}"
         line += f"  lr {values['lr']:.4f}  {values['images_per_s']:,.0f} images/s  ETA {self._eta(step)}"
         if self.terminal:
-            print(f"\r\033[K{line[:os.get_terminal_size().columns - 1]}", end="", flush=True)
+            print(f"\r\033[K{line[: os.get_terminal_size().columns - 1]}", end="", flush=True)
         else:
             print(line, flush=True)
 
     def eval(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """values: student_top1, student_top5, teacher_top1, teacher_top5, in percent."""
         self.write("eval", step, values)
-        self.say(f"epoch {epoch}  student {values['student_top1']:.3f} / {values['student_top5']:.3f}  "
-                 f"teacher {values['teacher_top1']:.3f} / {values['teacher_top5']:.3f}  (top-1 / top-5 %)")
+        self.say(
+            f"epoch {epoch}  student {values['student_top1']:.3f} / {values['student_top5']:.3f}  "
+            f"teacher {values['teacher_top1']:.3f} / {values['teacher_top5']:.3f}  (top-1 / top-5 %)"
+        )
 
     def close(self) -> None:
         """Raises UserError if there are events that could not be written."""
@@ -127,7 +148,11 @@ class Log:
         if not self.active:
             return
         self.owed += json.dumps({"event": event, "step": step, **values}, allow_nan=False).encode() + b"\n"
-        self.untold += [(f"{event}/{key}", value, step) for key, value in values.items() if isinstance(value, (int, float))]
+        self.untold += [
+            (f"{event}/{key}", value, step)
+            for key, value in values.items()
+            if isinstance(value, (int, float))
+        ]
         if not self._flush():
             return
         try:
@@ -136,20 +161,24 @@ class Log:
                 self.tb.add_scalar(*scalar)
             self.tb.flush()
             self.untold.clear()
-        except OSError as error:        # the writer's thread is gone with it; the next event tries a new one
+        except OSError as error:  # the writer's thread is gone with it; the next event tries a new one
             self.tb = None
             if not self.patient:
-                raise UserError(f"cannot write {self.path.parent / 'tb'}: {error.strerror}; the checkpoints are intact") from None
+                raise UserError(
+                    f"cannot write {self.path.parent / 'tb'}: {error.strerror}; the checkpoints are intact"
+                ) from None
 
     def _flush(self) -> bool:
         """Whether all events are written."""
         try:
             while self.owed:
-                self.owed = self.owed[self.file.write(self.owed):]
+                self.owed = self.owed[self.file.write(self.owed) :]
             return True
         except OSError as error:
             if not self.patient:
-                raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are intact") from None
+                raise UserError(
+                    f"cannot write {self.path}: {error.strerror}; the checkpoints are intact"
+                ) from None
             self.say(f"cannot write {self.path}: {error.strerror}; {len(self.owed)} bytes wait in memory")
             return False
 
@@ -163,7 +192,9 @@ class Log:
 
 
 def _thread_hook(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread that dies of a full disk, loudly; the same error comes out of the next flush."""
+    """TensorBoard writes in a thread that dies of a full disk, loudly; the same error comes out of the next
+    flush.
+    """
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
@@ -172,4 +203,6 @@ def _lines(path: Path) -> list[str]:
     """Complete lines of a log; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]

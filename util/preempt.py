@@ -2,13 +2,16 @@
 
 It imports no PyTorch, so that train_semi.py can listen before the seconds which that takes.
 """
+
 import signal
 from contextlib import contextmanager
 from typing import Iterator
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-CODE = 75                   # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL): script/train.sh requeues it
-GRACE = 30                  # s
+CODE = (
+    75  # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL): script/train.sh requeues it
+)
+GRACE = 30  # s
 _taken: list[int] = []
 
 
@@ -31,7 +34,9 @@ def asked() -> bool:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Processes started here never notice these signals and Ctrl-C, unless they ask for them. This one gets them afterwards."""
+    """Processes started here never notice these signals and Ctrl-C, unless they ask for them. This one gets
+    them afterwards.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGINT))
     try:
         yield
@@ -53,8 +58,8 @@ def without_interrupt() -> Iterator[None]:
 
 
 def spare_worker() -> None:
-    """In a worker process: a signal is meant for the process that trains, which needs its images until the ranks have agreed
-    on a last step. SIGTERM ends the worker all the same, after GRACE seconds.
+    """In a worker process: a signal is meant for the process that trains, which needs its images until the
+    ranks have agreed on a last step. SIGTERM ends the worker all the same, after GRACE seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

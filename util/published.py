@@ -1,8 +1,11 @@
-"""Checkpoints of the published programs, told by their keys and turned into ours and back. Functions over dicts of tensors.
+"""Checkpoints of the published programs, told by their keys and turned into ours and back. Functions over
+dicts of tensors.
 
-SimMatch and SimMatchV2 as their authors publish them, FixMatch and MoCo as EMAN's authors do, MoCo v2; docs/CHECKPOINTS.md
-lists the keys. Names of these files' keys are given without `module.`, which stands before all of them or before none.
+SimMatch and SimMatchV2 as their authors publish them, FixMatch and MoCo as EMAN's authors do, MoCo v2;
+docs/CHECKPOINTS.md lists the keys. Names of these files' keys are given without `module.`, which stands
+before all of them or before none.
 """
+
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -12,18 +15,38 @@ from util.checkpoint import KEYS, first_three
 from util.errors import UserError
 
 PROGRAMS = {"simmatch": "SimMatch", "simmatchv2": "SimMatchV2", "fixmatch": "FixMatch", "moco": "MoCo"}
-SPLITS = {13000: "simmatch-1p", 128000: "simmatch-10p", 12811: "simclr-1p", 128116: "simclr-10p"}   # by their sizes
-RING = 256                  # rows of the published ring of distribution alignment
+SPLITS = {
+    13000: "simmatch-1p",
+    128000: "simmatch-10p",
+    12811: "simclr-1p",
+    128116: "simclr-10p",
+}  # by their sizes
+RING = 256  # rows of the published ring of distribution alignment
 # kind -> (what must be there, what may be there); with a dot at its end, the start of a key, otherwise a key
-_MUST = ("main.backbone.conv1.weight", "main.fc.weight", "main.head.2.weight", "ema.backbone.", "ema.fc.", "ema.head.")
+_MUST = (
+    "main.backbone.conv1.weight",
+    "main.fc.weight",
+    "main.head.2.weight",
+    "ema.backbone.",
+    "ema.fc.",
+    "ema.head.",
+)
 _MAY = ("main.backbone.", "main.fc.", "main.head.")
 LAYOUTS = {
     "simmatch": ((*_MUST, "bank", "labels"), (*_MAY, "DA_queue", "DA_ptr")),
-    "simmatchv2": ((*_MUST, "l_bank", "l_labels", "ptr", "u_bank", "u_labels", "da"), (*_MAY, "main.norm.", "ema.norm.")),
-    "fixmatch": (_MUST[:2], (*_MAY, "ema.backbone.", "ema.fc.", "ema.head.")),      # no ema without --eman
+    "simmatchv2": (
+        (*_MUST, "l_bank", "l_labels", "ptr", "u_bank", "u_labels", "da"),
+        (*_MAY, "main.norm.", "ema.norm."),
+    ),
+    "fixmatch": (_MUST[:2], (*_MAY, "ema.backbone.", "ema.fc.", "ema.head.")),  # no ema without --eman
     "moco": (("encoder_q.conv1.weight",), ("encoder_q.", "encoder_k.", "queue", "queue_ptr")),
 }
-TOLD_BY = {"bank": "simmatch", "l_bank": "simmatchv2", "main.fc.weight": "fixmatch", "encoder_q.conv1.weight": "moco"}
+TOLD_BY = {
+    "bank": "simmatch",
+    "l_bank": "simmatchv2",
+    "main.fc.weight": "fixmatch",
+    "encoder_q.conv1.weight": "moco",
+}
 # (bottleneck blocks, blocks of each layer, channels of the stem) -> name in models/resnet.py
 RESNETS = {
     (False, (2, 2, 2, 2), 64): "resnet18_encoder",
@@ -32,13 +55,19 @@ RESNETS = {
     (True, (3, 4, 23, 3), 64): "resnet101_encoder",
     (True, (3, 4, 6, 3), 128): "resnet50w2x_encoder",
 }
-PARTS = {"main.": "student.", "ema.": "teacher.net."}                                   # published -> ours
+PARTS = {"main.": "student.", "ema.": "teacher.net."}  # published -> ours
 BUFFERS = {"bank": "bank.z", "labels": "bank.labels", "DA_queue": "align.ring", "DA_ptr": "align.ptr"}
 
 
 def recognise(state: Any, where: str = "the checkpoint") -> str:
-    """ours, simmatch, simmatchv2, fixmatch or moco, by the keys; a UserError names the first three that fit none."""
-    if isinstance(state, dict) and not isinstance(state.get("state_dict"), dict) and any(key in state for key in KEYS):
+    """ours, simmatch, simmatchv2, fixmatch or moco, by the keys; a UserError names the first three that fit
+    none.
+    """
+    if (
+        isinstance(state, dict)
+        and not isinstance(state.get("state_dict"), dict)
+        and any(key in state for key in KEYS)
+    ):
         return "ours"
     lacks = f"{where} was not written by train_semi.py, nor by " + ", ".join(PROGRAMS.values())
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
@@ -47,12 +76,21 @@ def recognise(state: Any, where: str = "the checkpoint") -> str:
     values = tensors(state)
     kind = next((kind for key, kind in TOLD_BY.items() if key in values), None)
     if kind is None:
-        raise UserError(f"{lacks}: its state_dict has {first_three([repr(key) for key in values]) or 'no key'}")
+        raise UserError(
+            f"{lacks}: its state_dict has {first_three([repr(key) for key in values]) or 'no key'}"
+        )
     must, may = LAYOUTS[kind]
-    wrong = [f"{part}{'*' * part.endswith('.')} is missing" for part in must if not any(_fits(key, part) for key in values)]
+    wrong = [
+        f"{part}{'*' * part.endswith('.')} is missing"
+        for part in must
+        if not any(_fits(key, part) for key in values)
+    ]
     wrong += [f"{key} is unknown" for key in values if not any(_fits(key, part) for part in must + may)]
-    wrong += [f"{key} is no tensor, or a single number" for key, value in values.items()
-              if not isinstance(value, Tensor) or not value.ndim and not key.endswith("num_batches_tracked")]
+    wrong += [
+        f"{key} is no tensor, or a single number"
+        for key, value in values.items()
+        if not isinstance(value, Tensor) or not value.ndim and not key.endswith("num_batches_tracked")
+    ]
     if wrong:
         raise UserError(f"{where} is not a whole checkpoint of {PROGRAMS[kind]}: {first_three(wrong)}")
     return kind
@@ -68,31 +106,52 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 class Networks(NamedTuple):
     """What the student (and the teacher) of a published file are made of."""
+
     backbone: str
-    channels: int                   # of the images
-    num_classes: int                # C
-    dim: int                        # D; 0 without a head
-    norm: bool                      # LayerNorm on the feature
-    labelled: Optional[int]         # K; None where the file does not tell
+    channels: int  # of the images
+    num_classes: int  # C
+    dim: int  # D; 0 without a head
+    norm: bool  # LayerNorm on the feature
+    labelled: Optional[int]  # K; None where the file does not tell
 
 
 def networks(state: dict[str, Any], where: str = "the checkpoint") -> Networks:
-    """Read from the shapes, since `arch` in these files is the program's name. Not for `moco`, which has no classifier."""
+    """Read from the shapes, since `arch` in these files is the program's name. Not for `moco`, which has no
+    classifier.
+    """
     values = tensors(state)
     main = {key.removeprefix("main."): value for key, value in values.items() if key.startswith("main.")}
-    backbone = {key.removeprefix("backbone."): value for key, value in main.items() if key.startswith("backbone.")}
+    backbone = {
+        key.removeprefix("backbone."): value for key, value in main.items() if key.startswith("backbone.")
+    }
     dim = len(main["head.2.weight"]) if "head.2.weight" in main else 0
-    labelled = values["bank"].shape[-1] if "bank" in values else len(values["l_bank"]) if "l_bank" in values else None
-    return Networks(_resnet(backbone, where), backbone["conv1.weight"].shape[1], len(main["fc.weight"]), dim,
-                    "norm.weight" in main, labelled)
+    labelled = (
+        values["bank"].shape[-1]
+        if "bank" in values
+        else len(values["l_bank"])
+        if "l_bank" in values
+        else None
+    )
+    return Networks(
+        _resnet(backbone, where),
+        backbone["conv1.weight"].shape[1],
+        len(main["fc.weight"]),
+        dim,
+        "norm.weight" in main,
+        labelled,
+    )
 
 
 def _resnet(backbone: dict[str, Tensor], where: str) -> str:
-    blocks = tuple(len({key.split(".")[1] for key in backbone if key.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4))
+    blocks = tuple(
+        len({key.split(".")[1] for key in backbone if key.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4)
+    )
     found = ("layer1.0.conv3.weight" in backbone, blocks, len(backbone.get("conv1.weight", ())))
     if found not in RESNETS:
-        raise UserError(f"{where} has a backbone that is none of {', '.join(RESNETS.values())}: "
-                        f"layers of {'+'.join(map(str, blocks))} blocks, a stem of {found[2]} channels")
+        raise UserError(
+            f"{where} has a backbone that is none of {', '.join(RESNETS.values())}: "
+            f"layers of {'+'.join(map(str, blocks))} blocks, a stem of {found[2]} channels"
+        )
     return RESNETS[found]
 
 
@@ -105,10 +164,14 @@ def describe(state: dict[str, Any], kind: str, found: Networks) -> str:
 
 
 def to_ours(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """A published SimMatch file -> the state_dict of a SimMatch method. A column of the published bank is a row of ours."""
+    """A published SimMatch file -> the state_dict of a SimMatch method. A column of the published bank is a
+    row of ours.
+    """
     kind = recognise(state, where)
     if kind != "simmatch":
-        raise UserError(f"{where} is not a checkpoint of SimMatch, but of {PROGRAMS.get(kind, 'train_semi.py')}")
+        raise UserError(
+            f"{where} is not a checkpoint of SimMatch, but of {PROGRAMS.get(kind, 'train_semi.py')}"
+        )
     values = tensors(state)
     _check_buffers(values, networks(state, where), where)
     out = {_renamed(key, PARTS): value for key, value in values.items() if key not in BUFFERS}
@@ -127,7 +190,9 @@ def _check_buffers(values: dict[str, Tensor], found: Networks, where: str) -> No
     for key in [key for key in wanted if key in values]:
         kind = torch.int64 if key in ("labels", "DA_ptr") else torch.float32
         if tuple(values[key].shape) != wanted[key] or values[key].dtype != kind:
-            wrong.append(f"{key} is {_said(values[key].shape, values[key].dtype)}, not {_said(wanted[key], kind)}")
+            wrong.append(
+                f"{key} is {_said(values[key].shape, values[key].dtype)}, not {_said(wanted[key], kind)}"
+            )
     if wrong:
         raise UserError(f"{where} is not a whole checkpoint of SimMatch: {first_three(wrong)}")
 
@@ -136,41 +201,55 @@ def _said(shape: tuple[int, ...], kind: torch.dtype) -> str:
     return f"{list(shape)} {str(kind).removeprefix('torch.')}"
 
 
-def from_ours(method: dict[str, Tensor], optimizer: dict[str, Any], epoch: int,
-              where: str = "the checkpoint") -> dict[str, Any]:
-    """The state_dicts of a SimMatch method and of its SGD -> what the published program loads with strict keys.
+def from_ours(
+    method: dict[str, Tensor], optimizer: dict[str, Any], epoch: int, where: str = "the checkpoint"
+) -> dict[str, Any]:
+    """The state_dicts of a SimMatch method and of its SGD -> what the published program loads with strict
+    keys.
 
-    epoch: finished ones. Without distribution alignment the file has none either, and the published program takes it
-    without --DA.
+    epoch: finished ones. Without distribution alignment the file has none either, and the published program
+    takes it without --DA.
     """
     known = (*PARTS.values(), *BUFFERS.values())
     wrong = [f"{own} is missing" for own in ("bank.z", "bank.labels") if own not in method]
     wrong += [f"{key} has no place there" for key in method if not key.startswith(known)]
     if "align.ring" in method and len(method["align.ring"]) != RING:
-        wrong.append(f"align.ring has {len(method['align.ring'])} rows, not {RING}: train with --da-len {RING}")
+        wrong.append(
+            f"align.ring has {len(method['align.ring'])} rows, not {RING}: train with --da-len {RING}"
+        )
     if wrong:
         raise UserError(f"{where} cannot be written as a checkpoint of SimMatch: {first_three(wrong)}")
     values = {theirs: method[own] for theirs, own in BUFFERS.items() if own in method}
-    values["bank"] = values["bank"].T.contiguous()                                              # [D, K]
+    values["bank"] = values["bank"].T.contiguous()  # [D, K]
     back = {own: theirs for theirs, own in PARTS.items()}
     values |= {_renamed(key, back): value for key, value in method.items() if key.startswith(tuple(back))}
-    found = networks({"state_dict": values}, where)         # refuses what is no ResNet
+    found = networks({"state_dict": values}, where)  # refuses what is no ResNet
     if found.channels != 3:
-        raise UserError(f"{where} is for images of {found.channels} channels; those of the published SimMatch have 3")
+        raise UserError(
+            f"{where} is for images of {found.channels} channels; those of the published SimMatch have 3"
+        )
     names = parameter_names(values, "main.")
     groups = optimizer["param_groups"]
     if len(groups) != 1 or list(groups[0]["params"]) != list(range(len(names))):
-        raise UserError(f"{where} cannot be written as a checkpoint of SimMatch: that has one group of parameters, but this "
-                        f"run has {len(groups)} (--no-decay-bn makes two)")
+        raise UserError(
+            f"{where} cannot be written as a checkpoint of SimMatch: that has one group of parameters, but this "
+            f"run has {len(groups)} (--no-decay-bn makes two)"
+        )
     # the published program hands all parameters to SGD, the teacher's too, which never get a gradient
     group = {**groups[0], "params": list(range(2 * len(names)))}
-    return {"epoch": epoch, "arch": PROGRAMS["simmatch"], "state_dict": {f"module.{key}": v for key, v in values.items()},
-            "optimizer": {"state": optimizer["state"], "param_groups": [group]}}
+    return {
+        "epoch": epoch,
+        "arch": PROGRAMS["simmatch"],
+        "state_dict": {f"module.{key}": v for key, v in values.items()},
+        "optimizer": {"state": optimizer["state"], "param_groups": [group]},
+    }
 
 
-def to_training_state(state: dict[str, Any], steps_per_epoch: int,
-                      where: str = "the checkpoint") -> tuple[dict[str, Tensor], dict[str, Any], int, int]:
-    """A published SimMatch file -> (method state_dict, SGD state_dict, finished epochs, finished steps) to train on from.
+def to_training_state(
+    state: dict[str, Any], steps_per_epoch: int, where: str = "the checkpoint"
+) -> tuple[dict[str, Tensor], dict[str, Any], int, int]:
+    """A published SimMatch file -> (method state_dict, SGD state_dict, finished epochs, finished steps) to
+    train on from.
 
     steps_per_epoch: of the training that goes on; the published program saves at the end of epochs only.
     """
@@ -182,18 +261,27 @@ def to_training_state(state: dict[str, Any], steps_per_epoch: int,
 
 
 def optimizer_to_ours(saved: Any, method: dict[str, Tensor], where: str = "the checkpoint") -> dict[str, Any]:
-    """The published SGD's state -> that of an SGD over the student alone. Both number parameters in the networks' order.
+    """The published SGD's state -> that of an SGD over the student alone. Both number parameters in the
+    networks' order.
 
     method: as from `to_ours`, whose keys have that order.
     """
     names = parameter_names(method, "student.")
     groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    if (not isinstance(groups, list) or len(groups) != 1 or not isinstance(saved.get("state"), dict)
-            or not all(isinstance(value, dict) for value in (*groups, *saved["state"].values()))):
-        raise UserError(f"{where} has no 'optimizer' with one group of parameters, so no training can go on from it")
+    if (
+        not isinstance(groups, list)
+        or len(groups) != 1
+        or not isinstance(saved.get("state"), dict)
+        or not all(isinstance(value, dict) for value in (*groups, *saved["state"].values()))
+    ):
+        raise UserError(
+            f"{where} has no 'optimizer' with one group of parameters, so no training can go on from it"
+        )
     listed = list(groups[0].get("params", ()))
     if len(listed) not in (len(names), 2 * len(names)):
-        raise UserError(f"{where} has an optimizer of {len(listed)} parameters, but a student of {len(names)}")
+        raise UserError(
+            f"{where} has an optimizer of {len(listed)} parameters, but a student of {len(names)}"
+        )
     place = {key: k for k, key in enumerate(listed)}
     state = {place[key]: value for key, value in saved["state"].items() if key in place}
     for k, value in state.items():
@@ -202,8 +290,10 @@ def optimizer_to_ours(saved: Any, method: dict[str, Tensor], where: str = "the c
         if velocity is not None and velocity.shape != wanted:
             owner = names[k] if wanted else "the teacher"
             raise UserError(f"{where} has an optimizer whose momentum for {owner} is {list(velocity.shape)}")
-    return {"state": {k: state[k] for k in sorted(state) if k < len(names)},
-            "param_groups": [{**groups[0], "params": list(range(len(names)))}]}
+    return {
+        "state": {k: state[k] for k in sorted(state) if k < len(names)},
+        "param_groups": [{**groups[0], "params": list(range(len(names)))}],
+    }
 
 
 def parameter_names(values: dict[str, Tensor], prefix: str) -> list[str]:
@@ -213,7 +303,8 @@ def parameter_names(values: dict[str, Tensor], prefix: str) -> list[str]:
 
 
 def moco_backbone(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """A MoCo file -> backbone.* and head.* of a Network: the query encoder and, in its place, its two-layer head.
+    """A MoCo file -> backbone.* and head.* of a Network: the query encoder and, in its place, its two-layer
+    head.
 
     A MoCo v1 file has one linear layer instead of a head: then there is no head.*.
     """
@@ -221,9 +312,14 @@ def moco_backbone(state: dict[str, Any], where: str = "the checkpoint") -> dict[
     if kind != "moco":
         raise UserError(f"{where} is not a checkpoint of MoCo, but of {PROGRAMS.get(kind, 'train_semi.py')}")
     names = {"fc.0.": "head.0.", "fc.2.": "head.2."}
-    query = {key.removeprefix("encoder_q."): v for key, v in tensors(state).items() if key.startswith("encoder_q.")}
-    wrong = [f"encoder_q.{key} is unknown" for key in query
-             if key.startswith("fc.") and not key.startswith((*names, "fc.weight", "fc.bias"))]
+    query = {
+        key.removeprefix("encoder_q."): v for key, v in tensors(state).items() if key.startswith("encoder_q.")
+    }
+    wrong = [
+        f"encoder_q.{key} is unknown"
+        for key in query
+        if key.startswith("fc.") and not key.startswith((*names, "fc.weight", "fc.bias"))
+    ]
     if wrong:
         raise UserError(f"{where} has another head than MoCo v2's: {first_three(wrong)}")
     _resnet(query, where)

@@ -1,4 +1,7 @@
-"""Symptoms of a broken run: functions of its events, each of which finds one or nothing. util/rules.py has them in words."""
+"""Symptoms of a broken run: functions of its events, each of which finds one or nothing. util/rules.py has
+them in words.
+"""
+
 import math
 from statistics import fmean, median
 from typing import Any, Callable, NamedTuple, Optional
@@ -11,12 +14,13 @@ Event = dict[str, Any]
 
 class Run(NamedTuple):
     """A run as its log tells it; events in order."""
+
     config: Config
     trains: list[Event]
     evals: list[Event]
-    looks: list[Event]                      # diagnostics
+    looks: list[Event]  # diagnostics
     stops: list[Event]
-    steps_per_epoch: Optional[int]          # None before the first evaluation or diagnostics
+    steps_per_epoch: Optional[int]  # None before the first evaluation or diagnostics
 
     def settled(self, events: list[Event]) -> list[Event]:
         """Those after the first epoch and the warm-up, before which much is allowed to look odd."""
@@ -27,12 +31,16 @@ class Run(NamedTuple):
 
 class Finding(NamedTuple):
     what: str
-    first: int                              # steps between which it is seen
+    first: int  # steps between which it is seen
     last: int
 
 
-def _latest(events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str) -> Optional[Finding]:
-    """A finding if `key` of each of the last `n` events is there and bad. what: takes {n}, {first}, {last} values."""
+def _latest(
+    events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str
+) -> Optional[Finding]:
+    """A finding if `key` of each of the last `n` events is there and bad. what: takes {n}, {first}, {last}
+    values.
+    """
     end = events[-n:]
     if len(end) < n or not all(e.get(key) is not None and bad(e[key]) for e in end):
         return None
@@ -53,14 +61,18 @@ def _better_than_guessing(accuracy: float, classes: int) -> float:
 
 
 def _accuracy(run: Run) -> Optional[float]:
-    """How right the teacher is, last: of pseudo-labels where hidden labels exist, else on the test images; 0 to 1."""
+    """How right the teacher is, last: of pseudo-labels where hidden labels exist, else on the test images; 0
+    to 1.
+    """
     if run.trains and run.trains[-1]["pseudo_acc"] is not None:
         return fmean(e["pseudo_acc"] for e in run.trains[-3:])
     return run.evals[-1]["teacher_top1"] / 100 if run.evals else None
 
 
 def _has_bank(run: Run, events: list[Event]) -> list[Event]:
-    """Settled events from which on the bank is used: it was at the diagnostics, or, without any, after the second epoch."""
+    """Settled events from which on the bank is used: it was at the diagnostics, or, without any, after the
+    second epoch.
+    """
     used = [e["step"] for e in run.looks if e["q_entropy"] is not None]
     start = used[0] if used else math.inf if run.looks else 2 * (run.steps_per_epoch or 0)
     return [e for e in run.settled(events) if e["step"] > start]
@@ -68,7 +80,9 @@ def _has_bank(run: Run, events: list[Event]) -> list[Event]:
 
 def not_finite(run: Run) -> Optional[Finding]:
     for e in run.looks:
-        bad = [name for name in e["not_finite"] if run.config.precision != "fp16" or not name.startswith("grad_")]
+        bad = [
+            name for name in e["not_finite"] if run.config.precision != "fp16" or not name.startswith("grad_")
+        ]
         if bad:
             return Finding(f"{', '.join(bad)} not finite", e["step"], e["step"])
     return _first(Finding(e["why"].split(";")[0], e["step"], e["step"]) for e in run.stops)
@@ -82,35 +96,62 @@ def exploding(run: Run) -> Optional[Finding]:
 
 def not_learning(run: Run) -> Optional[Finding]:
     guess = math.log(run.config.cls)
-    return _latest(run.settled(run.trains), "loss_x", 5, lambda v: v >= 0.95 * guess,
-                   f"loss_x is {{value:.3g}}, a guess has {guess:.3g}")
+    return _latest(
+        run.settled(run.trains),
+        "loss_x",
+        5,
+        lambda v: v >= 0.95 * guess,
+        f"loss_x is {{value:.3g}}, a guess has {guess:.3g}",
+    )
 
 
 def dead_term(run: Run) -> Optional[Finding]:
     def find(name: str, events: list[Event]) -> Optional[Finding]:
-        shares = [{"step": e["step"], "share": e[name] / e["loss"]} for e in events if e[name] is not None and e["loss"] > 0]
-        return _latest(shares, "share", 5, lambda v: v < 1e-6, f"{name} is {{value:.1g}} of the loss in {{n}} train events")
+        shares = [
+            {"step": e["step"], "share": e[name] / e["loss"]}
+            for e in events
+            if e[name] is not None and e["loss"] > 0
+        ]
+        return _latest(
+            shares,
+            "share",
+            5,
+            lambda v: v < 1e-6,
+            f"{name} is {{value:.1g}} of the loss in {{n}} train events",
+        )
+
     c = run.config
-    return _first([c.lambda_u and find("loss_u", run.settled(run.trains)),
-                   c.lambda_in and find("loss_in", _has_bank(run, run.trains))])
+    return _first(
+        [
+            c.lambda_u and find("loss_u", run.settled(run.trains)),
+            c.lambda_in and find("loss_in", _has_bank(run, run.trains)),
+        ]
+    )
 
 
 def mask_at_0(run: Run) -> Optional[Finding]:
-    return _latest(run.settled(run.trains), "mask", 5, lambda v: v < 1e-4, "mask is {value:.2g} in {n} train events")
+    return _latest(
+        run.settled(run.trains), "mask", 5, lambda v: v < 1e-4, "mask is {value:.2g} in {n} train events"
+    )
 
 
 def mask_at_1(run: Run) -> Optional[Finding]:
     right = _accuracy(run)
     if right is None or right >= 0.9:
         return None
-    return _latest(run.settled(run.trains), "mask", 5, lambda v: v > 0.999,
-                   f"mask is {{value:.4f}} in {{n}} train events, but the teacher is right on {100 * right:.1f} %")
+    return _latest(
+        run.settled(run.trains),
+        "mask",
+        5,
+        lambda v: v > 0.999,
+        f"mask is {{value:.4f}} in {{n}} train events, but the teacher is right on {100 * right:.1f} %",
+    )
 
 
 def _threes(events: list[Event], key: str) -> list[float]:
     """Means over every three neighbouring events."""
     values = [e[key] for e in events]
-    return [fmean(values[i:i + 3]) for i in range(len(values) - 2)] if None not in values else []
+    return [fmean(values[i : i + 3]) for i in range(len(values) - 2)] if None not in values else []
 
 
 def mask_falling(run: Run) -> Optional[Finding]:
@@ -119,12 +160,19 @@ def mask_falling(run: Run) -> Optional[Finding]:
     if not means or max(means) < 0.1 or means[-1] > max(means) / 2:
         return None
     top = means.index(max(means))
-    return Finding(f"mask fell from {means[top]:.2f} to {means[-1]:.2f}", events[top]["step"], events[-1]["step"])
+    return Finding(
+        f"mask fell from {means[top]:.2f} to {means[-1]:.2f}", events[top]["step"], events[-1]["step"]
+    )
 
 
 def pseudo_labels_at_chance(run: Run) -> Optional[Finding]:
-    return _latest(run.settled(run.trains), "pseudo_acc", 5, lambda v: _better_than_guessing(v, run.config.cls) < 0.02,
-                   "pseudo_acc is {value:.3f} in {n} train events, a guess is right on " + f"{1 / run.config.cls:.3f}")
+    return _latest(
+        run.settled(run.trains),
+        "pseudo_acc",
+        5,
+        lambda v: _better_than_guessing(v, run.config.cls) < 0.02,
+        "pseudo_acc is {value:.3f} in {n} train events, a guess is right on " + f"{1 / run.config.cls:.3f}",
+    )
 
 
 def confirmation_bias(run: Run) -> Optional[Finding]:
@@ -135,19 +183,31 @@ def confirmation_bias(run: Run) -> Optional[Finding]:
     top = right.index(max(right))
     if right[-1] > right[top] - 0.05 or mask[-1] < mask[top] + 0.02:
         return None
-    return Finding(f"pseudo_acc fell from {right[top]:.3f} to {right[-1]:.3f} while mask rose from {mask[top]:.2f} to "
-                   f"{mask[-1]:.2f}", events[top]["step"], events[-1]["step"])
+    return Finding(
+        f"pseudo_acc fell from {right[top]:.3f} to {right[-1]:.3f} while mask rose from {mask[top]:.2f} to "
+        f"{mask[-1]:.2f}",
+        events[top]["step"],
+        events[-1]["step"],
+    )
 
 
 def collapsed_classes(run: Run) -> Optional[Finding]:
     c = run.config.cls
     events = [e for e in run.settled(run.looks) if e["pseudo_labels"] and e["pseudo_labels"] >= 20 * c]
     found = _latest(events, "starved", 2, lambda v: v > c / 20, "{value} of " + f"{c} classes are starved")
-    found = found or _latest(events, "marginal_kl", 2, lambda v: v > math.log(c) / 4,
-                             "pseudo-labels fall on few classes (KL {value:.2f} nats)")
+    found = found or _latest(
+        events,
+        "marginal_kl",
+        2,
+        lambda v: v > math.log(c) / 4,
+        "pseudo-labels fall on few classes (KL {value:.2f} nats)",
+    )
     if found is None:
         return None
-    words = [", ".join(f"{name} {100 * share:.1f} %" for name, share in events[-1][key][:3]) for key in ("least", "most")]
+    words = [
+        ", ".join(f"{name} {100 * share:.1f} %" for name, share in events[-1][key][:3])
+        for key in ("least", "most")
+    ]
     return found._replace(what=f"{found.what}: least {words[0]}; most {words[1]}")
 
 
@@ -168,31 +228,50 @@ def q_w_flat(run: Run) -> Optional[Finding]:
 
 
 def _entropy(run: Run, bad: Callable[[float], bool], rest: str) -> Optional[Finding]:
-    events = [{"step": e["step"], "share": e["q_entropy"] / math.log(e["bank_rows"])} for e in run.settled(run.looks)
-              if e["q_entropy"] is not None and e["bank_rows"] > 1]
+    events = [
+        {"step": e["step"], "share": e["q_entropy"] / math.log(e["bank_rows"])}
+        for e in run.settled(run.looks)
+        if e["q_entropy"] is not None and e["bank_rows"] > 1
+    ]
     return _latest(events, "share", 3, bad, f"the entropy of q_w is {{value:.4f}} of log K {rest}")
 
 
 def lr_off(run: Run) -> Optional[Finding]:
     c, bad = run.config, []
     for e in run.trains if run.steps_per_epoch else []:
-        lr = learning_rate(e["step"] - 1, lr=c.lr, steps_per_epoch=run.steps_per_epoch, epochs=c.epochs,
-                           warmup_epoch=c.warmup_epoch, cos=c.cos, schedule=c.schedule, cos_7_16=c.cos_7_16)
+        lr = learning_rate(
+            e["step"] - 1,
+            lr=c.lr,
+            steps_per_epoch=run.steps_per_epoch,
+            epochs=c.epochs,
+            warmup_epoch=c.warmup_epoch,
+            cos=c.cos,
+            schedule=c.schedule,
+            cos_7_16=c.cos_7_16,
+        )
         if not math.isclose(e["lr"], lr, rel_tol=1e-6, abs_tol=1e-12):
             bad.append((e, lr))
     if not bad:
         return None
     (e, lr), (last, _) = bad[0], bad[-1]
-    return Finding(f"lr is {e['lr']:.6g} at step {e['step']}, the config gives {lr:.6g} ({len(bad)} train events)",
-                   e["step"], last["step"])
+    return Finding(
+        f"lr is {e['lr']:.6g} at step {e['step']}, the config gives {lr:.6g} ({len(bad)} train events)",
+        e["step"],
+        last["step"],
+    )
 
 
 GRADIENTS = ("grad_x", "grad_u", "grad_in")
 
 
 def no_gradient(run: Run) -> Optional[Finding]:
-    return _first(_latest(run.settled(run.looks), key, 2, lambda v: v < 1e-8, key + " is {value:.1g} in {n} diagnostics")
-                  for key in GRADIENTS if key == "grad_x" or getattr(run.config, key.replace("grad", "lambda")))
+    return _first(
+        _latest(
+            run.settled(run.looks), key, 2, lambda v: v < 1e-8, key + " is {value:.1g} in {n} diagnostics"
+        )
+        for key in GRADIENTS
+        if key == "grad_x" or getattr(run.config, key.replace("grad", "lambda"))
+    )
 
 
 def gradient_exploding(run: Run) -> Optional[Finding]:
@@ -201,37 +280,71 @@ def gradient_exploding(run: Run) -> Optional[Finding]:
         for i in range(3, len(events)):
             usual = median(e[key] for e in events[:i])
             if events[i][key] > max(100 * usual, 100):
-                return Finding(f"{key} is {events[i][key]:.3g}, its median before is {usual:.3g}", events[i]["step"],
-                               events[-1]["step"])
+                return Finding(
+                    f"{key} is {events[i][key]:.3g}, its median before is {usual:.3g}",
+                    events[i]["step"],
+                    events[-1]["step"],
+                )
     return None
 
 
 def at_chance(run: Run) -> Optional[Finding]:
-    return _latest(run.settled(run.evals), "student_top1", 2, lambda v: _better_than_guessing(v / 100, run.config.cls) < 0.02,
-                   "student_top1 is {value:.2f} % in {n} evaluations, a guess has " + f"{100 / run.config.cls:.2f} %")
+    return _latest(
+        run.settled(run.evals),
+        "student_top1",
+        2,
+        lambda v: _better_than_guessing(v / 100, run.config.cls) < 0.02,
+        "student_top1 is {value:.2f} % in {n} evaluations, a guess has " + f"{100 / run.config.cls:.2f} %",
+    )
 
 
 def students_apart(run: Run) -> Optional[Finding]:
     gaps = [{"step": e["step"], "gap": e["student_top1"] - e["teacher_top1"]} for e in run.settled(run.evals)]
-    return _first([_latest(gaps, "gap", 2, lambda v: v < -20, "the student is {value:.1f} points from the teacher, below it"),
-                   _latest(gaps, "gap", 2, lambda v: v > 20, "the student is {value:.1f} points above the teacher")])
+    return _first(
+        [
+            _latest(
+                gaps,
+                "gap",
+                2,
+                lambda v: v < -20,
+                "the student is {value:.1f} points from the teacher, below it",
+            ),
+            _latest(gaps, "gap", 2, lambda v: v > 20, "the student is {value:.1f} points above the teacher"),
+        ]
+    )
 
 
 def accuracy_lost(run: Run) -> Optional[Finding]:
     best = max(run.evals, key=lambda e: e["student_top1"], default=None)
-    found = best and _latest(run.evals, "student_top1", 2, lambda v: v < best["student_top1"] - 10,
-                             "student_top1 fell to {value:.2f} %")
-    return found and found._replace(what=f"{found.what} from {best['student_top1']:.2f} % at step {best['step']}")
+    found = best and _latest(
+        run.evals,
+        "student_top1",
+        2,
+        lambda v: v < best["student_top1"] - 10,
+        "student_top1 fell to {value:.2f} %",
+    )
+    return found and found._replace(
+        what=f"{found.what} from {best['student_top1']:.2f} % at step {best['step']}"
+    )
 
 
 def stale_bank(run: Run) -> Optional[Finding]:
     for e in run.looks:
         if e["bank_age_max"] is not None and e["bank_age_max"] > 2 * e["bank_pass"]:
-            return Finding(f"the oldest row is {e['bank_age_max']} steps old, a pass over the labels takes {e['bank_pass']}",
-                           e["step"], e["step"])
+            return Finding(
+                f"the oldest row is {e['bank_age_max']} steps old, a pass over the labels takes {e['bank_pass']}",
+                e["step"],
+                e["step"],
+            )
         if e["q_entropy"] is not None and e["bank_unwritten"]:
             return Finding(f"{e['bank_unwritten']} rows in use were never written", e["step"], e["step"])
-    return _latest(run.settled(run.looks), "bank_drift", 3, lambda v: v > 0.5, "rows are written with bank_drift {value:.2f}")
+    return _latest(
+        run.settled(run.looks),
+        "bank_drift",
+        3,
+        lambda v: v > 0.5,
+        "rows are written with bank_drift {value:.2f}",
+    )
 
 
 def slowed_down(run: Run) -> Optional[Finding]:
@@ -239,4 +352,10 @@ def slowed_down(run: Run) -> Optional[Finding]:
     if len(events) < 15:
         return None
     usual = median(e["images_per_s"] for e in events[:-5])
-    return _latest(events, "images_per_s", 5, lambda v: v < usual / 4, f"{{value:.0f}} images/s, the median was {usual:.0f}")
+    return _latest(
+        events,
+        "images_per_s",
+        5,
+        lambda v: v < usual / 4,
+        f"{{value:.0f}} images/s, the median was {usual:.0f}",
+    )

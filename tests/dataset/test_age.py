@@ -1,4 +1,5 @@
 """Ages of bank rows against writing every step down."""
+
 import numpy as np
 import pytest
 
@@ -8,7 +9,10 @@ from dataset.loader import Stream
 from util.config import Config
 
 
-@pytest.mark.parametrize("labels_per_class, batch_size, world", [(1, 10, 1), (1, 3, 1), (2, 7, 1), (4, 3, 2), (1, 12, 2), (3, 4, 3)])
+@pytest.mark.parametrize(
+    "labels_per_class, batch_size, world",
+    [(1, 10, 1), (1, 3, 1), (2, 7, 1), (4, 3, 2), (1, 12, 2), (3, 4, 3)],
+)
 def test_ages_are_those_of_the_images_that_the_steps_show(labels_per_class, batch_size, world):
     data = build_data(Config(dataset="digits", cls=10, labels_per_class=labels_per_class), gpu=False)
     ranks = [Stream(data, batch_size, 1, seed=5, rank=rank, world=world) for rank in range(world)]

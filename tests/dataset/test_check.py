@@ -1,4 +1,5 @@
 """python -m dataset.check: one fault at a time in a small tree of real files, and what is said of it."""
+
 import csv
 import hashlib
 import os
@@ -38,14 +39,19 @@ def tree(tmp_path, monkeypatch):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         photo(seed).save(root / name)
     (tmp_path / "split.txt").write_text(SPLIT)
-    (tmp_path / "own.yaml").write_text(f"dataset: folder\ncls: 2\nimage_size: 32\nworkers: 0\ndata: {root}\n"
-                                       f"split: {tmp_path / 'split.txt'}\n")
+    (tmp_path / "own.yaml").write_text(
+        f"dataset: folder\ncls: 2\nimage_size: 32\nworkers: 0\ndata: {root}\n"
+        f"split: {tmp_path / 'split.txt'}\n"
+    )
     return root
 
 
 @pytest.fixture
 def doctor(tree, monkeypatch, capsys):
-    """Check the tree, or another config, in this process: (exit code, what is said under ok, note and BAD, lines of CSV)."""
+    """Check the tree, or another config, in this process: (exit code, what is said under ok, note and BAD,
+    lines of CSV).
+    """
+
     def call(*flags, file=tree.parent / "own.yaml"):
         report = tree.parent / "report.csv"
         monkeypatch.setattr(sys, "argv", ["check", str(file), "--report", str(report), *map(str, flags)])
@@ -62,11 +68,14 @@ def doctor(tree, monkeypatch, capsys):
                 said[words[-1]].append(line[6:])
         assert words == sorted(words, key=list(said).index)
         bad = len(said["BAD"])
-        assert (stop.value.code, last) == ((1, f"bad: {bad} problem{'s' * (bad > 1)}") if bad else (0, "good"))
+        assert (stop.value.code, last) == (
+            (1, f"bad: {bad} problem{'s' * (bad > 1)}") if bad else (0, "good")
+        )
         with open(report, newline="", encoding="utf-8", errors="surrogateescape") as table:
             rows = [(path.removeprefix(f"{tree}/"), *rest) for path, *rest in csv.reader(table)]
         assert rows.pop(0) == ("path", "problem", "detail")
         return said, rows
+
     return call
 
 
@@ -80,16 +89,24 @@ def one(lines, words):
 def test_a_sound_tree_is_good(doctor, tree):
     said, rows = doctor()
     assert not said["BAD"] and not said["note"] and not rows
-    sha256, size = hashlib.sha256(SPLIT.encode()).hexdigest(), sum((tree / name).stat().st_size for name in NAMES)
+    sha256, size = (
+        hashlib.sha256(SPLIT.encode()).hexdigest(),
+        sum((tree / name).stat().st_size for name in NAMES),
+    )
     assert said["ok"][:5] == [
-        f"split split, sha256 {sha256}", "4 labelled, 6 unlabelled, 4 test images; 2 classes",
-        "each class has 2 to 2 labelled images", "each class has 2 to 2 test images", "formats: JPEG RGB 14"]
+        f"split split, sha256 {sha256}",
+        "4 labelled, 6 unlabelled, 4 test images; 2 classes",
+        "each class has 2 to 2 labelled images",
+        "each class has 2 to 2 test images",
+        "formats: JPEG RGB 14",
+    ]
     assert said["ok"][5].startswith(f"{size / 1e9:,.3f} GB in 4 folders, {size / 14e3:,.1f} kB an image")
     assert "(processes: 1, CPUs: " in said["ok"][6] and "estimate for 1,000 a second: " in said["ok"][6]
     assert [problem[2] for problem in check.PROBLEMS.values() if problem[2]] == said["ok"][7:]
 
 
 # Each makes a fault, given the tree.
+
 
 def cut(name):
     return lambda tree: (tree / name).write_bytes((tree / name).read_bytes()[:300])
@@ -115,42 +132,95 @@ def ramp(*shape):
     return Image.fromarray(np.broadcast_to(np.arange(40, dtype=np.uint8).reshape(shape), (40, 40, 3)).copy())
 
 
-FAULTS = {      # what is done: what is said of it, (verdict, problem, image, words of the detail)
+FAULTS = {  # what is done: what is said of it, (verdict, problem, image, words of the detail)
     "cut short": (cut("train/a/2.jpg"), [("BAD", "unreadable", "train/a/2.jpg", "cut short")]),
     "empty": (write(b"", "val/a/0.jpg"), [("BAD", "unreadable", "val/a/0.jpg", "empty")]),
     "text": (write(b"<html>", "train/a/0.jpg"), [("BAD", "unreadable", "train/a/0.jpg", "not an image")]),
-    "any bytes": (write(b"", "train/a/\udcff,\udce9.jpg"), [("BAD", "unreadable", "train/a/\udcff,\udce9.jpg", "empty")]),
-    "no label left": (write(b"", "train/b/0.jpg", "train/b/1.jpg"), [
-        ("BAD", "unreadable", "train/b/0.jpg", "empty"), ("BAD", "unreadable", "train/b/1.jpg", "empty"),
-        ("BAD", "class without labelled", "b", "label 1")]),
-    "labelled in test": (same("train/a/1.jpg", "val/a/1.jpg"), [("BAD", "labelled in test", "train/a/1.jpg", "/val/a/1.jpg")]),
-    "unlabelled in test": (same("train/a/4.jpg", "val/a/1.jpg"), [
-        ("BAD", "unlabelled in test", "train/a/4.jpg", "/val/a/1.jpg")]),
-    "labels differ": (same("train/a/0.jpg", "train/b/1.jpg"), [
-        ("note", "copy", "train/b/1.jpg", "/train/a/0.jpg"), ("BAD", "labels differ", "train/b/1.jpg", "b, but a as /")]),
-    "labels differ in test": (same("train/a/0.jpg", "val/b/1.jpg"), [
-        ("BAD", "labelled in test", "train/a/0.jpg", "/val/b/1.jpg"),
-        ("BAD", "labels differ", "val/b/1.jpg", "b, but a as /")]),
-    "hidden labels differ": (same("train/a/3.jpg", "train/b/4.jpg"), [
-        ("note", "copy", "train/b/4.jpg", "/train/a/3.jpg"),
-        ("note", "hidden labels differ", "train/b/4.jpg", "b, but a as /")]),
-    "one label hidden": (same("train/a/0.jpg", "train/b/4.jpg"), [
-        ("note", "labelled in unlabelled", "train/a/0.jpg", "/train/b/4.jpg"),
-        ("note", "hidden labels differ", "train/b/4.jpg", "b, but a as /")]),
-    "groups of copies": (all_of(same("train/b/2.jpg", "train/b/4.jpg"), same("val/a/0.jpg", "val/a/1.jpg"),
-                                same("train/a/2.jpg", "train/a/3.jpg", "train/a/4.jpg")), [
-        ("note", "copy", "train/a/3.jpg", "/train/a/2.jpg"), ("note", "copy", "train/a/4.jpg", "/train/a/2.jpg"),
-        ("note", "copy", "train/b/4.jpg", "/train/b/2.jpg"), ("note", "copy", "val/a/1.jpg", "/val/a/0.jpg")]),
-    "one colour": (all_of(save(Image.new("RGB", (48, 40), "teal"), "train/a/2.png"), save(ramp(40, 1, 1), "train/a/3.png"),
-                          save(ramp(1, 40, 1), "train/a/4.png")), [
-        ("note", "one colour", "train/a/2.png", "PNG RGB 48 x 40 pixels")]),
-    "tiny": (all_of(save(photo(50, (200, 7)), "train/a/2.jpg"), save(photo(51, (8, 8)), "train/a/3.jpg")), [
-        ("note", "tiny", "train/a/2.jpg", "JPEG RGB 200 x 7 pixels")]),
-    "huge": (save(Image.linear_gradient("L").resize((5001, 5000)), "train/a/2.jpg"), [
-        ("note", "huge", "train/a/2.jpg", "JPEG L 5001 x 5000 pixels")]),
-    "misnamed": (save(photo(50).quantize(16), "train/a/5.JPEG", format="PNG"), [
-        ("note", "misnamed", "train/a/5.JPEG", "PNG P 48 x 40 pixels")]),
-    "no test image": (lambda tree: shutil.rmtree(tree / "val/a"), [("note", "class without test", "a", "label 0")]),
+    "any bytes": (
+        write(b"", "train/a/\udcff,\udce9.jpg"),
+        [("BAD", "unreadable", "train/a/\udcff,\udce9.jpg", "empty")],
+    ),
+    "no label left": (
+        write(b"", "train/b/0.jpg", "train/b/1.jpg"),
+        [
+            ("BAD", "unreadable", "train/b/0.jpg", "empty"),
+            ("BAD", "unreadable", "train/b/1.jpg", "empty"),
+            ("BAD", "class without labelled", "b", "label 1"),
+        ],
+    ),
+    "labelled in test": (
+        same("train/a/1.jpg", "val/a/1.jpg"),
+        [("BAD", "labelled in test", "train/a/1.jpg", "/val/a/1.jpg")],
+    ),
+    "unlabelled in test": (
+        same("train/a/4.jpg", "val/a/1.jpg"),
+        [("BAD", "unlabelled in test", "train/a/4.jpg", "/val/a/1.jpg")],
+    ),
+    "labels differ": (
+        same("train/a/0.jpg", "train/b/1.jpg"),
+        [
+            ("note", "copy", "train/b/1.jpg", "/train/a/0.jpg"),
+            ("BAD", "labels differ", "train/b/1.jpg", "b, but a as /"),
+        ],
+    ),
+    "labels differ in test": (
+        same("train/a/0.jpg", "val/b/1.jpg"),
+        [
+            ("BAD", "labelled in test", "train/a/0.jpg", "/val/b/1.jpg"),
+            ("BAD", "labels differ", "val/b/1.jpg", "b, but a as /"),
+        ],
+    ),
+    "hidden labels differ": (
+        same("train/a/3.jpg", "train/b/4.jpg"),
+        [
+            ("note", "copy", "train/b/4.jpg", "/train/a/3.jpg"),
+            ("note", "hidden labels differ", "train/b/4.jpg", "b, but a as /"),
+        ],
+    ),
+    "one label hidden": (
+        same("train/a/0.jpg", "train/b/4.jpg"),
+        [
+            ("note", "labelled in unlabelled", "train/a/0.jpg", "/train/b/4.jpg"),
+            ("note", "hidden labels differ", "train/b/4.jpg", "b, but a as /"),
+        ],
+    ),
+    "groups of copies": (
+        all_of(
+            same("train/b/2.jpg", "train/b/4.jpg"),
+            same("val/a/0.jpg", "val/a/1.jpg"),
+            same("train/a/2.jpg", "train/a/3.jpg", "train/a/4.jpg"),
+        ),
+        [
+            ("note", "copy", "train/a/3.jpg", "/train/a/2.jpg"),
+            ("note", "copy", "train/a/4.jpg", "/train/a/2.jpg"),
+            ("note", "copy", "train/b/4.jpg", "/train/b/2.jpg"),
+            ("note", "copy", "val/a/1.jpg", "/val/a/0.jpg"),
+        ],
+    ),
+    "one colour": (
+        all_of(
+            save(Image.new("RGB", (48, 40), "teal"), "train/a/2.png"),
+            save(ramp(40, 1, 1), "train/a/3.png"),
+            save(ramp(1, 40, 1), "train/a/4.png"),
+        ),
+        [("note", "one colour", "train/a/2.png", "PNG RGB 48 x 40 pixels")],
+    ),
+    "tiny": (
+        all_of(save(photo(50, (200, 7)), "train/a/2.jpg"), save(photo(51, (8, 8)), "train/a/3.jpg")),
+        [("note", "tiny", "train/a/2.jpg", "JPEG RGB 200 x 7 pixels")],
+    ),
+    "huge": (
+        save(Image.linear_gradient("L").resize((5001, 5000)), "train/a/2.jpg"),
+        [("note", "huge", "train/a/2.jpg", "JPEG L 5001 x 5000 pixels")],
+    ),
+    "misnamed": (
+        save(photo(50).quantize(16), "train/a/5.JPEG", format="PNG"),
+        [("note", "misnamed", "train/a/5.JPEG", "PNG P 48 x 40 pixels")],
+    ),
+    "no test image": (
+        lambda tree: shutil.rmtree(tree / "val/a"),
+        [("note", "class without test", "a", "label 0")],
+    ),
 }
 
 
@@ -173,13 +243,20 @@ def test_of_many_cases_twenty_are_printed_and_all_reported(doctor, tree):
     write(b"", *[f"train/a/more{k}.jpg" for k in range(25)])(tree)
     said, rows = doctor()
     lines = one(said["BAD"], "cannot be used").split("\n")
-    assert len(lines) == 22 and lines[0].endswith(": 25") and lines[-1].startswith("and 5 more") and len(rows) == 25
+    assert (
+        len(lines) == 22
+        and lines[0].endswith(": 25")
+        and lines[-1].startswith("and 5 more")
+        and len(rows) == 25
+    )
 
 
 def test_nothing_can_be_decoded(doctor, tree):
     write(b"", *NAMES)(tree)
     _, rows = doctor()
-    assert len(rows) == 16 and rows[14:] == [(c, "class without labelled", f"label {k}") for k, c in enumerate("ab")]
+    assert len(rows) == 16 and rows[14:] == [
+        (c, "class without labelled", f"label {k}") for k, c in enumerate("ab")
+    ]
 
 
 def test_balance_is_that_of_the_smallest_and_the_largest_class(doctor, tree):
@@ -193,19 +270,36 @@ def test_formats_and_modes_are_counted(doctor, tree):
     photo(50).convert("CMYK").save(tree / "train/a/2.jpg")
     photo(51).convert("L").save(tree / "train/a/3.jpg")
     photo(53).save(tree / "train/b/5.WEBP")
-    photo(54).save(tree / "train/b/6.jpg", "MPO", save_all=True, append_images=[photo(55)])     # a JPEG file all the same
+    photo(54).save(
+        tree / "train/b/6.jpg", "MPO", save_all=True, append_images=[photo(55)]
+    )  # a JPEG file all the same
     Image.effect_noise((2000, 1000), 100).save(tree / "train/b/7.BMP")
     said, rows = doctor()
-    assert one(said["ok"], "formats:") == "formats: JPEG RGB 13, JPEG CMYK 1, JPEG L 1, WEBP RGB 1, BMP L 1" and not rows
+    assert (
+        one(said["ok"], "formats:") == "formats: JPEG RGB 13, JPEG CMYK 1, JPEG L 1, WEBP RGB 1, BMP L 1"
+        and not rows
+    )
     assert one(said["ok"], " GB in ").startswith("0.002 GB in 4 folders, ")
 
 
 def test_labels_out_of_range(doctor, monkeypatch):
     def broken(*args, **how):
         data = build_data(*args, **how)
-        data.labels[:] = [0, 7, 0, 0, -1, 1, 1, -2, 1, 1]       # rows 0, 1, 5 and 6 are labelled; −1 is right for the others
+        data.labels[:] = [
+            0,
+            7,
+            0,
+            0,
+            -1,
+            1,
+            1,
+            -2,
+            1,
+            1,
+        ]  # rows 0, 1, 5 and 6 are labelled; −1 is right for the others
         data.test_labels[0] = -1
         return data
+
     monkeypatch.setattr(check, "build_data", broken)
     said, rows = doctor()
     assert said["ok"][2:4] == ["each class has 1 to 2 labelled images", "each class has 1 to 2 test images"]
@@ -242,13 +336,17 @@ def test_a_list_with_files_that_are_not_there(doctor, tree):
     assert doctor("--dataset", "imagenet")[1] == [("train/a/3.jpg", "unreadable", "the file does not exist")]
 
 
-@pytest.mark.parametrize("kind, network", [("nfs4", True), ("fuse.sshfs", True), ("ext4", False), ("ntfs", False), ("", False)])
+@pytest.mark.parametrize(
+    "kind, network", [("nfs4", True), ("fuse.sshfs", True), ("ext4", False), ("ntfs", False), ("", False)]
+)
 def test_the_file_system(doctor, tree, tmp_path, monkeypatch, kind, network):
     """kind empty: a system that tells nothing."""
     device = os.stat(tree).st_dev
     if kind:
-        (tmp_path / "mounts").write_text(f"20 1 99:999 / /elsewhere rw shared:1 - beegfs other rw\n"
-                                         f"36 35 {os.major(device)}:{os.minor(device)} / {tree} rw - {kind} server:/x rw\n")
+        (tmp_path / "mounts").write_text(
+            f"20 1 99:999 / /elsewhere rw shared:1 - beegfs other rw\n"
+            f"36 35 {os.major(device)}:{os.minor(device)} / {tree} rw - {kind} server:/x rw\n"
+        )
     monkeypatch.setattr(check, "MOUNTS", tmp_path / "mounts")
     said, _ = doctor()
     assert one(said["ok"], " GB in ").endswith(f"kB an image, on {kind}" if kind else "kB an image")
@@ -272,18 +370,29 @@ def test_labelled_images_outside_of_a_sample_do_not_count_as_lost(doctor):
 
 def test_images_in_memory(doctor, monkeypatch):
     said, rows = doctor(file=DIGITS)
-    assert not rows and not said["note"] and not any(word in " ".join(said["ok"]) for word in ("GB", "formats", "a second"))
-    assert said["ok"][1] == "10 labelled, 1,437 unlabelled (the labelled ones among them), 360 test images; 10 classes"
+    assert (
+        not rows
+        and not said["note"]
+        and not any(word in " ".join(said["ok"]) for word in ("GB", "formats", "a second"))
+    )
+    assert (
+        said["ok"][1]
+        == "10 labelled, 1,437 unlabelled (the labelled ones among them), 360 test images; 10 classes"
+    )
 
     def broken(*args, **how):
         data = build_data(*args, **how)
         data.images.images[data.labelled[0]] = data.test_images.images[3]
         data.images.images[data.labelled[1]] = 5
         return data
+
     monkeypatch.setattr(check, "build_data", broken)
     rows = doctor(file=DIGITS)[1]
-    assert [row[1:] for row in rows] == [("labelled in test", "the same as test image 3"),
-                                         ("labels differ", rows[1][2]), ("one colour", "8 x 8 pixels")]
+    assert [row[1:] for row in rows] == [
+        ("labelled in test", "the same as test image 3"),
+        ("labels differ", rows[1][2]),
+        ("one colour", "8 x 8 pixels"),
+    ]
 
 
 def test_mistakes(mistake, tree, tmp_path):
@@ -301,15 +410,26 @@ def test_mistakes(mistake, tree, tmp_path):
 
 
 def start(*flags, **how):
-    return subprocess.Popen([sys.executable, "-m", "dataset.check", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dataset.check", *map(str, flags)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **how,
+    )
 
 
 def test_as_a_user_calls_it(tree):
     write(b"", "train/a/2.jpg")(tree)
     process = start(tree.parent / "own.yaml", "--workers", 1)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 1 and out.splitlines()[-1] == "bad: 1 problem" and "a/2.jpg: the file is empty" in out, err
+    assert (
+        process.returncode == 1
+        and out.splitlines()[-1] == "bad: 1 problem"
+        and "a/2.jpg: the file is empty" in out
+    ), err
     assert err.splitlines()[-1] == "14 of 14 images, 0 s to go" and "Traceback" not in err
 
 
@@ -325,5 +445,9 @@ def test_ctrl_c_at_a_terminal(tree):
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out == "" and err.splitlines()[-1] == "interrupted: not every image was looked at", err
+    assert (
+        process.returncode == 130
+        and out == ""
+        and err.splitlines()[-1] == "interrupted: not every image was looked at"
+    ), err
     assert "Traceback" not in err

@@ -1,4 +1,5 @@
 """The embedded digits: their split, the labelled draw, and their views."""
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ from dataset import digits
 from dataset.digits import MEAN, STD, plain, strong, weak
 from util.errors import UserError
 
-NONE = np.empty((0, 0))     # plain views draw nothing
+NONE = np.empty((0, 0))  # plain views draw nothing
 
 
 def train_images(n):
@@ -48,8 +49,8 @@ def test_impossible_draws(count, words):
 
 
 def test_a_plain_view_is_the_image_drawn_twice_as_large():
-    """A pixel of paper or ink that stands among its like keeps its value; mean and spread are about 0 and 1; the ink is moved
-    to the middle.
+    """A pixel of paper or ink that stands among its like keeps its value; mean and spread are about 0 and 1;
+    the ink is moved to the middle.
     """
     x = plain(train_images(1437), NONE)
     assert x.shape == (1437, 1, 16, 16) and x.dtype == torch.float32
@@ -62,29 +63,33 @@ def test_a_plain_view_is_the_image_drawn_twice_as_large():
 
 @pytest.mark.parametrize("slope", [-0.5, 0, 0.3])
 def test_a_plain_view_is_upright(slope):
-    """A slanted stroke becomes a vertical one in the middle: the same in every line of the view, its ends aside."""
-    middle = 4.5 + slope * (np.arange(8) - 3.5)                                     # [8]
-    image = np.clip(1.5 - np.abs(np.arange(8) + 0.5 - middle[:, None]), 0, 1)       # [8, 8]
-    ink = plain([(16 * image).round().astype(np.uint8)], NONE)[0, 0] * STD + MEAN   # [16, 16]
-    centre = (ink * (torch.arange(16) + 0.5)).sum(1) / ink.sum(1)                   # [16]
+    """A slanted stroke becomes a vertical one in the middle: the same in every line of the view, its ends
+    aside.
+    """
+    middle = 4.5 + slope * (np.arange(8) - 3.5)  # [8]
+    image = np.clip(1.5 - np.abs(np.arange(8) + 0.5 - middle[:, None]), 0, 1)  # [8, 8]
+    ink = plain([(16 * image).round().astype(np.uint8)], NONE)[0, 0] * STD + MEAN  # [16, 16]
+    centre = (ink * (torch.arange(16) + 0.5)).sum(1) / ink.sum(1)  # [16]
     assert centre[2:14].tolist() == pytest.approx([8.0] * 12, abs=0.25)
 
 
-@pytest.mark.parametrize("view, numbers, nothing", [
-    (weak, 6, [0.5] * 6),
-    (strong, 10, [0.5] * 6 + [0.0, 0.5, 0.5, 0.0])])
+@pytest.mark.parametrize(
+    "view, numbers, nothing", [(weak, 6, [0.5] * 6), (strong, 10, [0.5] * 6 + [0.0, 0.5, 0.5, 0.0])]
+)
 def test_a_view_that_changes_nothing(view, numbers, nothing):
     """No rotation, shift, stretch or shear, full ink, and a patch of side 0."""
     images = train_images(20)
     assert len(nothing) == numbers
-    torch.testing.assert_close(view(images, np.tile(nothing, (20, 1))), plain(images, NONE), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        view(images, np.tile(nothing, (20, 1))), plain(images, NONE), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("view, numbers", [(weak, 6), (strong, 10)])
 def test_each_image_has_its_own_view(view, numbers):
     images, u = train_images(20), np.random.default_rng(0).random((20, numbers))
     together = view(images, u)
-    one_by_one = torch.cat([view(images[i:i + 1], u[i:i + 1]) for i in range(20)])
+    one_by_one = torch.cat([view(images[i : i + 1], u[i : i + 1]) for i in range(20)])
     torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-5)
 
 
@@ -98,12 +103,12 @@ def test_a_shift_moves_the_ink():
         u[0, 1] = u1
         ink = weak([image], u)[0, 0] * STD + MEAN
         centre.append(float((ink[8] * torch.arange(16)).sum() / ink[8].sum()))
-    assert centre[0] - centre[1] == pytest.approx(1.0, abs=0.05)       # half a pixel of 8 is one of 16
+    assert centre[0] - centre[1] == pytest.approx(1.0, abs=0.05)  # half a pixel of 8 is one of 16
 
 
 def test_the_patch_is_paper_and_the_ink_only_fades():
     images = [np.full((8, 8), 16, np.uint8)]
-    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])        # faintest ink, a patch of 4.5 pixels about the centre
+    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])  # faintest ink, a patch of 4.5 pixels about the centre
     ink = strong(images, u)[0, 0] * STD + MEAN
     assert ink[4:12, 4:12].abs().max() < 1e-5
     around = ink[3:13, 3:13].clone()

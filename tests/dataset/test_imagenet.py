@@ -1,4 +1,5 @@
 """ImageNet in both layouts, CIFAR's files, and own folders, from small trees on disk."""
+
 import hashlib
 
 import numpy as np
@@ -24,8 +25,19 @@ def cache(monkeypatch, tmp_path):
 
 
 def build(root, **fields):
-    return build_data(Config(**{"dataset": "imagenet", "data": str(root), "cls": 3, "labels_per_class": 2, "image_size": 32,
-                                **fields}), gpu=False)
+    return build_data(
+        Config(
+            **{
+                "dataset": "imagenet",
+                "data": str(root),
+                "cls": 3,
+                "labels_per_class": 2,
+                "image_size": 32,
+                **fields,
+            }
+        ),
+        gpu=False,
+    )
 
 
 @pytest.mark.parametrize("flat_val", [False, True])
@@ -33,11 +45,11 @@ def test_both_layouts_give_the_same_data(tmp_path, flat_val):
     data = build(imagenet(tmp_path / "in", flat_val=flat_val))
     assert len(data.images) == 24 and len(data.labelled) == 6 and len(data.unlabelled) == 18
     assert np.bincount(data.labels[data.labelled]).tolist() == [2, 2, 2]
-    assert not set(data.labelled) & set(data.unlabelled)        # unlabelled is train minus labelled
+    assert not set(data.labelled) & set(data.unlabelled)  # unlabelled is train minus labelled
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
     expected = [np.asarray(picture(1000 * c + 10 * k + 1)) for c in range(3) for k in range(2)]
     for row, pixels in enumerate(expected):
-        assert np.abs(np.asarray(data.test_images[row]).astype(int) - pixels).mean() < 8       # through JPEG
+        assert np.abs(np.asarray(data.test_images[row]).astype(int) - pixels).mean() < 8  # through JPEG
     item = Stream(data, 2, 3, seed=0)[0]
     assert to_device(data.weak, item.x, torch.device("cpu")).shape == (2, 3, 32, 32)
     assert to_device(data.strong, item.u_strong, torch.device("cpu")).shape == (6, 3, 32, 32)
@@ -45,7 +57,10 @@ def test_both_layouts_give_the_same_data(tmp_path, flat_val):
 
 def test_train_may_be_a_list_too(tmp_path):
     root = imagenet(tmp_path / "in")
-    lines = [f"train/{path.parent.name}/{path.name} {int(path.parent.name[1:])}\n" for path in (root / "train").rglob("*.JPEG")]
+    lines = [
+        f"train/{path.parent.name}/{path.name} {int(path.parent.name[1:])}\n"
+        for path in (root / "train").rglob("*.JPEG")
+    ]
     (root / "train.txt").write_text("".join(sorted(lines, reverse=True)))
     data = build(root)
     assert len(data.images) == 24 and data.classes == ["n00000000", "n00000001", "n00000002"]
@@ -54,7 +69,7 @@ def test_train_may_be_a_list_too(tmp_path):
 
 def test_the_draw_does_not_depend_on_the_layout_of_the_disk(tmp_path):
     a, b = imagenet(tmp_path / "a"), tmp_path / "b"
-    for path in sorted((a / "train").rglob("*.JPEG"), reverse=True):        # made in another order
+    for path in sorted((a / "train").rglob("*.JPEG"), reverse=True):  # made in another order
         (b / "train" / path.parent.name).mkdir(parents=True, exist_ok=True)
         (b / "train" / path.parent.name / path.name).write_bytes(path.read_bytes())
     (b / "val").symlink_to(a / "val")
@@ -85,7 +100,9 @@ def test_a_published_share_is_a_published_list(tmp_path, monkeypatch):
     folder = tmp_path / "lists"
     folder.mkdir()
     (folder / "simmatch-1p.txt").write_bytes(text)
-    monkeypatch.setitem(splits.PUBLISHED, "simmatch-1p", splits.Published(hashlib.sha256(text).hexdigest(), 3, "nobody"))
+    monkeypatch.setitem(
+        splits.PUBLISHED, "simmatch-1p", splits.Published(hashlib.sha256(text).hexdigest(), 3, "nobody")
+    )
     monkeypatch.setattr(splits.load, "__defaults__", (folder,))
     data = build(root, labels_per_class=0, anno_percent=0.01)
     assert data.split == ("simmatch-1p", hashlib.sha256(text).hexdigest())
@@ -97,32 +114,41 @@ def test_a_published_share_is_a_published_list(tmp_path, monkeypatch):
 
 # CIFAR.
 
+
 @pytest.fixture
 def cifar_root(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar_module.CIFAR10, "_check_integrity", lambda self: (tmp_path / "c" / self.base_folder).is_dir())
+    monkeypatch.setattr(
+        cifar_module.CIFAR10, "_check_integrity", lambda self: (tmp_path / "c" / self.base_folder).is_dir()
+    )
     monkeypatch.setattr(cifar_module.CIFAR10, "meta", {**cifar_module.CIFAR10.meta, "md5": None})
     return cifar10(tmp_path / "c")
 
 
 def test_cifar(cifar_root):
-    data = build(cifar_root, dataset="cifar10", cls=10, labels_per_class=4, weak="cifar_weak", strong="cifar_strong")
+    data = build(
+        cifar_root, dataset="cifar10", cls=10, labels_per_class=4, weak="cifar_weak", strong="cifar_strong"
+    )
     assert len(data.labelled) == 40 and len(data.unlabelled) == 200 and len(data.test_labels) == 20
     assert data.split.id == "cifar10-4-seed0" and data.classes[0] == "airplane"
     item = Stream(data, 4, 7, seed=0)[0]
     assert to_device(data.strong, item.u_strong, torch.device("cpu")).shape == (28, 3, 32, 32)
-    plain = to_device(data.plain, data.plain.host([data.test_images[0]], np.empty((1, 0))), torch.device("cpu"))
+    plain = to_device(
+        data.plain, data.plain.host([data.test_images[0]], np.empty((1, 0))), torch.device("cpu")
+    )
     assert plain.shape == (1, 3, 32, 32) and plain.abs().max() < 4
 
 
 def test_cifar_without_network(tmp_path, monkeypatch):
     def offline(self):
         raise OSError("Name or service not known")
+
     monkeypatch.setattr(cifar_module.CIFAR10, "download", offline)
     with pytest.raises(UserError, match="cifar10 is not in .*nowhere and cannot be downloaded .*--data"):
         build(tmp_path / "nowhere", dataset="cifar10", cls=10)
 
 
 # Own folders.
+
 
 def own(root, **fields):
     return build(root, dataset="folder", **fields)
@@ -144,9 +170,12 @@ def test_a_labelled_folder_and_a_pile(tmp_path):
         picture(k).save(pile / place)
     (pile / "notes.txt").write_text("not an image")
     data = own(root, unlabelled=str(pile), labels_per_class=0)
-    assert len(data.labelled) == 24 and len(data.unlabelled) == 3 and (data.labels[data.unlabelled] == -1).all()
+    assert (
+        len(data.labelled) == 24 and len(data.unlabelled) == 3 and (data.labels[data.unlabelled] == -1).all()
+    )
     assert sorted(data.images.name(row) for row in data.unlabelled) == sorted(
-        str(pile / place) for place in ("x.png", "deep/er/y.jpg", "deep/z.webp"))
+        str(pile / place) for place in ("x.png", "deep/er/y.jpg", "deep/z.webp")
+    )
     assert all(data.images[row].mode == "RGB" for row in data.unlabelled)
     assert Stream(data, 1, 3, seed=0)[0].hidden is None
     part = own(root, unlabelled=str(pile), labels_per_class=2)
@@ -155,23 +184,38 @@ def test_a_labelled_folder_and_a_pile(tmp_path):
 
 def test_a_list_file_of_paths_says_what_is_labelled(tmp_path):
     root = imagenet(tmp_path / "in")
-    (tmp_path / "mine.txt").write_text("n00000002/n00000002_1.JPEG\nn00000000/n00000000_5.JPEG\nn00000001/n00000001_0.JPEG\n")
+    (tmp_path / "mine.txt").write_text(
+        "n00000002/n00000002_1.JPEG\nn00000000/n00000000_5.JPEG\nn00000001/n00000001_0.JPEG\n"
+    )
     data = own(root, split=str(tmp_path / "mine.txt"))
     assert data.split.id == "mine" and data.labels[data.labelled].tolist() == [2, 0, 1]
 
 
-@pytest.mark.parametrize("make, fields, words", [
-    (None, {}, "folder .*nothing does not exist"),
-    (lambda r: (r / "train").mkdir(parents=True), {}, "no val/|has no class folders"),
-    (lambda r: imagenet(r), {"labels_per_class": 9}, "only 8 images, 9 are to be drawn"),
-    (lambda r: imagenet(r), {"split": "simmatch-2p"}, "simmatch-2p is neither a list file nor a published split"),
-    (lambda r: imagenet(r), {"cls": 4}, "has 3 classes: use --cls 3"),
-    (lambda r: imagenet(r), {"strong": "stronk"}, "unknown view 'stronk'"),
-    (lambda r: (imagenet(r), (r / "list.txt").write_text("n00000000_0.JPEG\nn00000009_0.JPEG\n")), {"split": "list.txt"},
-     "1 of its 2 images are not in .*n00000009_0.JPEG"),
-    (lambda r: (imagenet(r), (r / "list.txt").write_text("n00000000_0.JPEG\n")), {"split": "list.txt"},
-     "class n00000001 has no labelled image"),
-])
+@pytest.mark.parametrize(
+    "make, fields, words",
+    [
+        (None, {}, "folder .*nothing does not exist"),
+        (lambda r: (r / "train").mkdir(parents=True), {}, "no val/|has no class folders"),
+        (lambda r: imagenet(r), {"labels_per_class": 9}, "only 8 images, 9 are to be drawn"),
+        (
+            lambda r: imagenet(r),
+            {"split": "simmatch-2p"},
+            "simmatch-2p is neither a list file nor a published split",
+        ),
+        (lambda r: imagenet(r), {"cls": 4}, "has 3 classes: use --cls 3"),
+        (lambda r: imagenet(r), {"strong": "stronk"}, "unknown view 'stronk'"),
+        (
+            lambda r: (imagenet(r), (r / "list.txt").write_text("n00000000_0.JPEG\nn00000009_0.JPEG\n")),
+            {"split": "list.txt"},
+            "1 of its 2 images are not in .*n00000009_0.JPEG",
+        ),
+        (
+            lambda r: (imagenet(r), (r / "list.txt").write_text("n00000000_0.JPEG\n")),
+            {"split": "list.txt"},
+            "class n00000001 has no labelled image",
+        ),
+    ],
+)
 def test_impossible_imagenets(tmp_path, make, fields, words):
     root = tmp_path / ("in" if make else "nothing")
     if make:
@@ -182,22 +226,30 @@ def test_impossible_imagenets(tmp_path, make, fields, words):
         build(root, **fields)
 
 
-@pytest.mark.parametrize("fields, words", [
-    ({"data": ""}, "needs --data DIR"),
-    ({}, "--val-share"),
-    ({"val_share": 0.99}, "no image left to train on"),
-    ({"val": "{root}/elsewhere"}, "elsewhere does not exist"),
-    ({"val_share": 0.2, "unlabelled": "{root}/empty"}, "empty holds no images"),
-])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"data": ""}, "needs --data DIR"),
+        ({}, "--val-share"),
+        ({"val_share": 0.99}, "no image left to train on"),
+        ({"val": "{root}/elsewhere"}, "elsewhere does not exist"),
+        ({"val_share": 0.2, "unlabelled": "{root}/empty"}, "empty holds no images"),
+    ],
+)
 def test_impossible_folders(tmp_path, fields, words):
     root = imagenet(tmp_path / "in") / "train"
     (tmp_path / "empty").mkdir()
-    fields = {key: value.format(root=tmp_path) if isinstance(value, str) else value for key, value in fields.items()}
+    fields = {
+        key: value.format(root=tmp_path) if isinstance(value, str) else value for key, value in fields.items()
+    }
     with pytest.raises(UserError, match=words):
-        own(**{"root": root, **fields}) if "data" not in fields else build(**{"root": "", "dataset": "folder", **fields})
+        own(**{"root": root, **fields}) if "data" not in fields else build(
+            **{"root": "", "dataset": "folder", **fields}
+        )
 
 
 # What a step sees.
+
 
 @pytest.mark.parametrize("device_views", ["on", "off"])
 @pytest.mark.parametrize("workers", [0, 1, 4])
@@ -206,9 +258,16 @@ def test_files_give_the_same_bytes_with_any_workers_and_from_any_start(tmp_path,
 
     def raw(item):
         return [*item.x, item.y, item.index, *item.u_weak, *item.u_strong, item.hidden]
+
     expected = [raw(Stream(data, 2, 2, seed=3, rank=1, world=2)[step]) for step in range(6)]
     assert expected[0][0].dtype == torch.uint8
     for start in (0, 3):
-        got = list(Batches(Stream(data, 2, 2, seed=3, rank=1, world=2), range(start, 6), workers, pin_memory=False))
+        got = list(
+            Batches(Stream(data, 2, 2, seed=3, rank=1, world=2), range(start, 6), workers, pin_memory=False)
+        )
         assert len(got) == 6 - start
-        assert all(torch.equal(a, b) for step, item in enumerate(got, start) for a, b in zip(raw(item), expected[step], strict=True))
+        assert all(
+            torch.equal(a, b)
+            for step, item in enumerate(got, start)
+            for a, b in zip(raw(item), expected[step], strict=True)
+        )

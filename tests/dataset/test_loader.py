@@ -1,4 +1,5 @@
 """What a step sees depends on seed, step, rank and world size alone."""
+
 from collections import Counter
 
 import numpy as np
@@ -38,11 +39,26 @@ class Numbers:
 def numbered(labelled, unlabelled, bad=(), bad_tests=()):
     """Images that are numbers, and a view that adds the random number it was given."""
     n = labelled + unlabelled
-    view = View(1, lambda images, u: (torch.from_numpy(np.stack(images)[:, None] + u[:, :, None, None]),), lambda raw: raw[0])
+    view = View(
+        1,
+        lambda images, u: (torch.from_numpy(np.stack(images)[:, None] + u[:, :, None, None]),),
+        lambda raw: raw[0],
+    )
     plain = View(0, lambda images, u: (torch.from_numpy(np.stack(images)[:, None]),), lambda raw: raw[0])
-    return Data(images=Numbers(n, bad), labels=np.arange(n) % 3, labelled=np.arange(labelled),
-                unlabelled=np.arange(labelled, n), test_images=Numbers(5, bad_tests), test_labels=np.arange(5) % 3, weak=view,
-                strong=view, plain=plain, classes=["a", "b", "c"], channels=1, split=SplitId("numbered", "0"))
+    return Data(
+        images=Numbers(n, bad),
+        labels=np.arange(n) % 3,
+        labelled=np.arange(labelled),
+        unlabelled=np.arange(labelled, n),
+        test_images=Numbers(5, bad_tests),
+        test_labels=np.arange(5) % 3,
+        weak=view,
+        strong=view,
+        plain=plain,
+        classes=["a", "b", "c"],
+        channels=1,
+        split=SplitId("numbered", "0"),
+    )
 
 
 def parts(item):
@@ -51,14 +67,18 @@ def parts(item):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip((*parts(a), a.hidden), (*parts(b), b.hidden))) and a.bad == b.bad
+    return (
+        all(torch.equal(x, y) for x, y in zip((*parts(a), a.hidden), (*parts(b), b.hidden)))
+        and a.bad == b.bad
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_the_same_bytes_with_any_workers_and_from_any_start(workers):
     def stream():
         return Stream(digits.build(labels_per_class=3, seed=5), batch_size=8, mu=5, seed=5)
-    expected = [stream()[step] for step in range(75)]       # two epochs, several passes over the labels
+
+    expected = [stream()[step] for step in range(75)]  # two epochs, several passes over the labels
     for start in (0, 41):
         got = list(Batches(stream(), range(start, 75), workers, pin_memory=False))
         assert len(got) == 75 - start
@@ -69,9 +89,14 @@ def test_random_numbers_belong_to_seed_purpose_pass_and_image():
     rows, passes = np.array([5, 3, 5, 5]), np.array([0, 0, 1, 0])
     u = uniforms(rows, 7, 11, 2, passes)
     assert (u[0] == u[3]).all() and (u[0] == uniforms(rows[:1], 7, 11, 2, passes[:1])[0]).all()
-    others = [u[0], u[1], u[2], *(uniforms(rows[:1], 7, seed, purpose, passes[:1])[0] for seed, purpose in ((12, 2), (11, 3)))]
+    others = [
+        u[0],
+        u[1],
+        u[2],
+        *(uniforms(rows[:1], 7, seed, purpose, passes[:1])[0] for seed, purpose in ((12, 2), (11, 3))),
+    ]
     assert len({tuple(line) for line in others}) == 5
-    many = uniforms(np.arange(3000), 9, 2 ** 63 - 1, 1, np.full(3000, 10 ** 6))
+    many = uniforms(np.arange(3000), 9, 2**63 - 1, 1, np.full(3000, 10**6))
     assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
     assert np.abs(np.corrcoef(many.T) - np.eye(9)).max() < 0.1 and np.unique(many).size == many.size
 
@@ -94,7 +119,7 @@ def test_an_epoch_covers_the_unlabelled_images_once_over_all_ranks(world):
             for stream in streams:
                 (x, y, index, weak, strong), hidden = parts(stream[step]), stream[step].hidden
                 rows = weak[:, 0, 0, 0].long()
-                assert torch.equal(rows, strong[:, 0, 0, 0].long())         # two views of the same images
+                assert torch.equal(rows, strong[:, 0, 0, 0].long())  # two views of the same images
                 assert not torch.equal(weak, strong)
                 assert torch.equal(hidden, rows % 3)
                 seen += rows.tolist()
@@ -113,7 +138,7 @@ def test_labelled_images_come_in_permutations_without_end(world):
             x, y, index, _, _ = parts(stream[step])
             assert torch.equal(x[:, 0, 0, 0].long(), index) and torch.equal(y, index % 3)
             seen += index.tolist()
-    passes = [seen[i:i + 7] for i in range(0, len(seen), 7)]
+    passes = [seen[i : i + 7] for i in range(0, len(seen), 7)]
     assert all(sorted(p) == list(range(7)) for p in passes) and passes[0] != passes[1]
 
 
@@ -128,14 +153,22 @@ def test_an_image_gets_new_views_in_every_pass():
 
 
 def test_the_bank_is_ready_once_every_label_was_seen():
-    assert [Stream(numbered(4, 40), 2, 2, seed=0).bank_ready(s) for s in (0, 9, 10, 25)] == [False, False, True, True]
-    slow = Stream(numbered(30, 40), 2, 2, seed=0)          # ten steps of two: one epoch shows 20 of the 30
+    assert [Stream(numbered(4, 40), 2, 2, seed=0).bank_ready(s) for s in (0, 9, 10, 25)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    slow = Stream(numbered(30, 40), 2, 2, seed=0)  # ten steps of two: one epoch shows 20 of the 30
     assert [slow.bank_ready(s) for s in (0, 10, 19, 20)] == [False, False, False, True]
 
 
 def test_hidden_labels_are_absent_when_unknown():
     data = numbered(4, 12)
-    assert Stream(data._replace(labels=np.where(np.arange(16) < 4, data.labels, -1)), 2, 2, seed=0)[0].hidden is None
+    assert (
+        Stream(data._replace(labels=np.where(np.arange(16) < 4, data.labels, -1)), 2, 2, seed=0)[0].hidden
+        is None
+    )
 
 
 def test_with_a_number_of_steps_an_epoch_no_image_is_dropped():
@@ -143,7 +176,7 @@ def test_with_a_number_of_steps_an_epoch_no_image_is_dropped():
     stream = Stream(numbered(7, 20), 2, 3, seed=0, steps_per_epoch=4)
     assert stream.steps_per_epoch == 4
     seen = [row for step in range(10) for row in parts(stream[step])[3][:, 0, 0, 0].long().tolist()]
-    assert all(sorted(seen[i:i + 20]) == list(range(7, 27)) for i in (0, 20, 40))
+    assert all(sorted(seen[i : i + 20]) == list(range(7, 27)) for i in (0, 20, 40))
     assert seen[:20] != seen[20:40]
     assert [stream.bank_ready(step) for step in (0, 3, 4)] == [False, False, True]
 
@@ -152,7 +185,9 @@ def test_with_a_number_of_steps_an_epoch_no_image_is_dropped():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_test_image_is_in_one_share(world, workers):
     data = digits.build(labels_per_class=1, seed=0)
-    shares = [list(EvaluationBatches(data, r, world, workers, CPU).read(BadImages("stop"))) for r in range(world)]
+    shares = [
+        list(EvaluationBatches(data, r, world, workers, CPU).read(BadImages("stop"))) for r in range(world)
+    ]
     x = torch.cat([x for share in shares for x, _ in share])
     y = torch.cat([y for share in shares for _, y in share])
     assert len(x) == 360
@@ -163,13 +198,16 @@ def test_every_test_image_is_in_one_share(world, workers):
 
 # Images that cannot be read.
 
+
 def test_a_bad_unlabelled_image_is_replaced_by_the_same_other_one_and_listed():
     good, bad = (Stream(numbered(6, 30, bad=broken), 2, 3, seed=0) for broken in ((), (10, 20)))
     stand_in = {}
-    for step in range(15):                              # three epochs of five steps
+    for step in range(15):  # three epochs of five steps
         a, b = good[step], bad[step]
         before, after = (item.u_weak[0][:, 0, 0, 0].long().tolist() for item in (a, b))
-        assert after == b.u_strong[0][:, 0, 0, 0].long().tolist() and b.hidden.tolist() == [row % 3 for row in after]
+        assert after == b.u_strong[0][:, 0, 0, 0].long().tolist() and b.hidden.tolist() == [
+            row % 3 for row in after
+        ]
         assert [name for name, _ in b.bad] == [f"image {row}" for row in before if row in (10, 20)]
         for old, new in zip(before, after):
             assert old == new if old not in (10, 20) else new not in (10, 20) and new >= 6
@@ -187,7 +225,7 @@ def test_a_bad_labelled_image_is_replaced_by_one_of_its_class():
         assert 4 not in x and torch.equal(item.y, x % 3) and torch.equal(item.index, x)
         replaced += len(item.bad)
         assert all(entry == ("image 4", "torn") for entry in item.bad)
-    assert replaced == 4                                # once in each of four passes
+    assert replaced == 4  # once in each of four passes
 
 
 def test_a_class_without_a_readable_image_stops_the_run():
@@ -207,7 +245,7 @@ def test_what_becomes_of_bad_images():
 def test_a_bad_test_image_is_left_out_or_stops():
     data = numbered(6, 30, bad_tests=(1, 4))
     bad = BadImages("skip")
-    (x, y), = EvaluationBatches(data, 0, 1, 0, CPU).read(bad)
+    ((x, y),) = EvaluationBatches(data, 0, 1, 0, CPU).read(bad)
     assert x[:, 0, 0, 0].tolist() == [0, 2, 3] and y.tolist() == [0, 2, 0]
     assert bad.take() == [("image 1", "torn"), ("image 4", "torn")]
     with pytest.raises(UserError, match="image 1: torn"):

@@ -1,4 +1,7 @@
-"""Mistakes people make with data: each row of the table in docs/DATA.md, by its name, against what is really said."""
+"""Mistakes people make with data: each row of the table in docs/DATA.md, by its name, against what is really
+said.
+"""
+
 import hashlib
 import re
 import shutil
@@ -10,7 +13,9 @@ from trees import imagenet, picture
 import train_semi
 from dataset import cifar, splits
 
-TABLE = dict(re.findall(r"^\| (.+?) \| (error: .+) \|$", (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8"), re.M))
+TABLE = dict(
+    re.findall(r"^\| (.+?) \| (error: .+) \|$", (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8"), re.M)
+)
 ROWS = {}
 
 
@@ -18,6 +23,7 @@ def row(name):
     def add(function):
         ROWS[name] = function
         return function
+
     return add
 
 
@@ -133,7 +139,7 @@ def _(root, monkeypatch):
 @row("a JPEG that was cut short")
 def _(root, monkeypatch):
     whole = (root / "train" / "n00000000" / "n00000000_0.JPEG").read_bytes()
-    return everywhere(root, "train", whole[:len(whole) // 2], every=2)
+    return everywhere(root, "train", whole[: len(whole) // 2], every=2)
 
 
 @row("an empty image file")
@@ -153,7 +159,13 @@ def _(root, monkeypatch):
 
 @row("`--on-bad-image skip`, and no labelled image of a class can be read")
 def _(root, monkeypatch):
-    return [*everywhere(root, "train/n00000001", b""), "--on-bad-image", "skip", "--workers", "1"]     # said by a worker process
+    return [
+        *everywhere(root, "train/n00000001", b""),
+        "--on-bad-image",
+        "skip",
+        "--workers",
+        "1",
+    ]  # said by a worker process
 
 
 @row("own images without test images")
@@ -176,12 +188,21 @@ def _(root, monkeypatch):
 @row("`--unlabelled` that holds the test images too")
 def _(root, monkeypatch):
     shutil.copytree(root / "val", root.parent / "pile" / "more")
-    return ["--dataset", "folder", "--val", root.parent / "pile" / "more", "--unlabelled", root.parent / "pile"]
+    return [
+        "--dataset",
+        "folder",
+        "--val",
+        root.parent / "pile" / "more",
+        "--unlabelled",
+        root.parent / "pile",
+    ]
 
 
 @row("labels of a list in another order than the folders'")
 def _(root, monkeypatch):
-    (root / "val.txt").write_text("".join(f"n0000000{c}/n0000000{c}_0.JPEG {label}\n" for c, label in ((0, 1), (1, 0), (2, 2))))
+    (root / "val.txt").write_text(
+        "".join(f"n0000000{c}/n0000000{c}_0.JPEG {label}\n" for c, label in ((0, 1), (1, 0), (2, 2)))
+    )
     return []
 
 
@@ -207,6 +228,7 @@ def _(root, monkeypatch):
 def _(root, monkeypatch):
     def offline(self):
         raise OSError("Name or service not known")
+
     monkeypatch.setattr(cifar.CIFAR10, "download", offline)
     return ["--dataset", "cifar10", "--cls", "10"]
 
@@ -220,7 +242,9 @@ def _(root, monkeypatch):
 
 @row("going on after images were removed")
 def _(root, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_semi.py", *map(str, [*flags(root), *labelled_list(root, *CHOSEN)])])
+    monkeypatch.setattr(
+        "sys.argv", ["train_semi.py", *map(str, [*flags(root), *labelled_list(root, *CHOSEN)])]
+    )
     train_semi.main()
     (root / "train" / "n00000001" / "n00000001_6.JPEG").unlink()
     return ["--split", root / "mine.txt", "--labels-per-class", "0"]
@@ -230,9 +254,32 @@ CHOSEN = [f"n0000000{c}_{k}.JPEG" for c in range(3) for k in range(2)]
 
 
 def flags(root):
-    return ["--config", ROOT / "configs" / "digits.yaml", "--dataset", "imagenet", "--data", root, "--cls", "3",
-            "--labels-per-class", "2", "--image-size", "32", "--backbone", "small_encoder", "--batch-size", "2", "--mu", "2",
-            "--epochs", "1", "--output-dir", root / "run", "--device", "cpu"]
+    return [
+        "--config",
+        ROOT / "configs" / "digits.yaml",
+        "--dataset",
+        "imagenet",
+        "--data",
+        root,
+        "--cls",
+        "3",
+        "--labels-per-class",
+        "2",
+        "--image-size",
+        "32",
+        "--backbone",
+        "small_encoder",
+        "--batch-size",
+        "2",
+        "--mu",
+        "2",
+        "--epochs",
+        "1",
+        "--output-dir",
+        root / "run",
+        "--device",
+        "cpu",
+    ]
 
 
 def test_the_table_and_the_tests_have_the_same_rows():

@@ -1,4 +1,5 @@
 """Image files as people have them: every kind becomes the right RGB pixels, or an error that names the cause."""
+
 import errno
 import io
 import os
@@ -17,12 +18,14 @@ from dataset.source import Arrays, BadImage, Files, decode
 from dataset.workers import Batches
 
 H, W = 40, 64
-Y, X = np.mgrid[:H, :W, :1][:2]                                                     # [H, W, 1] each
-RGB = np.concatenate([X * 3 + 20, Y * 4 + 40, 220 - X - 2 * Y], -1).astype(np.uint8)     # smooth, so that JPEG keeps it
-GREY = (X * 2 + Y).astype(np.uint8)                                                 # [H, W, 1]
-DEEP = np.where(Y == 0, 65535, GREY * 257. + 200).astype(np.uint16)[..., 0]         # [H, W]
-LEFT = X < W // 2                                                                   # [H, W, 1]
-ALPHA = np.where(LEFT, 0, 255).astype(np.uint8)                                     # [H, W, 1]
+Y, X = np.mgrid[:H, :W, :1][:2]  # [H, W, 1] each
+RGB = np.concatenate([X * 3 + 20, Y * 4 + 40, 220 - X - 2 * Y], -1).astype(
+    np.uint8
+)  # smooth, so that JPEG keeps it
+GREY = (X * 2 + Y).astype(np.uint8)  # [H, W, 1]
+DEEP = np.where(Y == 0, 65535, GREY * 257.0 + 200).astype(np.uint16)[..., 0]  # [H, W]
+LEFT = X < W // 2  # [H, W, 1]
+ALPHA = np.where(LEFT, 0, 255).astype(np.uint8)  # [H, W, 1]
 IMAGE, GREY_IMAGE = Image.fromarray(RGB), Image.fromarray(GREY[..., 0])
 FRAMES = [Image.new("RGB", (W, H), colour) for colour in ("red", "lime", "blue")]
 
@@ -46,18 +49,27 @@ def chunk(name, payload):
 def deep_colour():
     """A PNG of 16 bits a channel, which Pillow reads and does not write."""
     lines = b"".join(b"\0" + line.tobytes() for line in RGB.astype(">u2") * 257)
-    return b"\x89PNG\r\n\x1a\n" + (chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 16, 2, 0, 0, 0))
-                                   + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + (
+        chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
 
 
 def inks():
     """Cyan, magenta, yellow and some black that give RGB: [H, W, 4]."""
     black = (255 - RGB.max(-1, keepdims=True).astype(int)) // 2
-    return np.concatenate([255 - np.minimum(255, RGB * 255. / (255 - black)), black], -1).round().astype(np.uint8)
+    return (
+        np.concatenate([255 - np.minimum(255, RGB * 255.0 / (255 - black)), black], -1)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def ycck():
-    """Adobe's other kind of CMYK: luminance and chrominance of the inks. Pillow writes 255 − x, and no marker that says so."""
+    """Adobe's other kind of CMYK: luminance and chrominance of the inks. Pillow writes 255 − x, and no marker
+    that says so.
+    """
     ycc = np.asarray(Image.fromarray(np.ascontiguousarray(inks()[..., :3])).convert("YCbCr"))
     stored = Image.fromarray(255 - np.concatenate([ycc, 255 - inks()[..., 3:]], -1), "CMYK")
     return adobe(encoded(stored, "JPEG", quality=95), 0, 2)
@@ -67,7 +79,7 @@ def adobe(jpeg, before, after):
     """The JPEG with another kind of colours in its marker: 0 is CMYK, 2 is YCCK."""
     at = jpeg.index(b"Adobe") + 11
     assert jpeg[at] == before
-    return jpeg[:at] + bytes([after]) + jpeg[at + 1:]
+    return jpeg[:at] + bytes([after]) + jpeg[at + 1 :]
 
 
 def with_exif(payload):
@@ -84,9 +96,9 @@ def indexed():
 
 
 TURNED = Image.Exif()
-TURNED[0x0112] = 6                      # orientation: by a quarter
+TURNED[0x0112] = 6  # orientation: by a quarter
 INDEX, COLOURS = indexed()
-GOOD = {        # the file, what it shows [H, W, 1 or 3], and how many levels it may be off
+GOOD = {  # the file, what it shows [H, W, 1 or 3], and how many levels it may be off
     **{kind: (encoded(IMAGE, kind), RGB, 0) for kind in ("PNG", "BMP", "TIFF", "PPM")},
     **{kind: (encoded(IMAGE, kind, quality=95), RGB, 3) for kind in ("JPEG", "WEBP")},
     "progressive JPEG": (encoded(IMAGE, "JPEG", quality=95, progressive=True), RGB, 2),
@@ -94,27 +106,53 @@ GOOD = {        # the file, what it shows [H, W, 1 or 3], and how many levels it
     "CMYK JPEG": (adobe(encoded(Image.fromarray(inks(), "CMYK"), "JPEG", quality=95), 0, 0), RGB, 3),
     "YCCK JPEG": (ycck(), RGB, 3),
     "turned by EXIF": (encoded(IMAGE, "JPEG", quality=95, exif=TURNED), RGB, 2),
-    **{f"broken EXIF {payload[:6]!r}": (with_exif(b"Exif\0\0" + payload), RGB, 2)
-       for payload in (b"", b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff" + bytes(40))},
+    **{
+        f"broken EXIF {payload[:6]!r}": (with_exif(b"Exif\0\0" + payload), RGB, 2)
+        for payload in (b"", b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff" + bytes(40))
+    },
     "grey PNG": (encoded(GREY_IMAGE, "PNG"), GREY, 0),
     "palette": (encoded(INDEX, "PNG"), COLOURS, 0),
     "palette, a colour transparent": (encoded(INDEX, "PNG", transparency=0), np.where(LEFT, 255, COLOURS), 0),
-    "palette, a colour half transparent": (encoded(INDEX, "PNG", transparency=bytes([0, 255, 255, 255, 128])),
-                                           np.where(LEFT, 255, np.where(X % 4 == 3, 167, COLOURS)), 1),
+    "palette, a colour half transparent": (
+        encoded(INDEX, "PNG", transparency=bytes([0, 255, 255, 255, 128])),
+        np.where(LEFT, 255, np.where(X % 4 == 3, 167, COLOURS)),
+        1,
+    ),
     "RGBA": (encoded(joined(RGB, ALPHA), "PNG"), np.where(LEFT, 255, RGB), 0),
     "RGBA, half transparent": (encoded(joined(RGB, np.full_like(ALPHA, 102)), "PNG"), 153 + RGB * 0.4, 1),
     "LA": (encoded(joined(GREY, ALPHA), "PNG"), np.where(LEFT, 255, GREY), 0),
-    "RGB, a colour transparent": (encoded(Image.fromarray(np.where(LEFT, np.uint8([1, 2, 3]), RGB)), "PNG",
-                                          transparency=(1, 2, 3)), np.where(LEFT, 255, RGB), 0),
-    **{f"16-bit {kind}": (encoded(Image.fromarray(DEEP), kind), np.round(DEEP / 257)[..., None], 0)
-       for kind in ("PNG", "TIFF", "PPM")},
-    "16-bit TIFF, high byte first": (encoded(Image.frombytes("I;16B", (W, H), DEEP.astype(">u2").tobytes()), "TIFF"),
-                                     np.round(DEEP / 257)[..., None], 0),
+    "RGB, a colour transparent": (
+        encoded(Image.fromarray(np.where(LEFT, np.uint8([1, 2, 3]), RGB)), "PNG", transparency=(1, 2, 3)),
+        np.where(LEFT, 255, RGB),
+        0,
+    ),
+    **{
+        f"16-bit {kind}": (encoded(Image.fromarray(DEEP), kind), np.round(DEEP / 257)[..., None], 0)
+        for kind in ("PNG", "TIFF", "PPM")
+    },
+    "16-bit TIFF, high byte first": (
+        encoded(Image.frombytes("I;16B", (W, H), DEEP.astype(">u2").tobytes()), "TIFF"),
+        np.round(DEEP / 257)[..., None],
+        0,
+    ),
     "16-bit RGB": (deep_colour(), RGB, 0),
-    "real numbers": (encoded(Image.fromarray((Y / (H - 1) * 1000).astype(np.float32)[..., 0]), "TIFF"), Y / (H - 1) * 255, 0.5),
-    **{f"1-bit {kind}": (encoded(Image.fromarray(ALPHA[..., 0]).convert("1"), kind), ALPHA, 0) for kind in ("PNG", "TIFF")},
-    **{f"animated {kind}": (encoded(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:]), (255, 0, 0), 2)
-       for kind in ("GIF", "WEBP", "PNG")},
+    "real numbers": (
+        encoded(Image.fromarray((Y / (H - 1) * 1000).astype(np.float32)[..., 0]), "TIFF"),
+        Y / (H - 1) * 255,
+        0.5,
+    ),
+    **{
+        f"1-bit {kind}": (encoded(Image.fromarray(ALPHA[..., 0]).convert("1"), kind), ALPHA, 0)
+        for kind in ("PNG", "TIFF")
+    },
+    **{
+        f"animated {kind}": (
+            encoded(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:]),
+            (255, 0, 0),
+            2,
+        )
+        for kind in ("GIF", "WEBP", "PNG")
+    },
 }
 
 
@@ -124,19 +162,20 @@ def test_what_a_file_shows(tmp_path, name, data, expected, levels, recwarn):
     """Levels are a mean over the pixels; no pixel is off by eight times as much."""
     (tmp_path / name).write_bytes(data)
     image = decode(tmp_path / name)
-    difference = np.abs(np.asarray(image).astype(float) - expected)                 # [H, W, 3]
+    difference = np.abs(np.asarray(image).astype(float) - expected)  # [H, W, 3]
     assert image.mode == "RGB" and image.size == (W, H) and not recwarn.list
     assert difference.mean() <= levels and difference.max() <= 8 * levels
 
 
 # What cannot be decoded, and the cause that is told.
 
+
 def spoilt(data, at):
-    return data[:at] + bytes([data[at] ^ 0xff]) + data[at + 1:]
+    return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
 
 
 def half(data):
-    return data[:len(data) // 2]
+    return data[: len(data) // 2]
 
 
 PHOTO = IMAGE.resize((400, 300))
@@ -151,7 +190,10 @@ DAMAGED = {
     "PNG": (half(PNG), "cut short"),
     "PNG with alpha": (half(encoded(PHOTO.convert("RGBA"), "PNG")), "cut short"),
     "PNG with a palette": (half(encoded(PHOTO.quantize(64), "PNG")), "cut short"),
-    "deep PNG": (half(encoded(Image.fromarray(np.asarray(PHOTO.convert("L")).astype(np.uint16) * 250), "PNG")), "cut short"),
+    "deep PNG": (
+        half(encoded(Image.fromarray(np.asarray(PHOTO.convert("L")).astype(np.uint16) * 250), "PNG")),
+        "cut short",
+    ),
     "PNG, pixels": (spoilt(PNG, len(PNG) // 2), "damaged"),
     "PNG, checksum of its header": (spoilt(PNG, 30), "not an image"),
     "PNG, width and checksum do not agree": (spoilt(PNG, 18), "not an image"),
@@ -192,6 +234,7 @@ def test_no_permission(tmp_path):
 def test_a_disk_that_fails_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     monkeypatch.setattr(source.Image, "open", broken)
     with pytest.raises(BadImage) as error:
         decode(tmp_path / "image.jpg")
@@ -203,7 +246,7 @@ def test_an_image_made_to_exhaust_memory(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(BadImage, match="more than 2,000 pixels"):
         decode(tmp_path / "image.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 - 1)       # from here to its double Pillow only warns
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 - 1)  # from here to its double Pillow only warns
     assert decode(tmp_path / "image.png").size == (400, 300) and not recwarn.list
 
 
@@ -223,7 +266,9 @@ def test_errors_of_rare_formats_are_errors_of_the_image_too(tmp_path):
 def test_no_file_starts_a_program(tmp_path, monkeypatch):
     """Pillow hands PostScript to Ghostscript, whatever the file is called."""
     started = []
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1) or Image.new("RGB", (1, 1)).im)
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1) or Image.new("RGB", (1, 1)).im
+    )
     (tmp_path / "image.jpg").write_bytes(encoded(PHOTO, "EPS"))
     with pytest.raises(BadImage, match="unknown format"):
         decode(tmp_path / "image.jpg")
@@ -231,6 +276,7 @@ def test_no_file_starts_a_program(tmp_path, monkeypatch):
 
 
 # Sources.
+
 
 class Means(Dataset):
     """row -> mean of the image, or what is wrong with it."""

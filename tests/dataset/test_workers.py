@@ -1,4 +1,5 @@
 """Processes that load images: what they are copies of, how long they stay, and which signals reach them."""
+
 import os
 import pickle
 import re
@@ -32,14 +33,21 @@ class Processes(Dataset):
 
     def __getitem__(self, item):
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        return {"item": item, "pid": os.getpid(), "parent": os.getppid(), "x": torch.ones(3), "state": self.state,
-                "blocked": blocked & set(preempt.SIGNALS), "usr1": signal.getsignal(signal.SIGUSR1)}
+        return {
+            "item": item,
+            "pid": os.getpid(),
+            "parent": os.getppid(),
+            "x": torch.ones(3),
+            "state": self.state,
+            "blocked": blocked & set(preempt.SIGNALS),
+            "usr1": signal.getsignal(signal.SIGUSR1),
+        }
 
 
 def test_workers_are_no_copies_of_this_process_and_stay_for_the_next_pass():
     dataset = Processes()
     made = Batches(dataset, range(6), 2, pin_memory=False)
-    dataset.state = "edited later"              # they have begun already
+    dataset.state = "edited later"  # they have begun already
     first, second = list(made), list(made)
     assert [said["item"] for said in first] == [said["item"] for said in second] == list(range(6))
     pids = {said["pid"] for said in first}
@@ -50,13 +58,17 @@ def test_workers_are_no_copies_of_this_process_and_stay_for_the_next_pass():
 
 def test_signals_of_a_scheduler_reach_the_workers_and_not_the_helpers():
     made = Batches(Processes(), range(2), 1, pin_memory=False)
-    (said, _), helper, tracker = list(made), forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid
+    (said, _), helper, tracker = (
+        list(made),
+        forkserver._forkserver._forkserver_pid,
+        resource_tracker._resource_tracker._pid,
+    )
     assert said["blocked"] == set() and said["usr1"] == signal.SIG_IGN
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         for process in (helper, tracker, said["pid"]):
             os.kill(process, number)
     time.sleep(1)
-    assert [again["pid"] for again in made] == 2 * [said["pid"]]            # it goes on for preempt.GRACE seconds
+    assert [again["pid"] for again in made] == 2 * [said["pid"]]  # it goes on for preempt.GRACE seconds
     assert [again["parent"] for again in Batches(Processes(), range(1), 1, pin_memory=False)] == [helper]
     os.kill(tracker, 0)
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*preempt.SIGNALS, signal.SIGINT}
@@ -86,28 +98,47 @@ def main(end):
         print(said["pid"], said["parent"], flush=True)
         if end == "killed":
             time.sleep(100)
-        raise {"bug": ValueError("a bug"), "lost": RuntimeError("a rank"), "mistake": UserError("a mistake"),
-               "Ctrl-C": KeyboardInterrupt()}[end]
+        raise {
+            "bug": ValueError("a bug"),
+            "lost": RuntimeError("a rank"),
+            "mistake": UserError("a mistake"),
+            "Ctrl-C": KeyboardInterrupt(),
+        }[end]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end, code, lines", [("bug", 1, "Traceback.*ValueError: a bug"), ("lost", 1, "error: a rank was lost"),
-                                              ("mistake", 2, "error: a mistake"), ("Ctrl-C", 130, "interrupted")])
+@pytest.mark.parametrize(
+    "end, code, lines",
+    [
+        ("bug", 1, "Traceback.*ValueError: a bug"),
+        ("lost", 1, "error: a rank was lost"),
+        ("mistake", 2, "error: a mistake"),
+        ("Ctrl-C", 130, "interrupted"),
+    ],
+)
 def test_a_process_ends_at_once_with_its_workers(end, code, lines, tmp_path):
     process = start(end, tmp_path)
     worker, helper = map(int, process.stdout.readline().split())
     begun = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < preempt.GRACE / 2     # not by the alarm
+    assert time.monotonic() - begun < preempt.GRACE / 2  # not by the alarm
     assert process.returncode == code and re.fullmatch(lines, err.strip(), re.DOTALL), err
     assert gone(worker, helper) and list(tmp_path.iterdir()) == []
 
 
 def start(end, folder):
-    code = ("from tests.dataset.test_workers import main\nfrom util.errors import run\n"
-            f"run(lambda: main({end!r}), explain=lambda error: 'a rank was lost')")
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(folder)})
+    code = (
+        "from tests.dataset.test_workers import main\nfrom util.errors import run\n"
+        f"run(lambda: main({end!r}), explain=lambda error: 'a rank was lost')"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(folder)},
+    )
 
 
 @pytest.mark.slow
@@ -138,7 +169,12 @@ def alive(pid):
 def test_a_data_set_can_be_sent_to_a_worker(name, tmp_path):
     if name == "imagenet":
         imagenet(tmp_path)
-    stream = Stream(build_data(Config(dataset=name, cls=0, data=str(tmp_path), labels_per_class=1), gpu=False), 2, 2, seed=0)
+    stream = Stream(
+        build_data(Config(dataset=name, cls=0, data=str(tmp_path), labels_per_class=1), gpu=False),
+        2,
+        2,
+        seed=0,
+    )
     sent = pickle.loads(pickle.dumps(stream))
     for a, b in zip(stream[3].u_strong, sent[3].u_strong, strict=True):
         assert torch.equal(a, b)
@@ -150,5 +186,8 @@ def test_a_data_set_can_be_sent_to_a_worker(name, tmp_path):
 def test_every_view_can_be_sent_to_a_worker(name, on_device):
     view = photo_view(pipeline(name, 64), IMAGENET_NORM, on_device)
     sent = pickle.loads(pickle.dumps(view))
-    images, u = [picture(k, size=(32, 32)) for k in range(4)], np.random.default_rng(0).random((4, view.numbers))
+    images, u = (
+        [picture(k, size=(32, 32)) for k in range(4)],
+        np.random.default_rng(0).random((4, view.numbers)),
+    )
     assert torch.equal(view.device(view.host(images, u)), sent.device(sent.host(images, u)))

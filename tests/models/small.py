@@ -1,4 +1,5 @@
 """A tiny problem for the models' tests: networks, batches and settings in float64."""
+
 import reference
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,27 @@ from models.simmatch_single import SimMatchSingle
 
 C, D, K, B, MU = 4, 6, 10, 3, 2
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 0])
-SETTINGS = dict(lambda_u=10.0, lambda_in=5.0, threshold=0.4, st=0.1, tt=0.1, c_smooth=0.9, DA=True, da_len=4, bank_m=0.0,
-                ema_m=0.9)
+SETTINGS = dict(
+    lambda_u=10.0,
+    lambda_in=5.0,
+    threshold=0.4,
+    st=0.1,
+    tt=0.1,
+    c_smooth=0.9,
+    DA=True,
+    da_len=4,
+    bank_m=0.0,
+    ema_m=0.9,
+)
 # The three forms of SimMatch: the class, its reference, its settings.
 FORMS = {
     "ema": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn": "shuffle"}),
     "eman": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn": "average"}),
-    "single": (SimMatchSingle, reference.SimMatchSingleReference, {**SETTINGS, "bank_m": 0.7, "threshold": 0.8}),
+    "single": (
+        SimMatchSingle,
+        reference.SimMatchSingleReference,
+        {**SETTINGS, "bank_m": 0.7, "threshold": 0.8},
+    ),
 }
 
 
@@ -32,9 +47,11 @@ def network(seed=0, dtype=torch.float64):
     """A network with convolution and BN, so that batch statistics and running statistics differ."""
     torch.manual_seed(seed)
     net = Network("small_encoder", channels=1, num_classes=C, dim=D)
-    net.backbone = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.backbone = nn.Sequential(
+        nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     net.fc = nn.Linear(5, C)
-    net.fc.weight.data *= 12        # predictions on both sides of the thresholds
+    net.fc.weight.data *= 12  # predictions on both sides of the thresholds
     net.head = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, D))
     return net.to(dtype)
 
@@ -45,6 +62,7 @@ def batch(seed, dtype=torch.float64):
 
     def images(n):
         return torch.randn(n, 1, 6, 6, generator=g, dtype=torch.float64).to(dtype)
+
     return Batch(images(B), LABELS[index], index, images(B * MU), images(B * MU))
 
 

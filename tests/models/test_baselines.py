@@ -1,4 +1,5 @@
 """FixMatch, FixMatch-EMAN and supervised against plain loops."""
+
 import pytest
 import reference
 import torch
@@ -13,15 +14,15 @@ def test_fixmatch_equals_the_loop(eman):
     method = FixMatch(small.network(), lambda_u=3.0, threshold=0.5, ema_m=0.9, eman=eman).double().train()
     with torch.no_grad():
         for p in method.teacher.net.parameters():
-            p *= 2                                          # so that it matters who labels the weak views
+            p *= 2  # so that it matters who labels the weak views
     batch = small.batch(0)
     parts = [batch.x, batch.u_strong] if eman else [batch.x, batch.u_strong, batch.u_weak]
     logits, _ = small.network().train()(torch.cat(parts))
-    weak = method.teacher.net.eval()(batch.u_weak)[0] if eman else logits[-len(batch.u_weak):]
+    weak = method.teacher.net.eval()(batch.u_weak)[0] if eman else logits[-len(batch.u_weak) :]
     method.train()
-    strong = logits[small.B:small.B + len(batch.u_strong)]
+    strong = logits[small.B : small.B + len(batch.u_strong)]
     confidences = sorted(max(float(v) for v in reference.softmax(row.detach())) for row in weak)
-    method.threshold = sum(confidences[2:4]) / 2            # three of the six are confident
+    method.threshold = sum(confidences[2:4]) / 2  # three of the six are confident
     total, masks = 0.0, []
     for weak_i, strong_i in zip(weak, strong):
         p = [float(v) for v in reference.softmax(weak_i.detach())]
@@ -42,8 +43,13 @@ def test_supervised_is_the_labelled_cross_entropy():
     torch.testing.assert_close(terms["loss_x"], expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("make", [lambda n: FixMatch(n, lambda_u=1.0, threshold=0.5, ema_m=0.9, eman=False),
-                                  lambda n: Supervised(n, ema_m=0.9)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: FixMatch(n, lambda_u=1.0, threshold=0.5, ema_m=0.9, eman=False),
+        lambda n: Supervised(n, ema_m=0.9),
+    ],
+)
 def test_an_evaluation_teacher_averages_bn_statistics(make):
     method = make(small.network()).double().train()
     terms, fresh = small.losses(method, small.batch(0), bank_ready=False)

@@ -1,4 +1,5 @@
 """The three kinds of teacher."""
+
 import pytest
 import torch
 
@@ -21,7 +22,9 @@ def test_the_teacher_starts_as_a_copy_without_gradient():
     student = small.network()
     teacher = Teacher(student, momentum=0.9, bn="shuffle")
     torch.testing.assert_close(teacher.net.state_dict(), student.state_dict(), rtol=0, atol=0)
-    assert not any(p.requires_grad for p in teacher.parameters()) and all(p.requires_grad for p in student.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters()) and all(
+        p.requires_grad for p in student.parameters()
+    )
 
 
 def test_ema_averages_parameters_only():
@@ -29,7 +32,9 @@ def test_ema_averages_parameters_only():
     before = {key: value.clone() for key, value in teacher.net.state_dict().items()}
     teacher.update(student)
     for name, p in teacher.net.named_parameters():
-        torch.testing.assert_close(p.data, 0.9 * before[name] + 0.1 * dict(student.named_parameters())[name].data)
+        torch.testing.assert_close(
+            p.data, 0.9 * before[name] + 0.1 * dict(student.named_parameters())[name].data
+        )
     for name, b in teacher.net.named_buffers():
         assert torch.equal(b, before[name]), name
 
@@ -47,9 +52,9 @@ def test_ema_runs_on_batch_statistics_and_collects_its_own():
     bn = teacher.net.backbone[1]
     teacher([small.batch(0).u_weak], step=0)
     assert teacher.net.training and bn.num_batches_tracked == 1
-    (alone, _), = teacher([small.batch(0).u_weak[:1]], step=0)
-    (among, _), = teacher([small.batch(0).u_weak], step=0)
-    assert not torch.allclose(alone[0], among[0])           # an image's output depends on its neighbours
+    ((alone, _),) = teacher([small.batch(0).u_weak[:1]], step=0)
+    ((among, _),) = teacher([small.batch(0).u_weak], step=0)
+    assert not torch.allclose(alone[0], among[0])  # an image's output depends on its neighbours
 
 
 def test_copy_averages_parameters_and_takes_buffers_as_they_are():
@@ -61,7 +66,7 @@ def test_copy_averages_parameters_and_takes_buffers_as_they_are():
     bn = teacher.net.backbone[1]
     assert bn.running_mean.tolist() == [2.0] * 5 and bn.num_batches_tracked == 7
     student.backbone[1].running_mean += 1
-    assert bn.running_mean.tolist() == [2.0] * 5            # a copy, not the student's own
+    assert bn.running_mean.tolist() == [2.0] * 5  # a copy, not the student's own
 
 
 def test_a_kind_that_does_not_exist_is_refused():
@@ -74,8 +79,8 @@ def test_a_kind_that_does_not_exist_is_refused():
 def test_eman_and_copy_stay_in_eval_mode_when_the_method_trains(bn):
     _, teacher = pair(bn)
     teacher.train()
-    (alone, _), = teacher([small.batch(0).u_weak[:1]], step=0)
-    (among, _), = teacher([small.batch(0).u_weak], step=0)
+    ((alone, _),) = teacher([small.batch(0).u_weak[:1]], step=0)
+    ((among, _),) = teacher([small.batch(0).u_weak], step=0)
     torch.testing.assert_close(alone[0], among[0])
     assert not teacher.net.training and teacher.net.backbone[1].num_batches_tracked == 0
 

@@ -1,4 +1,5 @@
 """The bank and distribution alignment over several steps."""
+
 import reference
 import torch
 
@@ -58,12 +59,14 @@ def test_alignment_equals_the_loop_until_the_ring_has_gone_round():
     align = DistributionAlignment(num_classes=4, length=5).double()
     ring, ptr = [[0.0] * 4 for _ in range(5)], 0
     for step in range(13):
-        p = torch.softmax(torch.randn(6, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64), 1)
+        p = torch.softmax(
+            torch.randn(6, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64), 1
+        )
         mean = p.mean(dim=0)
         expected = torch.tensor(reference.align(p.tolist(), ring, ptr, mean.tolist()), dtype=torch.float64)
         before = align.ring.clone()
         aligned = align(p.log(), mean)
-        assert torch.equal(align.ring, before)              # reading writes nothing
+        assert torch.equal(align.ring, before)  # reading writes nothing
         torch.testing.assert_close(aligned.exp(), expected, rtol=1e-12, atol=0)
         align.write(mean)
         ptr = (ptr + 1) % 5

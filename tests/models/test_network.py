@@ -1,4 +1,5 @@
 """Shapes, names and sizes of the networks."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ def test_published_parameter_names_and_unit_embeddings():
     logits, z = net(torch.randn(2, 3, 64, 64))
     assert logits.shape == (2, 7) and z.shape == (2, 16)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(2))
-    own = {key[len("backbone."):] for key in net.state_dict() if key.startswith("backbone.")}
+    own = {key[len("backbone.") :] for key in net.state_dict() if key.startswith("backbone.")}
     assert own == {key for key in torchvision.models.resnet18().state_dict() if not key.startswith("fc.")}
     rest = {key for key in net.state_dict() if not key.startswith("backbone.")}
     assert rest == {"fc.weight", "fc.bias", "head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
@@ -26,20 +27,32 @@ def test_a_normalised_feature_and_no_head():
     nn.init.uniform_(net.norm.weight)
     nn.init.uniform_(net.norm.bias)
     f = net.backbone(x)
-    f = (f - f.mean(1, keepdim=True)) / (f.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() * net.norm.weight + net.norm.bias
+    f = (f - f.mean(1, keepdim=True)) / (
+        f.var(1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt() * net.norm.weight + net.norm.bias
     logits, z = net(x)
     torch.testing.assert_close(logits, net.fc(f))
     torch.testing.assert_close(z, F.normalize(net.head(f), dim=1))
-    assert [key for key in net.state_dict() if not key.startswith("backbone.")][-2:] == ["norm.weight", "norm.bias"]
+    assert [key for key in net.state_dict() if not key.startswith("backbone.")][-2:] == [
+        "norm.weight",
+        "norm.bias",
+    ]
 
     bare = Network("small_encoder", 1, num_classes=3, dim=0).eval()
     assert {key.split(".")[0] for key in bare.state_dict()} == {"backbone", "fc"}
     torch.testing.assert_close(bare(x)[1], F.normalize(bare.backbone(x), dim=1))
 
 
-@pytest.mark.parametrize("name, millions", [("resnet18_encoder", 11.18), ("resnet34_encoder", 21.28),
-                                            ("resnet50_encoder", 23.51), ("resnet101_encoder", 42.50),
-                                            ("resnet50w2x_encoder", 93.91)])
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("resnet18_encoder", 11.18),
+        ("resnet34_encoder", 21.28),
+        ("resnet50_encoder", 23.51),
+        ("resnet101_encoder", 42.50),
+        ("resnet50w2x_encoder", 93.91),
+    ],
+)
 def test_backbone_sizes(name, millions):
     """torchvision's counts less their classifier; 2x: SimCLR's 94 M."""
     with torch.device("meta"):
@@ -55,7 +68,9 @@ def test_grey_images(name, side):
 
 
 def test_2x_forward():
-    logits, z = Network("resnet50w2x_encoder", channels=3, num_classes=3, dim=4).eval()(torch.randn(1, 3, 32, 32))
+    logits, z = Network("resnet50w2x_encoder", channels=3, num_classes=3, dim=4).eval()(
+        torch.randn(1, 3, 32, 32)
+    )
     assert logits.shape == (1, 3) and z.shape == (1, 4)
     assert "small_encoder" in BACKBONES
 
@@ -71,11 +86,13 @@ def test_wide_resnet_sizes(name, classes, count):
 
 def plain_wrn_28_2(s, x):
     """WRN-28-2 in eval mode, line by line from its description; s: its state_dict."""
+
     def act(name, x):
         keys = ("running_mean", "running_var", "weight", "bias")
         mean, var, scale, shift = (s[f"{name}.{key}"].view(-1, 1, 1) for key in keys)
         x = (x - mean) / (var + 0.001).sqrt() * scale + shift
         return torch.where(x > 0, x, 0.1 * x)
+
     x = F.conv2d(x, s["conv1.weight"], padding=1)
     for stage in (1, 2, 3):
         for i in range(4):
@@ -95,7 +112,7 @@ def test_wide_resnet_equals_its_formulas():
     net = Network("wrn_28_2", channels=3, num_classes=10, dim=8).backbone.double().eval()
     with torch.no_grad():
         for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):          # away from the identity, and eps is felt
+            if isinstance(module, nn.BatchNorm2d):  # away from the identity, and eps is felt
                 for value in (module.running_mean, module.weight, module.bias):
                     value.add_(0.3 * torch.randn_like(value))
                 module.running_var.uniform_(0.01, 1)
@@ -105,12 +122,15 @@ def test_wide_resnet_equals_its_formulas():
 
 def test_wide_resnet_starts_and_collects_statistics_as_fixmatch():
     torch.manual_seed(0)
-    net, x = Network("wrn_28_2", channels=3, num_classes=10, dim=8).backbone.train(), torch.randn(4, 3, 32, 32)
+    net, x = (
+        Network("wrn_28_2", channels=3, num_classes=10, dim=8).backbone.train(),
+        torch.randn(4, 3, 32, 32),
+    )
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 25
     mean = net.conv1(x).mean(dim=(0, 2, 3))
     net(x)
-    torch.testing.assert_close(norms[0].running_mean, 0.001 * mean)         # norms[0] follows the first convolution
+    torch.testing.assert_close(norms[0].running_mean, 0.001 * mean)  # norms[0] follows the first convolution
     assert {(module.momentum, module.eps) for module in norms} == {(0.001, 0.001)}
     for conv in (net.layer1[1].conv2, net.layer3[0].conv1, net.layer2[0].shortcut):
         k, c_out = conv.kernel_size[0], conv.out_channels
@@ -121,11 +141,15 @@ def test_wide_resnet_starts_and_collects_statistics_as_fixmatch():
 def test_parameter_groups(name):
     with torch.device("meta"):
         net = Network(name, channels=3, num_classes=10, dim=8)
-    one, = parameter_groups(net, 0.5, no_decay_bn=False)
+    (one,) = parameter_groups(net, 0.5, no_decay_bn=False)
     assert one["weight_decay"] == 0.5 and [*map(id, one["params"])] == [*map(id, net.parameters())]
 
-    spared = {id(p) for module in net.modules() for key, p in module.named_parameters(recurse=False)
-              if isinstance(module, nn.BatchNorm2d) or key == "bias"}
+    spared = {
+        id(p)
+        for module in net.modules()
+        for key, p in module.named_parameters(recurse=False)
+        if isinstance(module, nn.BatchNorm2d) or key == "bias"
+    }
     decayed, rest = parameter_groups(net, 0.5, no_decay_bn=True)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.5, 0.0)
     assert {id(p) for p in rest["params"]} == spared and len(rest["params"]) == len(spared) > 0

@@ -1,4 +1,7 @@
-"""Real gloo ranks, and virtual ones, against the loops over ranks: shuffle-BN, the prior of the global batch, bank rows of all."""
+"""Real gloo ranks, and virtual ones, against the loops over ranks: shuffle-BN, the prior of the global batch,
+bank rows of all.
+"""
+
 import os
 import socket
 import time
@@ -17,28 +20,52 @@ STEPS = 4
 
 def run_rank(rank, world, port, ranks, form, folder):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     dist_utils.dist_init("cpu", 2, 0)
     net = small.network()
     torch.manual_seed(5)
     method = small.method(form, net)
     student = dist_utils.parallel(method.student)
-    optimizer = torch.optim.SGD(method.student.parameters(), lr=SGD["lr"], momentum=SGD["momentum"],
-                                weight_decay=SGD["wd"], nesterov=SGD["nesterov"])
+    optimizer = torch.optim.SGD(
+        method.student.parameters(),
+        lr=SGD["lr"],
+        momentum=SGD["momentum"],
+        weight_decay=SGD["wd"],
+        nesterov=SGD["nesterov"],
+    )
     out = []
-    here = range(rank * ranks // world, (rank + 1) * ranks // world)        # the ranks that this process plays
+    here = range(rank * ranks // world, (rank + 1) * ranks // world)  # the ranks that this process plays
     for step in range(STEPS):
-        terms, fresh = train_step(method, student, optimizer, [batch(step, number) for number in here], step=step,
-                                  bank_ready=step > 0)
-        out.append(({name: dist_utils.all_mean(term).item() for name, term in terms.items()}, fresh.pseudo, fresh.mask))
+        terms, fresh = train_step(
+            method,
+            student,
+            optimizer,
+            [batch(step, number) for number in here],
+            step=step,
+            bank_ready=step > 0,
+        )
+        out.append(
+            (
+                {name: dist_utils.all_mean(term).item() for name, term in terms.items()},
+                fresh.pseudo,
+                fresh.mask,
+            )
+        )
     dist_utils.broadcast_buffers(method.student)
     torch.save((out, method.state_dict()), f"{folder}/{rank}.pt")
     dist_utils.dist_end()
 
 
 def batch(step, rank):
-    """Where a row is in the batches of several ranks, as at the end of a pass over the labels, the last rank's write holds."""
+    """Where a row is in the batches of several ranks, as at the end of a pass over the labels, the last
+    rank's write holds.
+    """
     own = small.batch(10 * step + rank)
     if rank and step % 2:
         first = small.batch(10 * step)
@@ -48,7 +75,9 @@ def batch(step, rank):
 
 def spawn(function, world, *args, seconds=120):
     """function(rank, world, port, *args) in `world` processes; ranks that hang are ended and fail the test."""
-    port = next(p for p in range(10000 + os.getpid() % 10000, 30000) if free(p))     # below the ports that systems hand out
+    port = next(
+        p for p in range(10000 + os.getpid() % 10000, 30000) if free(p)
+    )  # below the ports that systems hand out
     ranks = mp.spawn(function, (world, port, *args), nprocs=world, join=False)
     deadline = time.monotonic() + seconds
     while not ranks.join(timeout=1):
@@ -76,25 +105,39 @@ def test_ranks_equal_the_loops(processes, ranks, form, tmp_path):
     bank, (_, slow, settings) = small.method(form, net).bank.z, small.FORMS[form]
     slow = slow(net, bank, small.LABELS, small.C, **settings, **SGD)
     for step in range(STEPS):
-        expected, pseudo, mask = slow.step([batch(step, rank) for rank in range(ranks)], step, first_epoch=step == 0)
-        got_pseudo, got_mask = ([row for result in results for row in result[0][step][i].tolist()] for i in (1, 2))
+        expected, pseudo, mask = slow.step(
+            [batch(step, rank) for rank in range(ranks)], step, first_epoch=step == 0
+        )
+        got_pseudo, got_mask = (
+            [row for result in results for row in result[0][step][i].tolist()] for i in (1, 2)
+        )
         for result in results:
             assert result[0][step][0] == pytest.approx(expected, rel=1e-10)
-        torch.testing.assert_close(torch.tensor(got_pseudo, dtype=torch.float64), torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1),
-                                   rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(
+            torch.tensor(got_pseudo, dtype=torch.float64),
+            torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1),
+            rtol=1e-10,
+            atol=1e-14,
+        )
         assert got_mask == sum(mask, [])
 
     first = results[0][1]
-    for _, state in results[1:]:        # processes agree on everything but the statistics that BN collects on each
+    for _, state in results[1:]:  # processes agree on everything but the statistics that BN collects on each
         for key in first:
             if "teacher" not in key or "running" not in key or form == "eman":
                 assert torch.equal(state[key], first[key]), key
     torch.testing.assert_close(first["bank.z"], torch.stack(slow.bank), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(first["align.ring"], torch.tensor([[float(v) for v in row] for row in slow.ring],
-                                                                 dtype=torch.float64), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        first["align.ring"],
+        torch.tensor([[float(v) for v in row] for row in slow.ring], dtype=torch.float64),
+        rtol=1e-10,
+        atol=1e-14,
+    )
     for name, net in (("student", slow.student), ("teacher.net", slow.teacher)):
         for key, value in net.state_dict().items():
-            torch.testing.assert_close(first[f"{name}.{key}"], value, rtol=1e-10, atol=1e-12, msg=f"{name}.{key}")
+            torch.testing.assert_close(
+                first[f"{name}.{key}"], value, rtol=1e-10, atol=1e-12, msg=f"{name}.{key}"
+            )
 
 
 def test_alone_every_collective_is_the_identity():
@@ -106,7 +149,7 @@ def test_alone_every_collective_is_the_identity():
 
 
 def test_virtual_ranks_exchange_rows_and_get_them_back():
-    groups = list(torch.arange(24.).view(3, 4, 2))
+    groups = list(torch.arange(24.0).view(3, 4, 2))
     shuffle = dist_utils.Shuffle(4, 3, seed=0)
     mixed = shuffle.scatter(groups)
     assert not torch.equal(torch.cat(list(mixed)), torch.cat(groups))

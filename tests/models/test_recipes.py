@@ -1,4 +1,5 @@
 """The configs: each is its recipe; and the published command lines, which are too."""
+
 import re
 
 import numpy as np
@@ -13,10 +14,36 @@ from util.errors import UserError
 
 NAMES = [f"cifar10_{k}" for k in (40, 250, 4000)] + [f"cifar100_{k}" for k in (400, 2500, 10000)]
 RECIPE = dict(
-    method="simmatch_single", batch_size=64, mu=7, epochs=1024, steps_per_epoch=1024, lr=0.03, warmup_epoch=0, cos=False,
-    cos_7_16=True, momentum=0.9, nesterov=True, no_decay_bn=True, lambda_u=1.0, lambda_in=1.0, threshold=0.95, st=0.1, tt=0.1,
-    c_smooth=0.9, DA=True, da_len=32, bank_m=0.7, ema_m=0.999, dim=128, weak="cifar_weak", strong="cifar_strong")
-BY_DATASET = {"cifar10": dict(cls=10, backbone="wrn_28_2", wd=5e-4), "cifar100": dict(cls=100, backbone="wrn_28_8", wd=1e-3)}
+    method="simmatch_single",
+    batch_size=64,
+    mu=7,
+    epochs=1024,
+    steps_per_epoch=1024,
+    lr=0.03,
+    warmup_epoch=0,
+    cos=False,
+    cos_7_16=True,
+    momentum=0.9,
+    nesterov=True,
+    no_decay_bn=True,
+    lambda_u=1.0,
+    lambda_in=1.0,
+    threshold=0.95,
+    st=0.1,
+    tt=0.1,
+    c_smooth=0.9,
+    DA=True,
+    da_len=32,
+    bank_m=0.7,
+    ema_m=0.999,
+    dim=128,
+    weak="cifar_weak",
+    strong="cifar_strong",
+)
+BY_DATASET = {
+    "cifar10": dict(cls=10, backbone="wrn_28_2", wd=5e-4),
+    "cifar100": dict(cls=100, backbone="wrn_28_8", wd=1e-3),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,11 +52,14 @@ def test_a_config_is_the_recipe(name):
     config, (dataset, labels) = parse(["--config", str(path)], ""), name.split("_")
     expected = {**RECIPE, **BY_DATASET[dataset], "dataset": dataset}
     expected["labels_per_class"] = int(labels) // expected["cls"]
-    ours = {"output_dir", "print_freq"}         # how it is watched
+    ours = {"output_dir", "print_freq"}  # how it is watched
     assert {key: value for key, value in to_dict(config).items() if key not in ours} == {
-        key: value for key, value in {**to_dict(Config()), **expected}.items() if key not in ours}
+        key: value for key, value in {**to_dict(Config()), **expected}.items() if key not in ours
+    }
     text = path.read_text()
-    assert 20 <= text.count("\n") <= 35 and f"--config configs/{name}.yaml" in text and "ours: not run" in text
+    assert (
+        20 <= text.count("\n") <= 35 and f"--config configs/{name}.yaml" in text and "ours: not run" in text
+    )
     error, accuracy = re.search(r"Expected: ([\d.]+) % error, ([\d.]+) % top-1 \(published\)", text).groups()
     assert float(error) + float(accuracy) == pytest.approx(100)
 
@@ -45,26 +75,64 @@ def test_its_method_has_the_recipes_parts(name):
     assert method.teacher.bn == "copy" and type(method).__name__ == "SimMatchSingle"
 
 
-# The published commands (simmatch.py), as they stand in the authors' instructions, with train_semi.py in its place.
+# The published commands (simmatch.py), as they stand in the authors' instructions, with train_semi.py in its
+# place.
 TRAIN = "--nesterov --lambda_in 5 --lr 0.03 --epochs 400 --cos --warmup-epoch 5 --st 0.1 --tt 0.1 --anno-percent {} --c_smooth 0.9 --DA"
-PUBLISHED = {"imagenet_1p": TRAIN.format("0.01") + " --checkpoint simmatch-1p.pth",
-             "imagenet_10p": TRAIN.format("0.1") + " --checkpoint simmatch-10p.pth"}
-WHERE = {"output_dir", "checkpoint"}            # what a run writes, and where
+PUBLISHED = {
+    "imagenet_1p": TRAIN.format("0.01") + " --checkpoint simmatch-1p.pth",
+    "imagenet_10p": TRAIN.format("0.1") + " --checkpoint simmatch-10p.pth",
+}
+WHERE = {"output_dir", "checkpoint"}  # what a run writes, and where
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_command_is_the_recipe(name):
     """The recipe as METHOD states it, as our config states it, and as the authors type it."""
     share = {"imagenet_1p": 0.01, "imagenet_10p": 0.1}[name]
-    recipe = dict(method="simmatch", dataset="imagenet", cls=1000, anno_percent=share, weak="weak", strong="moco", image_size=224,
-                  batch_size=8, mu=5, workers=6, backbone="resnet50_encoder", dim=128, norm="None", epochs=400, start_epoch=0,
-                  lr=0.03, warmup_epoch=5, cos=True, momentum=0.9, nesterov=True, wd=1e-4, no_decay_bn=False, lambda_u=10.0,
-                  lambda_in=5.0, threshold=0.7, st=0.1, tt=0.1, c_smooth=0.9, DA=True, da_len=256, bank_m=0.0, eman=False, ema_m=0.999,
-                  print_freq=20, eval_freq=1, precision="fp32")
+    recipe = dict(
+        method="simmatch",
+        dataset="imagenet",
+        cls=1000,
+        anno_percent=share,
+        weak="weak",
+        strong="moco",
+        image_size=224,
+        batch_size=8,
+        mu=5,
+        workers=6,
+        backbone="resnet50_encoder",
+        dim=128,
+        norm="None",
+        epochs=400,
+        start_epoch=0,
+        lr=0.03,
+        warmup_epoch=5,
+        cos=True,
+        momentum=0.9,
+        nesterov=True,
+        wd=1e-4,
+        no_decay_bn=False,
+        lambda_u=10.0,
+        lambda_in=5.0,
+        threshold=0.7,
+        st=0.1,
+        tt=0.1,
+        c_smooth=0.9,
+        DA=True,
+        da_len=256,
+        bank_m=0.0,
+        eman=False,
+        ema_m=0.999,
+        print_freq=20,
+        eval_freq=1,
+        precision="fp32",
+    )
     typed = to_dict(parse(PUBLISHED[name].split(), ""))
     ours = to_dict(parse(["--config", str(ROOT / "configs" / f"{name}.yaml")], ""))
     assert {key: typed[key] for key in recipe} == recipe
-    assert {key: ours[key] for key in ours if key not in WHERE} == {key: typed[key] for key in typed if key not in WHERE}
+    assert {key: ours[key] for key in ours if key not in WHERE} == {
+        key: typed[key] for key in typed if key not in WHERE
+    }
     assert typed["checkpoint"] == PUBLISHED[name].split()[-1]
     assert typed["output_dir"] == f"checkpoints/simmatch-{name.split('_')[1]}"
 
@@ -77,37 +145,103 @@ def test_the_published_evaluation_commands(share, name):
 
 def test_the_published_flags_and_their_defaults():
     config = parse(["--checkpoint", "a.pth"], "")
-    defaults = dict(backbone="resnet50_encoder", cls=1000, port=23456, workers=6, epochs=200, start_epoch=0, warmup_epoch=0,
-                    batch_size=8, lr=0.1, schedule=[120, 160], cos=False, momentum=0.9, wd=1e-4, nesterov=False, print_freq=20,
-                    eval_freq=1, evaluate=False, anno_percent=0.1, mu=5, lambda_u=10.0, threshold=0.7, eman=False, ema_m=0.999,
-                    norm="None", moco_path="", st=0.1, tt=0.1, c_smooth=1.0, DA=False, lambda_in=1.0, strong="moco")
+    defaults = dict(
+        backbone="resnet50_encoder",
+        cls=1000,
+        port=23456,
+        workers=6,
+        epochs=200,
+        start_epoch=0,
+        warmup_epoch=0,
+        batch_size=8,
+        lr=0.1,
+        schedule=[120, 160],
+        cos=False,
+        momentum=0.9,
+        wd=1e-4,
+        nesterov=False,
+        print_freq=20,
+        eval_freq=1,
+        evaluate=False,
+        anno_percent=0.1,
+        mu=5,
+        lambda_u=10.0,
+        threshold=0.7,
+        eman=False,
+        ema_m=0.999,
+        norm="None",
+        moco_path="",
+        st=0.1,
+        tt=0.1,
+        c_smooth=1.0,
+        DA=False,
+        lambda_in=1.0,
+        strong="moco",
+    )
     assert {key: getattr(config, key) for key in defaults} == defaults
 
 
-@pytest.mark.parametrize("flags, field, value", [
-    ("-j 3", "workers", 3), ("-b 4", "batch_size", 4), ("-p 7", "print_freq", 7), ("-e", "evaluate", True),
-    ("--learning-rate 0.2", "lr", 0.2), ("--weight-decay 0.5", "wd", 0.5), ("--schedule 10 20", "schedule", [10, 20]),
-    ("--randaug", "strong", "rand"), ("--stack", "strong", "stack"), ("--norm BN", "norm", "BN"), ("--seed 5", "seed", 5),
-    ("--eman --ema-m 0.99", "ema_m", 0.99), ("--backbone resnet50w2x_encoder", "backbone", "resnet50w2x_encoder"),
-    ("--moco-path m.pth", "moco_path", "m.pth"), ("--port 23999", "port", 23999), ("--start-epoch 3", "start_epoch", 3)])
+@pytest.mark.parametrize(
+    "flags, field, value",
+    [
+        ("-j 3", "workers", 3),
+        ("-b 4", "batch_size", 4),
+        ("-p 7", "print_freq", 7),
+        ("-e", "evaluate", True),
+        ("--learning-rate 0.2", "lr", 0.2),
+        ("--weight-decay 0.5", "wd", 0.5),
+        ("--schedule 10 20", "schedule", [10, 20]),
+        ("--randaug", "strong", "rand"),
+        ("--stack", "strong", "stack"),
+        ("--norm BN", "norm", "BN"),
+        ("--seed 5", "seed", 5),
+        ("--eman --ema-m 0.99", "ema_m", 0.99),
+        ("--backbone resnet50w2x_encoder", "backbone", "resnet50w2x_encoder"),
+        ("--moco-path m.pth", "moco_path", "m.pth"),
+        ("--port 23999", "port", 23999),
+        ("--start-epoch 3", "start_epoch", 3),
+    ],
+)
 def test_published_flags(flags, field, value):
     assert getattr(parse(["--checkpoint", "a.pth", *flags.split()], ""), field) == value
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--randaug --stack", "--randaug and --stack both choose"), ("--stack --strong moco", "--stack and --strong both choose"),
-    ("--norm SyncBN", "None or BN"), ("--checkpoint a/b.pth", "a file name")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--randaug --stack", "--randaug and --stack both choose"),
+        ("--stack --strong moco", "--stack and --strong both choose"),
+        ("--norm SyncBN", "None or BN"),
+        ("--checkpoint a/b.pth", "a file name"),
+    ],
+)
 def test_published_flags_that_are_refused(flags, words):
     with pytest.raises(UserError, match=words):
         parse(["--checkpoint", "a.pth", *flags.split()], "")
 
 
-@pytest.mark.parametrize("config, labelled, steps", [("imagenet_1p", 13_000, 3_963), ("imagenet_10p", 128_000, 3_603)])
+@pytest.mark.parametrize(
+    "config, labelled, steps", [("imagenet_1p", 13_000, 3_963), ("imagenet_10p", 128_000, 3_603)]
+)
 def test_steps_of_an_epoch(config, labelled, steps):
-    """64 + 320 images a step over 8 ranks; unlabelled is train minus the labelled images; the last incomplete step is dropped."""
+    """64 + 320 images a step over 8 ranks; unlabelled is train minus the labelled images; the last incomplete
+    step is dropped.
+    """
     config, images = parse(["--config", str(ROOT / "configs" / f"{config}.yaml")], ""), 1_281_167
-    data = Data(images=(), labels=np.zeros(images, np.int64), labelled=np.arange(labelled), unlabelled=np.arange(labelled, images),
-                test_images=(), test_labels=np.zeros(0), weak=None, strong=None, plain=None, classes=[], channels=3, split=None)
+    data = Data(
+        images=(),
+        labels=np.zeros(images, np.int64),
+        labelled=np.arange(labelled),
+        unlabelled=np.arange(labelled, images),
+        test_images=(),
+        test_labels=np.zeros(0),
+        weak=None,
+        strong=None,
+        plain=None,
+        classes=[],
+        channels=3,
+        split=None,
+    )
     assert Stream(data, config.batch_size, config.mu, 0, rank=3, world=8).steps_per_epoch == steps
 
 

@@ -1,4 +1,5 @@
 """SimMatch's formulas and its whole step against plain loops, in float64."""
+
 import pytest
 import reference
 import torch
@@ -14,12 +15,16 @@ SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 
 
 def distributions(n, m, seed):
-    return torch.softmax(3 * torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), 1)
+    return torch.softmax(
+        3 * torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), 1
+    )
 
 
 def test_unfold_equals_the_loop():
     q, p = distributions(5, small.K, 1), distributions(5, small.C, 2)
-    expected = torch.tensor(reference.unfold(q.tolist(), p.tolist(), small.LABELS.tolist()), dtype=torch.float64)
+    expected = torch.tensor(
+        reference.unfold(q.tolist(), p.tolist(), small.LABELS.tolist()), dtype=torch.float64
+    )
     torch.testing.assert_close(unfold(q.log(), p.log(), small.LABELS).exp(), expected, rtol=1e-12, atol=0)
 
 
@@ -33,7 +38,9 @@ def test_unfold_keeps_a_distribution_where_the_product_underflows():
 
 def test_aggregate_equals_the_loop():
     q = distributions(5, small.K, 3)
-    expected = torch.tensor(reference.aggregate(q.tolist(), small.LABELS.tolist(), small.C), dtype=torch.float64)
+    expected = torch.tensor(
+        reference.aggregate(q.tolist(), small.LABELS.tolist(), small.C), dtype=torch.float64
+    )
     a = aggregate(q.log(), small.LABELS, small.C)
     torch.testing.assert_close(a, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(a.sum(1), torch.ones(5, dtype=torch.float64))
@@ -51,21 +58,33 @@ def test_cross_entropy_equals_the_loop():
 def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
     net = small.network()
     method, (_, slow, settings) = small.method(form, net, DA=DA), small.FORMS[form]
-    slow = slow(net, method.bank.z, small.LABELS, small.C, **{**settings, "DA": DA},
-                **{**SGD, "nesterov": nesterov, "no_decay_bn": no_decay_bn})
-    optimizer = torch.optim.SGD(parameter_groups(method.student, SGD["wd"], no_decay_bn), lr=SGD["lr"],
-                                momentum=SGD["momentum"], nesterov=nesterov)
+    slow = slow(
+        net,
+        method.bank.z,
+        small.LABELS,
+        small.C,
+        **{**settings, "DA": DA},
+        **{**SGD, "nesterov": nesterov, "no_decay_bn": no_decay_bn},
+    )
+    optimizer = torch.optim.SGD(
+        parameter_groups(method.student, SGD["wd"], no_decay_bn),
+        lr=SGD["lr"],
+        momentum=SGD["momentum"],
+        nesterov=nesterov,
+    )
     seen = []
     for step in range(6):
         batch = small.batch(step)
-        if step % 2:            # the first labelled image comes a second time, in another view
+        if step % 2:  # the first labelled image comes a second time, in another view
             batch.index[2], batch.y[2] = batch.index[0], batch.y[0]
         terms, fresh = train_step(method, method.student, optimizer, [batch], step=step, bank_ready=step > 1)
         expected, pseudo, mask = slow.step([batch], step, first_epoch=step <= 1)
 
         for name, value in expected.items():
             assert terms[name].item() == pytest.approx(value, rel=1e-10), (step, name)
-        torch.testing.assert_close(fresh.pseudo, torch.tensor(pseudo[0], dtype=torch.float64), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(
+            fresh.pseudo, torch.tensor(pseudo[0], dtype=torch.float64), rtol=1e-10, atol=1e-14
+        )
         assert fresh.mask.tolist() == mask[0]
         seen += mask[0]
         torch.testing.assert_close(method.bank.z, torch.stack(slow.bank), rtol=1e-10, atol=1e-12)
@@ -75,13 +94,17 @@ def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
             torch.testing.assert_close(method.align.ring, rows, rtol=1e-10, atol=1e-14)
         for mine, theirs in ((method.student, slow.student), (method.teacher.net, slow.teacher)):
             torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-10, atol=1e-12)
-    assert 0 < sum(seen) < len(seen)    # both sides of the threshold were met
+    assert 0 < sum(seen) < len(seen)  # both sides of the threshold were met
 
 
 @pytest.mark.parametrize("form", small.FORMS)
 def test_losses_write_no_bank_prior_or_teacher_weight(form):
     method = small.method(form)
-    kept = {key: value.clone() for key, value in method.state_dict().items() if "running" not in key and "tracked" not in key}
+    kept = {
+        key: value.clone()
+        for key, value in method.state_dict().items()
+        if "running" not in key and "tracked" not in key
+    }
     terms, fresh = small.losses(method, small.batch(0), step=0, bank_ready=True)
     sum(terms.values()).backward()
     after = method.state_dict()
@@ -117,8 +140,10 @@ def test_the_single_network_takes_nothing_from_its_teacher():
 def test_gradients_of_the_single_network_stop_at_weak_views():
     method, n = small.method("single", threshold=0.0), small.B * small.MU
     torch.manual_seed(1)
-    student = small.Fixed(torch.randn(small.B + 2 * n, small.C).double(), torch.randn(small.B + 2 * n, small.D).double())
-    method.bank.z.copy_(torch.eye(small.D).repeat(2, 1)[:small.K])
+    student = small.Fixed(
+        torch.randn(small.B + 2 * n, small.C).double(), torch.randn(small.B + 2 * n, small.D).double()
+    )
+    method.bank.z.copy_(torch.eye(small.D).repeat(2, 1)[: small.K])
     terms, _ = small.losses(method, small.batch(0), student, step=0, bank_ready=True)
     sum(terms.values()).backward()
     x, weak, strong = slice(0, small.B), slice(small.B, small.B + n), slice(small.B + n, None)
@@ -133,7 +158,9 @@ def test_gradients_of_the_single_network_stop_at_weak_views():
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_losses_and_gradients_are_finite(form, dtype, temperature, scale):
     """Low precision, low temperature, and logits so far apart that probabilities underflow."""
-    method = small.method(form, small.network(dtype=torch.float32), st=temperature, tt=temperature, threshold=0.0)
+    method = small.method(
+        form, small.network(dtype=torch.float32), st=temperature, tt=temperature, threshold=0.0
+    )
     torch.manual_seed(1)
     method.bank.z.copy_(torch.nn.functional.normalize(torch.randn(small.K, small.D), dim=1))
     n = small.B * (1 + small.MU * (2 if form == "single" else 1))
@@ -142,10 +169,12 @@ def test_losses_and_gradients_are_finite(form, dtype, temperature, scale):
         weak = small.Fixed((scale * torch.randn(n, small.C)).to(dtype), torch.randn(n, small.D).to(dtype))
         weak.requires_grad_(False)
         method.teacher.forward = lambda groups, step: [weak(x) for x in groups]
-    with torch.no_grad():       # strong views exactly on a bank row, and exactly opposite to it
+    with torch.no_grad():  # strong views exactly on a bank row, and exactly opposite to it
         student.z[-2], student.z[-1] = method.bank.z[0].to(dtype), -method.bank.z[0].to(dtype)
     for step in range(3):
-        terms, fresh = small.losses(method, small.batch(0, torch.float32), student, step=step, bank_ready=True)
+        terms, fresh = small.losses(
+            method, small.batch(0, torch.float32), student, step=step, bank_ready=True
+        )
         sum(terms.values()).backward()
         assert reference.all_finite(terms.values()), terms
         assert all(term.dtype == torch.float32 for term in terms.values())
@@ -177,13 +206,29 @@ def test_update_gathers_what_the_bank_needs():
 
 
 def test_build_method_passes_every_setting_on():
-    config = Config(method="simmatch_single", backbone="small_encoder", cls=small.C, dim=small.D, DA=True, da_len=7,
-                    bank_m=0.25, ema_m=0.5, lambda_u=2.0, lambda_in=3.0, threshold=0.6, st=0.2, tt=0.3, c_smooth=0.8)
+    config = Config(
+        method="simmatch_single",
+        backbone="small_encoder",
+        cls=small.C,
+        dim=small.D,
+        DA=True,
+        da_len=7,
+        bank_m=0.25,
+        ema_m=0.5,
+        lambda_u=2.0,
+        lambda_in=3.0,
+        threshold=0.6,
+        st=0.2,
+        tt=0.3,
+        c_smooth=0.8,
+    )
     method = build_method(config, 1, small.LABELS)
     assert method.align.ring.shape == (7, small.C) and method.bank.m == 0.25
     assert method.teacher.bn == "copy" and method.teacher.momentum == 0.5
-    assert all(getattr(method, name) == getattr(config, name)
-               for name in ("lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth"))
+    assert all(
+        getattr(method, name) == getattr(config, name)
+        for name in ("lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth")
+    )
     config.method = "simmatch"
     for config.eman, bn in ((False, "shuffle"), (True, "average")):
         method = build_method(config, 1, small.LABELS)

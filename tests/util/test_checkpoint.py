@@ -1,4 +1,5 @@
 """Files that are whole, files that are not, and files that are not ours."""
+
 import os
 import pickle
 import re
@@ -24,15 +25,33 @@ class Bomb:
 
 @pytest.fixture
 def state():
-    return {"config": {"seed": 1}, "step": 3, "world": 1, "processes": 1, "batch_size": 8, "steps_per_epoch": 2, "best": {"student_top1": 1.5}, "split": ("s", "0"), "data": "d", "classes": ["a"],
-            "method": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": {}, "meter": {}, "bad_images": []}
+    return {
+        "config": {"seed": 1},
+        "step": 3,
+        "world": 1,
+        "processes": 1,
+        "batch_size": 8,
+        "steps_per_epoch": 2,
+        "best": {"student_top1": 1.5},
+        "split": ("s", "0"),
+        "data": "d",
+        "classes": ["a"],
+        "method": {"w": torch.arange(1000.0)},
+        "optimizer": {},
+        "scaler": {},
+        "meter": {},
+        "bad_images": [],
+    }
 
 
 def test_round_trip(state, tmp_path):
     checkpoint.save(tmp_path / "a.pth", state)
     loaded = checkpoint.load(tmp_path / "a.pth")
     assert torch.equal(loaded.pop("method")["w"], torch.arange(1000.0))
-    assert loaded == {"format": checkpoint.FORMAT, **{key: value for key, value in state.items() if key != "method"}}
+    assert loaded == {
+        "format": checkpoint.FORMAT,
+        **{key: value for key, value in state.items() if key != "method"},
+    }
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
@@ -52,7 +71,7 @@ def test_every_changed_bit_of_the_content_is_noticed(state, tmp_path):
     whole = (tmp_path / "a.pth").read_bytes()
     start = whole.index(torch.arange(1000.0).numpy().tobytes())
     for byte in (start, start + 1999, start + 3999):
-        (tmp_path / "b.pth").write_bytes(whole[:byte] + bytes([whole[byte] ^ 4]) + whole[byte + 1:])
+        (tmp_path / "b.pth").write_bytes(whole[:byte] + bytes([whole[byte] ^ 4]) + whole[byte + 1 :])
         with pytest.raises(UserError, match="b.pth is damaged"):
             checkpoint.load(tmp_path / "b.pth")
 
@@ -67,7 +86,9 @@ def test_the_one_before_is_kept_and_used_when_the_newest_is_damaged(state, tmp_p
     assert loaded["step"] == 3 and remark == ""
     path.write_bytes(path.read_bytes()[:900])
     loaded, remark = checkpoint.load_newest(path)
-    assert loaded["step"] == 2 and "damaged" in remark and "last.previous.pth" in remark and "\n" not in remark
+    assert (
+        loaded["step"] == 2 and "damaged" in remark and "last.previous.pth" in remark and "\n" not in remark
+    )
     path.unlink()
     assert checkpoint.load_newest(path)[0]["step"] == 2
     (tmp_path / "last.previous.pth").write_bytes(b"")
@@ -87,10 +108,12 @@ def test_code_in_a_pickle_is_not_run(state, tmp_path):
 @pytest.mark.parametrize("core", [b"core", b"_core"])
 def test_a_number_of_numpy_is_read_and_no_other_object_of_it(core, tmp_path):
     """As in EMAN's MoCo files; NumPy 2 has renamed the module."""
+
     def write(value):
         torch.save({"best_acc1": value}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
         raw = (tmp_path / "a.pth").read_bytes()
         (tmp_path / "a.pth").write_bytes(re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", raw))
+
     write(np.float64(60.5))
     assert checkpoint.read(tmp_path / "a.pth") == {"best_acc1": 60.5}
     write(np.zeros(2))
@@ -98,7 +121,9 @@ def test_a_number_of_numpy_is_read_and_no_other_object_of_it(core, tmp_path):
         checkpoint.read(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("content", [b"hello\n", b"\x80\x04garbage", os.urandom(1000), b"PK\x03\x04" + bytes(100)])
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b"\x80\x04garbage", os.urandom(1000), b"PK\x03\x04" + bytes(100)]
+)
 def test_not_a_checkpoint(content, tmp_path):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match="a.pth"):
@@ -121,13 +146,15 @@ def test_the_writer_writes_the_state_as_it_was_when_it_was_handed_over(state, tm
         state["method"]["w"].fill_(step)
         momentum.fill_(step)
         writer.save(state, best=step == 3)
-        state["method"]["w"].fill_(-1)          # the next step, while that is written
+        state["method"]["w"].fill_(-1)  # the next step, while that is written
         momentum.fill_(-1)
     writer.close()
     for name, step in (("best", 3), ("last.previous", 4), ("last", 5)):
         saved = checkpoint.load(tmp_path / f"{name}.pth")
         assert saved["step"] == step
-        assert (saved["method"]["w"] == step).all() and (saved["optimizer"]["state"][0]["momentum_buffer"] == step).all()
+        assert (saved["method"]["w"] == step).all() and (
+            saved["optimizer"]["state"][0]["momentum_buffer"] == step
+        ).all()
 
 
 def test_a_state_that_is_not_finite_is_named():
@@ -139,10 +166,14 @@ def test_a_state_that_is_not_finite_is_named():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_value_that_is_not_finite_is_found_wherever_it_stands(bad, dtype):
-    whole = {"x": torch.ones(3, dtype=torch.float64), "empty": torch.empty(0), "count": torch.tensor(3),
-             "big": torch.tensor(torch.finfo(dtype).max, dtype=dtype)}
+    whole = {
+        "x": torch.ones(3, dtype=torch.float64),
+        "empty": torch.empty(0),
+        "count": torch.tensor(3),
+        "big": torch.tensor(torch.finfo(dtype).max, dtype=dtype),
+    }
     for place in (0, 1, 500, 999, 1000):
-        value = torch.linspace(-2, 2, 1001).to(dtype).view(7, 143).T       # not contiguous
+        value = torch.linspace(-2, 2, 1001).to(dtype).view(7, 143).T  # not contiguous
         checkpoint.must_be_finite({**whole, "y": value}, step=1)
         value[place % 143, place // 143] = bad
         with pytest.raises(UserError, match="^y is not finite"):
@@ -177,6 +208,7 @@ def test_what_stood_there_survives_a_failed_write(state, tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         checkpoint.save(path, state)
@@ -188,6 +220,7 @@ def test_a_write_that_is_stopped_leaves_nothing(stopped, tmp_path):
     def write(file):
         file.write(b"half")
         raise stopped
+
     (tmp_path / "a.csv").write_bytes(b"before")
     with pytest.raises(type(stopped)):
         checkpoint.write_whole(tmp_path / "a.csv", write)
@@ -200,7 +233,10 @@ def test_a_write_that_is_stopped_leaves_nothing(stopped, tmp_path):
 
 def test_a_full_disk_as_torch_reports_it_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot write") as error:
-        checkpoint.write_whole(tmp_path / "a.pth", lambda file: checkpoint.write_torch(torch.zeros(9), open("/dev/full", "wb", 0)))
+        checkpoint.write_whole(
+            tmp_path / "a.pth",
+            lambda file: checkpoint.write_torch(torch.zeros(9), open("/dev/full", "wb", 0)),
+        )
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
 
 

@@ -1,4 +1,5 @@
 """YAML gives values, flags override; whatever is unknown, mistyped or out of range is named."""
+
 import dataclasses
 
 import pytest
@@ -13,46 +14,61 @@ def config_file(tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text(text)
         return str(path)
+
     return write
 
 
 def test_flags_override_yaml_and_yaml_overrides_defaults(config_file):
-    config = parse(["--config", config_file("lr: 0.5\nmu: 3\nwd: 1e-4"), "--mu", "4", "--labels-per-class", "9", "--DA"], "")
+    config = parse(
+        ["--config", config_file("lr: 0.5\nmu: 3\nwd: 1e-4"), "--mu", "4", "--labels-per-class", "9", "--DA"],
+        "",
+    )
     assert (config.lr, config.mu, config.labels_per_class, config.DA, config.wd) == (0.5, 4, 9, True, 1e-4)
     assert config.threshold == Config().threshold
     assert config.output_dir == "checkpoints/mine"
 
 
-@pytest.mark.parametrize("flags, name, value", [
-    (["--lambda_in", "2"], "lambda_in", 2.0), (["--lambda-in", "2"], "lambda_in", 2.0), (["--lambda-in=2"], "lambda_in", 2.0),
-    (["--DA"], "DA", True), (["--DA", "false"], "DA", False), (["--schedule", "3", "5"], "schedule", [3, 5]),
-    (["--output-dir", "7"], "output_dir", "7")])
+@pytest.mark.parametrize(
+    "flags, name, value",
+    [
+        (["--lambda_in", "2"], "lambda_in", 2.0),
+        (["--lambda-in", "2"], "lambda_in", 2.0),
+        (["--lambda-in=2"], "lambda_in", 2.0),
+        (["--DA"], "DA", True),
+        (["--DA", "false"], "DA", False),
+        (["--schedule", "3", "5"], "schedule", [3, 5]),
+        (["--output-dir", "7"], "output_dir", "7"),
+    ],
+)
 def test_spellings(config_file, flags, name, value):
     assert getattr(parse(["--config", config_file(""), *flags], ""), name) == value
 
 
-@pytest.mark.parametrize("yaml_text, flags, words", [
-    ("lamda_u: 1", [], ["'lamda_u'", "'lambda_u'", "mine.yaml"]),
-    ("", ["--treshold", "1"], ["'--treshold'", "'threshold'", "command line"]),
-    ("", ["--da", "true"], ["'--da'", "'DA'"]),
-    ("epochs: many", [], ["epochs", "int", "'many'", "mine.yaml"]),
-    ("epochs: 1.5", [], ["epochs", "int", "1.5"]),
-    ("epochs: true", [], ["epochs", "int", "True"]),
-    ("DA: 1", [], ["DA", "bool", "1"]),
-    ("method: 3", [], ["method", "str", "3"]),
-    ("lr: .nan", [], ["lr", "nan"]),
-    ("lambda_u: .inf", [], ["lambda_u", "inf"]),
-    ("schedule: 3", [], ["schedule", "list of int", "3"]),
-    ("", ["--lr", "fast"], ["--lr", "float", "'fast'"]),
-    ("", ["--lr"], ["--lr"]),
-    ("", ["--epochs", "0"], ["epochs", "greater than 0"]),
-    ("", ["--threshold", "2"], ["threshold", "between 0 and 1"]),
-    ("", ["--tt", "0"], ["tt", "greater than 0"]),
-    ("", ["--workers", "-1"], ["workers", "0 or more"]),
-    ("", ["--device", "tpu"], ["device", "cpu"]),
-    ("- a\n- b", [], ["mine.yaml", "list"]),
-    ("a: [", [], ["mine.yaml", "not YAML"]),
-])
+@pytest.mark.parametrize(
+    "yaml_text, flags, words",
+    [
+        ("lamda_u: 1", [], ["'lamda_u'", "'lambda_u'", "mine.yaml"]),
+        ("", ["--treshold", "1"], ["'--treshold'", "'threshold'", "command line"]),
+        ("", ["--da", "true"], ["'--da'", "'DA'"]),
+        ("epochs: many", [], ["epochs", "int", "'many'", "mine.yaml"]),
+        ("epochs: 1.5", [], ["epochs", "int", "1.5"]),
+        ("epochs: true", [], ["epochs", "int", "True"]),
+        ("DA: 1", [], ["DA", "bool", "1"]),
+        ("method: 3", [], ["method", "str", "3"]),
+        ("lr: .nan", [], ["lr", "nan"]),
+        ("lambda_u: .inf", [], ["lambda_u", "inf"]),
+        ("schedule: 3", [], ["schedule", "list of int", "3"]),
+        ("", ["--lr", "fast"], ["--lr", "float", "'fast'"]),
+        ("", ["--lr"], ["--lr"]),
+        ("", ["--epochs", "0"], ["epochs", "greater than 0"]),
+        ("", ["--threshold", "2"], ["threshold", "between 0 and 1"]),
+        ("", ["--tt", "0"], ["tt", "greater than 0"]),
+        ("", ["--workers", "-1"], ["workers", "0 or more"]),
+        ("", ["--device", "tpu"], ["device", "cpu"]),
+        ("- a\n- b", [], ["mine.yaml", "list"]),
+        ("a: [", [], ["mine.yaml", "not YAML"]),
+    ],
+)
 def test_mistakes_are_named_in_one_line(config_file, yaml_text, flags, words):
     with pytest.raises(UserError) as error:
         parse(["--config", config_file(yaml_text), *flags], "")

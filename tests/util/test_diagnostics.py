@@ -1,4 +1,5 @@
 """The diagnostics event against counting by hand, and its counts over a save."""
+
 import json
 import math
 
@@ -12,7 +13,7 @@ from util.log import Log
 from util.metrics import Meter
 
 NAMES = ["a", "b", "c", "d"]
-LABELS = np.array([0, 1, 1, 2, 3, 3, 3, 3])                                     # of the labelled list: shares 1/8, 2/8, 1/8, 4/8
+LABELS = np.array([0, 1, 1, 2, 3, 3, 3, 3])  # of the labelled list: shares 1/8, 2/8, 1/8, 4/8
 
 
 def batch(seed, known=True):
@@ -31,7 +32,7 @@ def test_counts_are_those_of_a_loop(known):
         for i in range(20):
             c = max(range(4), key=p[i].tolist().__getitem__)
             right = known and c == hidden[i]
-            for row, yes in enumerate([True, mask[i] == 1, right, right and mask[i] == 1][:len(expected)]):
+            for row, yes in enumerate([True, mask[i] == 1, right, right and mask[i] == 1][: len(expected)]):
                 expected[row][c] += int(yes)
     assert meter.take_counts().tolist() == expected and sum(expected[1]) not in (0, 60)
     assert meter.take_counts() is None
@@ -46,18 +47,32 @@ def test_counts_go_on_after_a_save():
             second.load_state_dict(first.state_dict())
     assert torch.equal(whole.take_counts(), second.take_counts())
     old = {key: value for key, value in first.state_dict().items() if key != "counts"}
-    second.load_state_dict(old)             # a checkpoint from before there were counts
+    second.load_state_dict(old)  # a checkpoint from before there were counts
     assert second.take_counts() is None and second.read() == first.read()
 
 
 def test_marginal():
     counts = np.array([[10, 0, 5, 85], [8, 0, 0, 72], [9, 0, 1, 60], [8, 0, 0, 56]])
     out = marginal(counts, np.bincount(LABELS) / 8, NAMES)
-    assert (out["pseudo_labels"], out["mask"], out["pseudo_acc"], out["confident_acc"]) == (100, 0.8, 0.7, 0.8)
+    assert (out["pseudo_labels"], out["mask"], out["pseudo_acc"], out["confident_acc"]) == (
+        100,
+        0.8,
+        0.7,
+        0.8,
+    )
     assert (out["marginal_min"], out["marginal_max"], out["starved"]) == (0, 0.85, 1)
-    assert [name for name, _ in out["most"]] == ["d", "a", "c", "b"] and out["most"][0] == ["d", 0.85] and out["least"][0] == ["b", 0.0]
-    assert out["marginal_kl"] == pytest.approx(0.1 * math.log(0.1 / 0.125) + 0.05 * math.log(0.05 / 0.125) + 0.85 * math.log(0.85 / 0.5))
-    assert marginal(counts[:2], np.bincount(LABELS) / 8, NAMES).keys() == out.keys() - {"pseudo_acc", "confident_acc"}
+    assert (
+        [name for name, _ in out["most"]] == ["d", "a", "c", "b"]
+        and out["most"][0] == ["d", 0.85]
+        and out["least"][0] == ["b", 0.0]
+    )
+    assert out["marginal_kl"] == pytest.approx(
+        0.1 * math.log(0.1 / 0.125) + 0.05 * math.log(0.05 / 0.125) + 0.85 * math.log(0.85 / 0.5)
+    )
+    assert marginal(counts[:2], np.bincount(LABELS) / 8, NAMES).keys() == out.keys() - {
+        "pseudo_acc",
+        "confident_acc",
+    }
 
 
 def test_kl_is_0_for_the_same_and_seen_when_not_finite():
@@ -67,24 +82,56 @@ def test_kl_is_0_for_the_same_and_seen_when_not_finite():
 
 
 def test_the_event():
-    looked = {"loss_x": 1.0, "loss_u": 3.0, "loss_in": 0.0, "grad_x": 2.0, "grad_u": math.inf, "bank_rows": 8, "q_entropy": 1.5,
-              "bank_drift": 0.25}
-    looked = {name: torch.tensor(value) for name, value in looked.items()} | {"prior": torch.tensor([0.0, 0.5, 0.0, 0.0])}
-    event = diagnostics(3, 20, 3, looked, torch.tensor([[1, 2, 1, 4]] * 2), LABELS, NAMES, np.array([0, 1, 2, 3, 4, 5, -1, 5]))
+    looked = {
+        "loss_x": 1.0,
+        "loss_u": 3.0,
+        "loss_in": 0.0,
+        "grad_x": 2.0,
+        "grad_u": math.inf,
+        "bank_rows": 8,
+        "q_entropy": 1.5,
+        "bank_drift": 0.25,
+    }
+    looked = {name: torch.tensor(value) for name, value in looked.items()} | {
+        "prior": torch.tensor([0.0, 0.5, 0.0, 0.0])
+    }
+    event = diagnostics(
+        3, 20, 3, looked, torch.tensor([[1, 2, 1, 4]] * 2), LABELS, NAMES, np.array([0, 1, 2, 3, 4, 5, -1, 5])
+    )
     assert tuple(event) == KEYS
     assert [event[f"share_{name}"] for name in ("x", "u", "in")] == [0.25, 0.75, 0]
-    assert event["grad_u"] is None and event["grad_in"] is None and event["not_finite"] == ["grad_u"] and event["marginal_kl"] == 0
+    assert (
+        event["grad_u"] is None
+        and event["grad_in"] is None
+        and event["not_finite"] == ["grad_u"]
+        and event["marginal_kl"] == 0
+    )
     assert event["prior_kl"] == pytest.approx(math.log(4))
-    assert [event[f"bank_{name}"] for name in ("rows", "drift", "unwritten", "age_median", "age_max", "pass")] == [8, 0.25, 1, 3, 5, 3]
+    assert [
+        event[f"bank_{name}"] for name in ("rows", "drift", "unwritten", "age_median", "age_max", "pass")
+    ] == [8, 0.25, 1, 3, 5, 3]
     json.dumps(event, allow_nan=False)
-    broken = diagnostics(3, 20, 3, {**looked, "loss_u": torch.tensor(math.nan)}, None, LABELS, NAMES, np.zeros(8))
-    assert broken["not_finite"] == ["share_x", "share_u", "share_in", "grad_u", "loss_u"] and broken["mask"] is None
+    broken = diagnostics(
+        3, 20, 3, {**looked, "loss_u": torch.tensor(math.nan)}, None, LABELS, NAMES, np.zeros(8)
+    )
+    assert (
+        broken["not_finite"] == ["share_x", "share_u", "share_in", "grad_u", "loss_u"]
+        and broken["mask"] is None
+    )
     json.dumps(broken, allow_nan=False)
 
 
 def test_a_method_without_pseudo_labels_and_bank():
-    event = diagnostics(1, 20, 3, {"loss_x": torch.tensor(2.0), "grad_x": torch.tensor(1.0)}, None, LABELS, NAMES, np.zeros(8))
-    assert {key for key, value in event.items() if value is not None} == {"epoch", "steps_per_epoch", "share_x", "grad_x", "not_finite"}
+    event = diagnostics(
+        1, 20, 3, {"loss_x": torch.tensor(2.0), "grad_x": torch.tensor(1.0)}, None, LABELS, NAMES, np.zeros(8)
+    )
+    assert {key for key, value in event.items() if value is not None} == {
+        "epoch",
+        "steps_per_epoch",
+        "share_x",
+        "grad_x",
+        "not_finite",
+    }
 
 
 def test_the_end_of_a_run_is_told(tmp_path):
@@ -95,4 +142,5 @@ def test_the_end_of_a_run_is_told(tmp_path):
         pass
     log.close()
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
-        {"event": "stop", "step": 7, "why": "loss_x is nan at step 6"}]
+        {"event": "stop", "step": 7, "why": "loss_x is nan at step 6"}
+    ]

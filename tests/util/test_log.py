@@ -1,4 +1,5 @@
 """Continuing a log, and the progress line of a terminal."""
+
 import json
 import pty
 import os
@@ -21,7 +22,7 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path):
         log.train(step, 1, 5, VALUES)
     log.close()
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"event": "train", "step": 40, "lo')       # a crash in the middle of a line
+        file.write('{"event": "train", "step": 40, "lo')  # a crash in the middle of a line
     log = Log(tmp_path, start=20, total=50, active=True)
     assert steps(tmp_path) == [10, 20]
     log.train(30, 1, 5, VALUES)
@@ -39,7 +40,10 @@ def test_what_an_earlier_run_left_is_kept_when_one_begins_anew(tmp_path):
         log.close()
         (tmp_path / "best.pth").write_text(f"model {number}")
         assert prepare(tmp_path, tmp_path, "a: 1\n", anew=False) == []
-        assert prepare(tmp_path, tmp_path, "a: 1\n", anew=True) == [f"log.jsonl.old{number}", f"best.pth.old{number}"]
+        assert prepare(tmp_path, tmp_path, "a: 1\n", anew=True) == [
+            f"log.jsonl.old{number}",
+            f"best.pth.old{number}",
+        ]
         assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / "best.pth").exists()
         assert (tmp_path / f"log.jsonl.old{number}").read_text().count("\n") == 2
     assert (tmp_path / "best.pth.old1").read_text() == "model 1"
@@ -50,8 +54,14 @@ def test_bad_images_are_listed(tmp_path, capsys):
     log.bad_images(5, [], "x")
     log.bad_images(10, [("b.jpg", "torn"), ("a.jpg", "empty"), ("b.jpg", "torn")], "replaced")
     log.close()
-    event, = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert event == {"event": "bad_images", "step": 10, "fate": "replaced", "count": 3, "images": [["a.jpg", "empty"], ["b.jpg", "torn"]]}
+    (event,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert event == {
+        "event": "bad_images",
+        "step": 10,
+        "fate": "replaced",
+        "count": 3,
+        "images": [["a.jpg", "empty"], ["b.jpg", "torn"]],
+    }
     assert "2 bad images were replaced (3 times)" in capsys.readouterr().out
 
 
@@ -65,10 +75,12 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 
 def test_a_terminal_gets_one_line_that_is_rewritten(tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from util.log import Log, TRAIN_KEYS\n"
-            "log = Log(Path(sys.argv[2]), 0, 50, True)\n"
-            "for step in (10, 20): log.train(step, 1, 5, dict.fromkeys(TRAIN_KEYS, 1.0))\n"
-            "log.say('bye')\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from util.log import Log, TRAIN_KEYS\n"
+        "log = Log(Path(sys.argv[2]), 0, 50, True)\n"
+        "for step in (10, 20): log.train(step, 1, 5, dict.fromkeys(TRAIN_KEYS, 1.0))\n"
+        "log.say('bye')\n"
+    )
     main, side = pty.openpty()
     run = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path)], stdout=side)
     os.close(side)
@@ -76,7 +88,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(tmp_path):
     while True:
         try:
             chunk = os.read(main, 4096)
-        except OSError:             # how Linux says that the other end is closed
+        except OSError:  # how Linux says that the other end is closed
             break
         if not chunk:
             break

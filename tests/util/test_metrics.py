@@ -1,4 +1,5 @@
 """Accuracy against counting, and the meter."""
+
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from util.metrics import Meter, evaluate
 
 def test_accuracy_equals_counting():
     g = torch.Generator().manual_seed(0)
-    logits, y = torch.randn(53, 8, generator=g), torch.randint(7, (53,), generator=g)     # no image of class 7
+    logits, y = torch.randn(53, 8, generator=g), torch.randint(7, (53,), generator=g)  # no image of class 7
     top1 = top5 = 0
     own = [[0, 0] for _ in range(8)]
     for row, label in zip(logits.tolist(), y.tolist()):
@@ -19,14 +20,16 @@ def test_accuracy_equals_counting():
         own[label] = [own[label][0] + (rank == 0), own[label][1] + 1]
     batches = zip(logits.split(10), y.split(10))
     result, worst = evaluate([lambda x: (x, None), lambda x: (-x, None)], batches, 8, torch.device("cpu"))
-    assert worst.top1 < result.top1 or top1 < 10        # two networks over one pass of the batches
+    assert worst.top1 < result.top1 or top1 < 10  # two networks over one pass of the batches
     assert (result.top1, result.top5) == pytest.approx((100 * top1 / 53, 100 * top5 / 53))
     assert result.per_class[:7] == pytest.approx([100 * a / n for a, n in own[:7]])
     assert math.isnan(result.per_class[7])
 
 
 def test_top5_of_three_classes_is_everything():
-    result, = evaluate([lambda x: (x, None)], [(torch.eye(3), torch.tensor([0, 1, 1]))], 3, torch.device("cpu"))
+    (result,) = evaluate(
+        [lambda x: (x, None)], [(torch.eye(3), torch.tensor([0, 1, 1]))], 3, torch.device("cpu")
+    )
     assert result.top5 == 100 and result.top1 == pytest.approx(200 / 3)
 
 
@@ -34,9 +37,16 @@ def test_meter_means_and_forgets():
     meter = Meter()
     for step, value in enumerate((1.0, 3.0)):
         pseudo = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
-        meter.add(step, {"loss_x": torch.tensor(value), "loss_u": torch.tensor(1.0)}, pseudo, torch.tensor([1.0, 0.0]),
-                  torch.tensor([0, 0]))
-    assert meter.read() == pytest.approx({"loss_x": 2, "loss_u": 1, "loss": 3, "mask": 0.5, "pseudo_acc": 0.5})
+        meter.add(
+            step,
+            {"loss_x": torch.tensor(value), "loss_u": torch.tensor(1.0)},
+            pseudo,
+            torch.tensor([1.0, 0.0]),
+            torch.tensor([0, 0]),
+        )
+    assert meter.read() == pytest.approx(
+        {"loss_x": 2, "loss_u": 1, "loss": 3, "mask": 0.5, "pseudo_acc": 0.5}
+    )
     meter.add(2, {"loss_x": torch.tensor(7.0)}, None, None, None)
     assert meter.read() == {"loss_x": 7, "loss": 7}
 
@@ -45,6 +55,12 @@ def test_meter_means_and_forgets():
 def test_a_non_finite_term_is_named_with_its_step(bad):
     meter = Meter()
     for step in range(5):
-        meter.add(step, {"loss_x": torch.tensor(1.0), "loss_u": torch.tensor(bad if step >= 3 else 1.0)}, None, None, None)
+        meter.add(
+            step,
+            {"loss_x": torch.tensor(1.0), "loss_u": torch.tensor(bad if step >= 3 else 1.0)},
+            None,
+            None,
+            None,
+        )
     with pytest.raises(UserError, match=f"loss_u is {bad} at step 3"):
         meter.read()

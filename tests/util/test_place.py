@@ -1,18 +1,28 @@
 """Where a process finds itself, from the variables that torchrun and srun set."""
+
 import pytest
 
 from util import dist_utils
 from util.errors import UserError
 from util.place import PORTS, Place, place
 
-SRUN = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16",
-        "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_NODELIST": "gpu[07-08]"}
+SRUN = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+}
 
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
     """One that answers as Slurm's does."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
 
@@ -22,7 +32,14 @@ def test_alone():
 
 
 def test_a_batch_script_without_srun_is_alone():
-    assert place({key: value for key, value in SRUN.items() if not key.startswith("SLURM_STEP")} | {"SLURM_NTASKS": "16"}, 20000) == Place()
+    assert (
+        place(
+            {key: value for key, value in SRUN.items() if not key.startswith("SLURM_STEP")}
+            | {"SLURM_NTASKS": "16"},
+            20000,
+        )
+        == Place()
+    )
 
 
 def test_one_task_of_srun_is_alone():
@@ -48,7 +65,13 @@ def test_without_scontrol(monkeypatch, tmp_path):
 
 
 def test_nobody_comes(monkeypatch):
-    for key, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+    for key, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "9",
+    }.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="rank 1 of 2, on .* did not meet the others at 127.0.0.1:9"):
         dist_utils.dist_init("cpu", 1 / 60, 0)

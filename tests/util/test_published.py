@@ -1,4 +1,5 @@
 """Published layouts: told apart, turned into ours and back to the same bits, refused by name."""
+
 import copy
 
 import pytest
@@ -50,7 +51,9 @@ def assert_same(a, b):
 
 
 def step_alike(student, optimizer, model, other):
-    """One step of both programs' SGD with the same gradients, by name; returns whether all parameters are then equal."""
+    """One step of both programs' SGD with the same gradients, by name; returns whether all parameters are
+    then equal.
+    """
     grads = {name: torch.randn_like(p) for name, p in student.named_parameters()}
     for net, sgd_ in ((student, optimizer), (model.main, other)):
         assert set(grads) == {name for name, _ in net.named_parameters()}
@@ -62,10 +65,19 @@ def step_alike(student, optimizer, model, other):
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("make, kind", [
-    (simmatch, "simmatch"), (lambda: simmatch(DA=False), "simmatch"), (simmatchv2, "simmatchv2"),
-    (lambda: simmatchv2(norm=False), "simmatchv2"), (fixmatch, "fixmatch"), (lambda: fixmatch(eman=False), "fixmatch"),
-    (MoCo, "moco"), (lambda: MoCo(layers=1), "moco")])
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (simmatch, "simmatch"),
+        (lambda: simmatch(DA=False), "simmatch"),
+        (simmatchv2, "simmatchv2"),
+        (lambda: simmatchv2(norm=False), "simmatchv2"),
+        (fixmatch, "fixmatch"),
+        (lambda: fixmatch(eman=False), "fixmatch"),
+        (MoCo, "moco"),
+        (lambda: MoCo(layers=1), "moco"),
+    ],
+)
 def test_every_layout_is_told(make, kind, prefix):
     assert published.recognise(contents(make(), "any", prefix=prefix)) == kind
 
@@ -74,30 +86,60 @@ def test_ours_is_told():
     assert published.recognise({"config": {}, "method": {}}) == "ours"
 
 
-@pytest.mark.parametrize("state, words", [
-    ({"state_dict": {"conv1.weight": torch.zeros(2), "b": torch.zeros(1), "c": torch.zeros(1), "d": torch.zeros(1)}},
-     "its state_dict has 'conv1.weight'; 'b'; 'c'; and 1 more"),
-    ({"model": 1, "x": 2}, "it has no 'state_dict', but 'model'; 'x'"),
-    ({"state_dict": {}}, "its state_dict has no key"),
-    ({}, "but nothing"), ([1], "a list"), (torch.zeros(3), "a Tensor")])
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        (
+            {
+                "state_dict": {
+                    "conv1.weight": torch.zeros(2),
+                    "b": torch.zeros(1),
+                    "c": torch.zeros(1),
+                    "d": torch.zeros(1),
+                }
+            },
+            "its state_dict has 'conv1.weight'; 'b'; 'c'; and 1 more",
+        ),
+        ({"model": 1, "x": 2}, "it has no 'state_dict', but 'model'; 'x'"),
+        ({"state_dict": {}}, "its state_dict has no key"),
+        ({}, "but nothing"),
+        ([1], "a list"),
+        (torch.zeros(3), "a Tensor"),
+    ],
+)
 def test_the_first_three_keys_of_anything_else(state, words):
     with pytest.raises(UserError) as error:
         published.recognise(state, "file x")
     said = str(error.value)
-    assert words in said and said.startswith("file x was not written by train_semi.py, nor by SimMatch") and "\n" not in said
+    assert (
+        words in said
+        and said.startswith("file x was not written by train_semi.py, nor by SimMatch")
+        and "\n" not in said
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s: [s.pop(f"module.{key}") for key in ("labels", "main.fc.weight", "main.head.2.weight")],
-     "main.fc.weight is missing; main.head.2.weight is missing; labels is missing"),
-    (lambda s: [s.pop(key) for key in list(s) if key.startswith("module.ema")],
-     "ema.backbone.* is missing; ema.fc.* is missing; ema.head.* is missing"),
-    (lambda s: s.update({f"module.{key}": torch.zeros(1) for key in "abcd"}),
-     "a is unknown; b is unknown; c is unknown; and 1 more"),
-    (lambda s: s.update({"module.main.norm.weight": torch.zeros(1)}), "main.norm.weight is unknown"),
-    (lambda s: s.update({"module.bank": torch.tensor(1), "module.main.fc.weight": 7}),
-     "bank is no tensor, or a single number; main.fc.weight is no tensor"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda s: [s.pop(f"module.{key}") for key in ("labels", "main.fc.weight", "main.head.2.weight")],
+            "main.fc.weight is missing; main.head.2.weight is missing; labels is missing",
+        ),
+        (
+            lambda s: [s.pop(key) for key in list(s) if key.startswith("module.ema")],
+            "ema.backbone.* is missing; ema.fc.* is missing; ema.head.* is missing",
+        ),
+        (
+            lambda s: s.update({f"module.{key}": torch.zeros(1) for key in "abcd"}),
+            "a is unknown; b is unknown; c is unknown; and 1 more",
+        ),
+        (lambda s: s.update({"module.main.norm.weight": torch.zeros(1)}), "main.norm.weight is unknown"),
+        (
+            lambda s: s.update({"module.bank": torch.tensor(1), "module.main.fc.weight": 7}),
+            "bank is no tensor, or a single number; main.fc.weight is no tensor",
+        ),
+    ],
+)
 def test_a_file_that_is_nearly_simmatch(theirs, change, words):
     state = copy.deepcopy(theirs[2])
     change(state["state_dict"])
@@ -106,13 +148,17 @@ def test_a_file_that_is_nearly_simmatch(theirs, change, words):
     assert "not a whole checkpoint of SimMatch" in str(error.value) and words in str(error.value)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"bank": torch.zeros(7, 16)}, "bank is [7, 16] float32, not [16, 16] float32"),
-    ({"labels": torch.zeros(7)}, "labels is [7] float32, not [7] int64"),
-    ({"labels": torch.zeros(8, dtype=torch.long)}, "labels is [8] int64, not [7] int64"),
-    ({"DA_queue": torch.zeros(32, 3)}, "DA_queue is [32, 3] float32, not [256, 3] float32"),
-    ({"DA_ptr": torch.zeros(1)}, "DA_ptr is [1] float32, not [1] int64"),
-    ({"DA_ptr": None}, "DA_ptr is missing")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"bank": torch.zeros(7, 16)}, "bank is [7, 16] float32, not [16, 16] float32"),
+        ({"labels": torch.zeros(7)}, "labels is [7] float32, not [7] int64"),
+        ({"labels": torch.zeros(8, dtype=torch.long)}, "labels is [8] int64, not [7] int64"),
+        ({"DA_queue": torch.zeros(32, 3)}, "DA_queue is [32, 3] float32, not [256, 3] float32"),
+        ({"DA_ptr": torch.zeros(1)}, "DA_ptr is [1] float32, not [1] int64"),
+        ({"DA_ptr": None}, "DA_ptr is missing"),
+    ],
+)
 def test_buffers_of_another_kind_or_shape(theirs, change, words):
     state = {"state_dict": dict(theirs[2]["state_dict"])}
     for key, value in change.items():
@@ -130,7 +176,7 @@ def test_simmatch_loads_into_our_method_with_exact_keys(theirs, tmp_path):
     values = published.to_ours(torch.load(tmp_path / "a.pth", weights_only=True))
     method, _ = ours()
     load_module(method, values, tmp_path / "a.pth")
-    assert list(values)[:-4] == [key for key in method.state_dict()][:-4]          # student and teacher in our order
+    assert list(values)[:-4] == [key for key in method.state_dict()][:-4]  # student and teacher in our order
     for name, own in (("main", method.student), ("ema", method.teacher.net)):
         for key, value in getattr(model, name).state_dict().items():
             assert torch.equal(own.state_dict()[key], value), (name, key)
@@ -148,7 +194,9 @@ def test_training_goes_on_from_a_published_file(theirs):
     assert (epoch, steps) == (12, 360)
     method, optimizer = ours()
     method.load_state_dict(values)
-    optimizer.load_state_dict(copy.deepcopy(saved))         # as read from a file: not the other program's own tensors
+    optimizer.load_state_dict(
+        copy.deepcopy(saved)
+    )  # as read from a file: not the other program's own tensors
     assert optimizer.param_groups[0]["weight_decay"] == 1e-4
     assert len(optimizer.state) == len(list(method.student.parameters()))
     torch.manual_seed(1)
@@ -166,7 +214,9 @@ def test_without_its_momentum_the_next_step_is_another(theirs):
 def test_published_to_ours_and_back_is_the_same_file(theirs):
     _, _, state = theirs
     method, optimizer, epoch, _ = published.to_training_state(state, 1)
-    assert_same(published.from_ours(method, optimizer, epoch), {**state, "state_dict": dict(state["state_dict"])})
+    assert_same(
+        published.from_ours(method, optimizer, epoch), {**state, "state_dict": dict(state["state_dict"])}
+    )
 
 
 @pytest.mark.parametrize("DA", [True, False])
@@ -174,10 +224,14 @@ def test_ours_to_published_and_back_is_the_same_state(DA):
     torch.manual_seed(0)
     method, optimizer = ours(DA)
     for k, p in enumerate(method.student.parameters()):
-        p.grad = torch.randn_like(p) if k != 3 else None             # one that has not moved yet
+        p.grad = torch.randn_like(p) if k != 3 else None  # one that has not moved yet
     optimizer.step()
     file = published.from_ours(method.state_dict(), optimizer.state_dict(), 4)
-    assert file["arch"] == "SimMatch" and file["epoch"] == 4 and set(file) == {"epoch", "arch", "state_dict", "optimizer"}
+    assert (
+        file["arch"] == "SimMatch"
+        and file["epoch"] == 4
+        and set(file) == {"epoch", "arch", "state_dict", "optimizer"}
+    )
     values, saved, epoch, steps = published.to_training_state(file, 10)
     assert_same(values, dict(method.state_dict()))
     assert_same(saved, optimizer.state_dict())
@@ -194,10 +248,12 @@ def test_ours_loads_into_the_published_modules_and_trains_on(tmp_path):
     file = torch.load(tmp_path / "a.pth", weights_only=True)
     model = simmatch()
     wrapped = torch.nn.DataParallel(model)
-    wrapped.load_state_dict(file["state_dict"])                      # strict
+    wrapped.load_state_dict(file["state_dict"])  # strict
     shapes = {key: (value.shape, value.dtype) for key, value in wrapped.state_dict().items()}
     assert {key: (value.shape, value.dtype) for key, value in file["state_dict"].items()} == shapes
-    assert file["state_dict"]["module.bank"].is_contiguous() and torch.equal(model.bank[:, 2], method.bank.z[2])
+    assert file["state_dict"]["module.bank"].is_contiguous() and torch.equal(
+        model.bank[:, 2], method.bank.z[2]
+    )
     theirs_sgd = torch.optim.SGD(model.parameters(), 1.0)
     theirs_sgd.load_state_dict(file["optimizer"])
     assert step_alike(method.student, optimizer, model, theirs_sgd)
@@ -208,7 +264,7 @@ def test_an_optimizer_of_an_older_torch_and_of_the_first_epoch():
     model = simmatch()
     optimizer = sgd(model, without_gradient="main.head")
     state = contents(model, "SimMatch", 1, optimizer)
-    group, = state["optimizer"]["param_groups"]
+    (group,) = state["optimizer"]["param_groups"]
     group["params"] = [key + 1000 for key in group["params"]]
     state["optimizer"]["state"] = {key + 1000: value for key, value in state["optimizer"]["state"].items()}
     for key in ("maximize", "foreach", "differentiable", "fused"):
@@ -217,20 +273,39 @@ def test_an_optimizer_of_an_older_torch_and_of_the_first_epoch():
     method, own = ours()
     method.load_state_dict(values)
     own.load_state_dict(copy.deepcopy(saved))
-    assert [name for name, p in method.student.named_parameters() if p not in own.state] == \
-        ["head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"]
+    assert [name for name, p in method.student.named_parameters() if p not in own.state] == [
+        "head.0.weight",
+        "head.0.bias",
+        "head.2.weight",
+        "head.2.bias",
+    ]
     assert step_alike(method.student, own, model, optimizer)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("optimizer"), "no 'optimizer' with one group"),
-    (lambda s: s["optimizer"].update(state=3), "no 'optimizer' with one group"),
-    (lambda s: s["optimizer"]["param_groups"].append(s["optimizer"]["param_groups"][0]), "no 'optimizer' with one group"),
-    (lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "an optimizer of 131 parameters, but a student of 66"),
-    (lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)), "student.backbone.conv1.weight is [2]"),
-    (lambda s: s["optimizer"]["state"].update({70: {"momentum_buffer": torch.zeros(2)}}), "for the teacher is [2]"),
-    (lambda s: s.pop("epoch"), "'epoch' is None"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s.pop("optimizer"), "no 'optimizer' with one group"),
+        (lambda s: s["optimizer"].update(state=3), "no 'optimizer' with one group"),
+        (
+            lambda s: s["optimizer"]["param_groups"].append(s["optimizer"]["param_groups"][0]),
+            "no 'optimizer' with one group",
+        ),
+        (
+            lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
+            "an optimizer of 131 parameters, but a student of 66",
+        ),
+        (
+            lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)),
+            "student.backbone.conv1.weight is [2]",
+        ),
+        (
+            lambda s: s["optimizer"]["state"].update({70: {"momentum_buffer": torch.zeros(2)}}),
+            "for the teacher is [2]",
+        ),
+        (lambda s: s.pop("epoch"), "'epoch' is None"),
+    ],
+)
 def test_a_file_that_no_training_can_go_on_from(theirs, change, words):
     state = copy.deepcopy(theirs[2])
     change(state)
@@ -239,14 +314,17 @@ def test_a_file_that_no_training_can_go_on_from(theirs, change, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("how, words", [
-    (dict(da_len=32), "align.ring has 32 rows, not 256"),
-    (dict(no_decay_bn=True), "this run has 2"),
-    (dict(backbone="small_encoder"), "a backbone that is none of resnet18_encoder"),
-    (dict(backbone="wrn_28_2"), "layers of 4+4+4+0 blocks, a stem of 16 channels"),
-    (dict(channels=1), "images of 1 channels"),
-    (dict(method="fixmatch"), "bank.z is missing; bank.labels is missing"),
-])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (dict(da_len=32), "align.ring has 32 rows, not 256"),
+        (dict(no_decay_bn=True), "this run has 2"),
+        (dict(backbone="small_encoder"), "a backbone that is none of resnet18_encoder"),
+        (dict(backbone="wrn_28_2"), "layers of 4+4+4+0 blocks, a stem of 16 channels"),
+        (dict(channels=1), "images of 1 channels"),
+        (dict(method="fixmatch"), "bank.z is missing; bank.labels is missing"),
+    ],
+)
 def test_ours_that_the_published_layout_cannot_hold(how, words):
     method, optimizer = ours(**how)
     with pytest.raises(UserError) as error:
@@ -264,7 +342,14 @@ def test_the_backbone_is_read_from_the_shapes(name):
 
 def test_what_the_layouts_tell_of_their_networks():
     assert published.networks(contents(simmatch(), "SimMatch")) == ("resnet18_encoder", 3, 3, 16, False, 7)
-    assert published.networks(contents(simmatchv2(labelled=9), "x")) == ("resnet18_encoder", 3, 3, 16, True, 9)
+    assert published.networks(contents(simmatchv2(labelled=9), "x")) == (
+        "resnet18_encoder",
+        3,
+        3,
+        16,
+        True,
+        9,
+    )
     assert published.networks(contents(fixmatch(), "resnet50")) == ("resnet18_encoder", 3, 3, 0, False, None)
     cut = contents(fixmatch(), "x")
     cut["state_dict"] = {key: value for key, value in cut["state_dict"].items() if "layer3.1" not in key}

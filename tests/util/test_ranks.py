@@ -1,4 +1,5 @@
 """How a run goes on with another number of processes."""
+
 import pytest
 
 from util.errors import UserError
@@ -37,13 +38,21 @@ def test_continue_takes_virtual_ranks_where_they_fit():
     assert ranks == Ranks(8, 4, 8) and "the same step" in remark
 
 
-@pytest.mark.parametrize("asked, virtual, expected", [(ranks_of(8, 0, 16), 0, Ranks(16, 16, 4)), (ranks_of(8, 4, 2), 4, Ranks(4, 2, 16))])
+@pytest.mark.parametrize(
+    "asked, virtual, expected",
+    [(ranks_of(8, 0, 16), 0, Ranks(16, 16, 4)), (ranks_of(8, 4, 2), 4, Ranks(4, 2, 16))],
+)
 def test_otherwise_the_same_images_are_grouped_anew(asked, virtual, expected):
     ranks, remark = continue_with(asked, virtual, "continue", saved(8, 8, 8))
     assert ranks == expected and "other groups" in remark
-    assert continue_with(asked, virtual, "refuse", saved(*expected)) == (expected, "")      # and the next start goes on with that
+    assert continue_with(asked, virtual, "refuse", saved(*expected)) == (
+        expected,
+        "",
+    )  # and the next start goes on with that
 
 
 def test_images_that_cannot_be_shared():
-    with pytest.raises(UserError, match="the 64 labelled images of a step cannot be shared evenly by 3 ranks"):
+    with pytest.raises(
+        UserError, match="the 64 labelled images of a step cannot be shared evenly by 3 ranks"
+    ):
         continue_with(ranks_of(8, 0, 3), 0, "continue", saved(8, 8, 8))

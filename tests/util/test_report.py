@@ -1,4 +1,5 @@
 """The table and the curves, from a log."""
+
 import json
 
 import pytest
@@ -14,11 +15,27 @@ def run_dir(tmp_path):
     folder = tmp_path / "fast"
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(Config(method="fixmatch", labels_per_class=4)))
-    events = [{"event": "start", "step": 0, "split": "digits-4-seed0", "sha256": "ab" * 32},
-              {"event": "train", "step": 10, "pseudo_acc": None},
-              {"event": "eval", "step": 10, "student_top1": 50.0, "student_top5": 90.0, "teacher_top1": 40.0, "teacher_top5": 80.0},
-              {"event": "train", "step": 20, "pseudo_acc": 0.75},
-              {"event": "eval", "step": 20, "student_top1": 61.25, "student_top5": 90.0, "teacher_top1": 55.5, "teacher_top5": 80.0}]
+    events = [
+        {"event": "start", "step": 0, "split": "digits-4-seed0", "sha256": "ab" * 32},
+        {"event": "train", "step": 10, "pseudo_acc": None},
+        {
+            "event": "eval",
+            "step": 10,
+            "student_top1": 50.0,
+            "student_top5": 90.0,
+            "teacher_top1": 40.0,
+            "teacher_top5": 80.0,
+        },
+        {"event": "train", "step": 20, "pseudo_acc": 0.75},
+        {
+            "event": "eval",
+            "step": 20,
+            "student_top1": 61.25,
+            "student_top5": 90.0,
+            "teacher_top1": 55.5,
+            "teacher_top5": 80.0,
+        },
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return folder
 
@@ -29,7 +46,7 @@ def test_table_and_curves(run_dir, tmp_path):
     report.draw([run], tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
         assert image.size == (1100, 420)
-        assert len(image.getcolors(100000)) > 20        # something was drawn
+        assert len(image.getcolors(100000)) > 20  # something was drawn
 
 
 def test_folders_that_are_not_finished_runs(run_dir, tmp_path):
@@ -58,7 +75,15 @@ def test_runs_on_different_splits_are_not_compared(run_dir, tmp_path, mistake):
     mistake(report.main, [run_dir, other], "digits-4-seed0", "slow", "do not compare")
 
 
-@pytest.mark.parametrize("line", ['{"step": 20}', "[1]", '{"event": "eval", "step": 3, "student_top1": 1.0}', '{"event": "train", "step": 3}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 20}',
+        "[1]",
+        '{"event": "eval", "step": 3, "student_top1": 1.0}',
+        '{"event": "train", "step": 3}',
+    ],
+)
 def test_an_event_of_another_kind_is_one_line(line, tmp_path):
     (tmp_path / "log.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match="log.jsonl is damaged: an event is not one of ours"):

@@ -1,4 +1,5 @@
 """The learning rate against the recipe's formulas."""
+
 import math
 
 import pytest
@@ -19,32 +20,46 @@ def test_warm_up_is_linear_by_the_step():
 def test_cosine_moves_once_an_epoch():
     for epoch in (5, 6, 200, 399):
         expected = 0.03 * 0.5 * (1 + math.cos(math.pi * (epoch - 5) / 395))
-        assert learning_rate(100 * epoch, **RECIPE) == learning_rate(100 * epoch + 99, **RECIPE) == pytest.approx(expected)
+        assert (
+            learning_rate(100 * epoch, **RECIPE)
+            == learning_rate(100 * epoch + 99, **RECIPE)
+            == pytest.approx(expected)
+        )
 
 
 def test_steps_without_cosine():
     flat = {**RECIPE, "cos": False, "warmup_epoch": 0}
-    assert [learning_rate(100 * e, **flat) for e in (0, 119, 120, 160)] == pytest.approx([0.03, 0.03, 0.003, 0.0003])
+    assert [learning_rate(100 * e, **flat) for e in (0, 119, 120, 160)] == pytest.approx(
+        [0.03, 0.03, 0.003, 0.0003]
+    )
 
 
 def test_a_run_shorter_than_its_warm_up():
     assert learning_rate(199, **{**RECIPE, "epochs": 2}) == pytest.approx(0.03 * 200 / 500)
 
 
-CIFAR = dict(lr=0.03, steps_per_epoch=1024, epochs=1024, warmup_epoch=0, cos=False, cos_7_16=True, schedule=[1])
+CIFAR = dict(
+    lr=0.03, steps_per_epoch=1024, epochs=1024, warmup_epoch=0, cos=False, cos_7_16=True, schedule=[1]
+)
 
 
 def test_cos_7_16_moves_by_the_step_over_the_whole_training():
     total = 1 << 20
     assert learning_rate(0, **CIFAR) == 0.03
     for step in (1000, 1001, 600_000, 600_001):
-        assert learning_rate(step, **CIFAR) == pytest.approx(0.03 * math.cos(7 * math.pi * step / (16 * total)), rel=1e-14)
-    assert learning_rate(total // 2, **CIFAR) == pytest.approx(0.03 * 0.7730104533627370)     # cos(7π/32)
-    assert learning_rate(total - 1, **CIFAR) == pytest.approx(0.03 * 0.1950903220161283, rel=1e-4)     # cos(7π/16)
+        assert learning_rate(step, **CIFAR) == pytest.approx(
+            0.03 * math.cos(7 * math.pi * step / (16 * total)), rel=1e-14
+        )
+    assert learning_rate(total // 2, **CIFAR) == pytest.approx(0.03 * 0.7730104533627370)  # cos(7π/32)
+    assert learning_rate(total - 1, **CIFAR) == pytest.approx(
+        0.03 * 0.1950903220161283, rel=1e-4
+    )  # cos(7π/16)
 
 
 def test_cos_7_16_after_a_warm_up_starts_from_the_full_rate():
-    rate = [learning_rate(step, **{**CIFAR, "warmup_epoch": 1, "epochs": 3}) for step in (0, 1023, 1024, 2048)]
+    rate = [
+        learning_rate(step, **{**CIFAR, "warmup_epoch": 1, "epochs": 3}) for step in (0, 1023, 1024, 2048)
+    ]
     assert rate == pytest.approx([0.03 / 1024, 0.03, 0.03, 0.03 * math.cos(7 * math.pi / 32)])
 
 
