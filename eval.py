@@ -12,18 +12,17 @@ from typing import Any, BinaryIO, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 
-from dataset.build import build_data, build_validation, plain_view
+from dataset.build import build_data, build_validation, eval_view_for_files
 from dataset.imagenet import Validation
-from dataset.listing import pile
-from dataset.loader import BadImages, Data, EvaluationBatches, ImageBatches, SplitId
+from dataset.listing import list_images
+from dataset.loader import BadImages, Data, EvalLoader, ImageLoader, SplitId
 from dataset.source import Files
 from models import METHODS, build_network
 from models.network import Network
-from util import checkpoint, dist_utils, export, published
+from util import checkpoint, dist_utils, export, published_checkpoints
 from util.config import Config, from_dict, to_dict, validate
-from util.errors import Parser, UserError, run
+from util.errors import Parser, UserError, cli_main
 from util.metrics import evaluate
-
 
 # Fields of the training's config that the command line of an evaluation may replace.
 OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "image_size")
@@ -93,7 +92,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     data = test_images(opened, args.checkpoint, device)
     bad = BadImages(config.on_bad_image)
     networks = [net.to(device) for net in (opened.student, opened.teacher) if net is not None]
-    tests = EvaluationBatches(data, rank, world, config.workers, device)
+    tests = EvalLoader(data, rank, world, config.workers, device)
     results = evaluate(networks, tests.read(bad), len(data.classes), device)
     left_out = sum(dist_utils.all_gather_object(bad.take()), [])
     dist_utils.dist_end()
@@ -128,7 +127,7 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
     """
     where = f"checkpoint {path}"
     state = checkpoint.read(path)
-    kind = published.recognise(state, where)
+    kind = published_checkpoints.detect_kind(state, where)
     if kind == "moco":
         raise UserError(
             f"{where} is of MoCo and has no classifier: it is what a training starts from, by train_semi.py "
@@ -140,8 +139,8 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
         prefixes = ("student.", "teacher.net.")
     else:
         found, tensors, prefixes = (
-            published.networks(state, where),
-            published.tensors(state),
+            published_checkpoints.network_spec(state, where),
+            published_checkpoints.tensors(state),
             ("main.", "ema."),
         )
         values = to_dict(Config(dataset="imagenet", backbone=found.backbone, cls=found.num_classes))
@@ -173,7 +172,7 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
     what = (
         f"{config.method}, {config.backbone}, {SplitId(*state['split'])}; step {state['step']}"
         if kind == "ours"
-        else published.describe(state, kind, found)
+        else published_checkpoints.describe(state, kind, found)
     )
     return Opened(kind, state, config, what, classes, *networks)
 
@@ -225,13 +224,13 @@ def published_state(opened: Opened, where: str) -> dict[str, Any]:
     """What the published SimMatch loads. It counts whole epochs."""
     state, config = opened.state, opened.config
     if opened.kind != "ours":
-        method, optimizer, epoch, _ = published.to_training_state(state, 0, where)
+        method, optimizer, epoch, _ = published_checkpoints.to_training_state(state, 0, where)
     elif config.method != "simmatch":
         raise UserError(f"{where} is of the method {config.method}; the published layout is for simmatch")
     else:
         method, optimizer = state["method"], state["optimizer"]
         epoch = state["step"] // state["steps_per_epoch"]
-    return published.from_ours(method, optimizer, epoch, where)
+    return published_checkpoints.from_method_state(method, optimizer, epoch, where)
 
 
 def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
@@ -246,8 +245,8 @@ def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
 @torch.no_grad()
 def predict(network: Network, opened: Opened, folder: Path, output: Path, device: torch.device) -> None:
     """Classify every image below `folder`. A line of `output`: path, class, probability, the five likeliest."""
-    view, _ = plain_view(opened.config, gpu=device.type == "cuda")
-    images, classes, bad = pile(folder), opened.classes, BadImages(opened.config.on_bad_image)
+    view, _ = eval_view_for_files(opened.config, gpu=device.type == "cuda")
+    images, classes, bad = list_images(folder), opened.classes, BadImages(opened.config.on_bad_image)
     count = 0
 
     def write(out: BinaryIO) -> None:
@@ -257,7 +256,7 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
         )
         lines = csv.writer(file)
         lines.writerow(["path", "class", "probability", "top5"])
-        found = ImageBatches(
+        found = ImageLoader(
             Files(images.root, images.names),
             view,
             np.arange(len(images.names)),
@@ -280,4 +279,4 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
 
 
 if __name__ == "__main__":
-    run(main, explain=dist_utils.explain)
+    cli_main(main, describe_error=dist_utils.describe_lost_ranks)

@@ -10,25 +10,34 @@ from typing import Iterable
 from util import preempt
 
 if __name__ == "__main__":
-    preempt.listen()  # a signal that comes while PyTorch is imported must not end the run
+    preempt.catch_signals()  # a signal that comes while PyTorch is imported must not end the run
 
 import torch
 from torch import Tensor
 
-from dataset.age import ages
+from dataset.bank_age import bank_row_ages
 from dataset.build import build_data
-from dataset.loader import BadImages, Data, EvaluationBatches, Stream, to_device
-from dataset.workers import Batches
+from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
+from dataset.workers import PrefetchLoader
 from eval import OVERRIDES
 from eval import main as evaluate_checkpoint
-from models import Batch, Method, build_method, diagnose, parameter_groups, split, train_step, tune
+from models import (
+    Batch,
+    Method,
+    build_method,
+    configure_execution,
+    diagnose,
+    parameter_groups,
+    split_virtual_ranks,
+    train_step,
+)
 from util import checkpoint, dist_utils
-from util.config import FREE, Config, parse, to_dict, to_yaml
-from util.diagnostics import diagnostics, told
-from util.errors import UserError, run
-from util.log import Log, prepare
+from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
+from util.diagnostics import diagnostics, log_stop_reason
+from util.errors import UserError, cli_main
+from util.log import Logger, init_output_dir
 from util.metrics import Meter, evaluate
-from util.ranks import Ranks, continue_with, ranks_of
+from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
 from util.resume import is_published, load_last, resume, resume_published, start_from_moco
 from util.schedule import learning_rate
 
@@ -39,25 +48,25 @@ def main() -> None:
     rank, out = dist_utils.rank(), Path(config.output_dir)
     last = Path("checkpoints", config.checkpoint) if config.checkpoint else out / "last.pth"
     if config.evaluate:
-        preempt.stop_listening()
-        said = [
+        preempt.restore_default_handlers()
+        overrides = [
             (f"--{name.replace('_', '-')}", str(getattr(config, name)))
             for name in OVERRIDES
             if getattr(config, name) != getattr(Config(), name)
         ]
-        evaluate_checkpoint(["--checkpoint", str(last), *(word for pair in said for word in pair)])
+        evaluate_checkpoint(["--checkpoint", str(last), *(word for pair in overrides for word in pair)])
         return
     saved_state, damage = load_last(last)
-    ours = saved_state is not None and not is_published(saved_state)
-    ranks, remark = ranks_of(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
-    if ours:
-        ranks, remark = continue_with(ranks, config.virtual_ranks, config.other_ranks, saved_state)
+    resuming = saved_state is not None and not is_published(saved_state)
+    ranks, warning = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
+    if resuming:
+        ranks, warning = plan_ranks_on_resume(ranks, config.virtual_ranks, config.other_ranks, saved_state)
 
     data = build_data(config, gpu=device.type == "cuda")
     config.cls = len(data.classes)
     stream = Stream(
         data,
-        ranks.batch_size * ranks.here,
+        ranks.batch_size * ranks.virtual_ranks_per_process,
         config.mu,
         config.seed,
         rank,
@@ -67,14 +76,14 @@ def main() -> None:
     images = (stream.n_x + stream.n_u) * ranks.processes
     if stream.steps_per_epoch == 0:
         raise UserError(
-            f"one step takes {stream.n_u * ranks.processes} unlabelled images, but there are {len(data.unlabelled)}: "
+            f"one step takes {stream.n_u * ranks.processes} unlabelled images, but there are {len(data.unlabeled)}: "
             "lower --batch-size or --mu"
         )
     total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
 
     torch.manual_seed(config.seed)
     try:
-        method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labelled])).to(device)
+        method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
     optimizer = torch.optim.SGD(
@@ -87,7 +96,7 @@ def main() -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter, bad = Meter(), BadImages(config.on_bad_image)
     start, best = 0, {"step": 0, "student_top1": -1.0}
-    if ours:
+    if resuming:
         resume(last, saved_state, config, data.split, fingerprint, method, optimizer)
         start, best, bad.seen = (
             saved_state["step"],
@@ -108,25 +117,31 @@ def main() -> None:
         raise UserError(
             f"{config.epochs} epochs are fewer than the {start // stream.steps_per_epoch} that are done: raise --epochs"
         )
-    computed = {key: value for key, value in to_dict(config).items() if key not in FREE}
-    dist_utils.must_agree(
+    computed = {key: value for key, value in to_dict(config).items() if key not in MAY_CHANGE_ON_RESUME}
+    dist_utils.check_same_on_all_ranks(
         {**computed, "step": start, "ranks": ranks, "split": data.split, "images": fingerprint}
     )
-    kept = prepare(out, last.parent, to_yaml(config), anew=saved_state is None) if rank == 0 else []
-    remarks = [damage, remark, f"kept what an earlier run left in {out}: {', '.join(kept)}" if kept else ""]
-    tune(method, config.precision, config.channels_last, config.compile)
-    student = dist_utils.parallel(method.student)
-    log = Log(out, start, total, active=rank == 0, patient=config.on_save_error == "continue")
-    describe(log, config, data, stream, ranks, method, device, start, total, last, remarks)
+    archived = (
+        init_output_dir(out, last.parent, to_yaml(config), new_run=saved_state is None) if rank == 0 else []
+    )
+    warnings = [
+        damage,
+        warning,
+        f"kept what an earlier run left in {out}: {', '.join(archived)}" if archived else "",
+    ]
+    configure_execution(method, config.precision, config.channels_last, config.compile)
+    student = dist_utils.wrap_ddp(method.student)
+    log = Logger(out, start, total, active=rank == 0, buffer_on_error=config.on_save_error == "continue")
+    describe(log, config, data, stream, ranks, method, device, start, total, last, warnings)
     writer = checkpoint.Writer(
-        last, out / "best.pth", config.on_save_error, log.say, last_is_whole=not damage
+        last, out / "best.pth", config.on_save_error, log.print_line, last_is_whole=not damage
     )
 
     saved = time.monotonic()
     clock, clock_step = saved, start
     workers = config.workers if start < total else 0
-    loader = Batches(stream, range(start, total), workers, pin_memory=device.type == "cuda")
-    tests = EvaluationBatches(data, rank, ranks.processes, workers, device)
+    loader = PrefetchLoader(stream, range(start, total), workers, pin_memory=device.type == "cuda")
+    tests = EvalLoader(data, rank, ranks.processes, workers, device)
     for step, item in enumerate(loader, start):
         bad.add(item.bad)
         lr = learning_rate(
@@ -142,27 +157,30 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = Batch(
-            to_device(data.weak, item.x, device),
+            to_device(data.weak_view, item.x, device),
             item.y.to(device, non_blocking=True),
             item.index.to(device, non_blocking=True),
-            to_device(data.weak, item.u_weak, device),
-            to_device(data.strong, item.u_strong, device),
+            to_device(data.weak_view, item.u_weak, device),
+            to_device(data.strong_view, item.u_strong, device),
         )
 
         done, epoch = step + 1, step // stream.steps_per_epoch + 1
         at_end_of_epoch = done % stream.steps_per_epoch == 0
         evaluate_now = at_end_of_epoch and (epoch % config.eval_freq == 0 or done == total)
-        parts, bank_ready = split(batch, ranks.here), stream.bank_ready(step)
+        parts, bank_ready = (
+            split_virtual_ranks(batch, ranks.virtual_ranks_per_process),
+            stream.bank_ready(step),
+        )
         diagnose_now = done % config.diagnose_freq == 0 if config.diagnose_freq else evaluate_now
         if diagnose_now:
             before = time.monotonic()
-            looked = diagnose(method, parts, step=step, bank_ready=bank_ready, scale=scaler.get_scale())
+            diag = diagnose(method, parts, step=step, bank_ready=bank_ready, scale=scaler.get_scale())
             clock += time.monotonic() - before
 
-        terms, fresh = train_step(
+        terms, output = train_step(
             method, student, optimizer, parts, step=step, bank_ready=bank_ready, scaler=scaler
         )
-        meter.add(step, terms, fresh.pseudo, fresh.mask, item.hidden)
+        meter.add(step, terms, output.pseudo_label, output.mask, item.true_labels)
 
         if diagnose_now:
             log.write(
@@ -172,17 +190,17 @@ def main() -> None:
                     epoch,
                     stream.steps_per_epoch,
                     stream.n_x * ranks.processes,
-                    looked,
+                    diag,
                     meter.take_counts(),
-                    data.labels[data.labelled],
+                    data.labels[data.labeled],
                     data.classes,
-                    ages(stream, done),
+                    bank_row_ages(stream, done),
                 ),
             )
         agree = ranks.processes == 1 or done % config.print_freq == 0
-        stop = agree and dist_utils.anywhere(preempt.asked()) and done < total
+        stop = agree and dist_utils.any_rank(preempt.stop_requested()) and done < total
         if done % config.print_freq == 0 or evaluate_now:
-            with told(log, done):
+            with log_stop_reason(log, done):
                 values = meter.read()  # stops here if a loss was not finite, before anything is saved
             seconds = time.monotonic() - clock
             speed = (done - clock_step) * images / seconds
@@ -229,21 +247,21 @@ def main() -> None:
                 "meter": meter.state_dict(),
                 "bad_images": sum(dist_utils.all_gather_object(bad.seen), []),
             }
-            with told(log, done):
-                checkpoint.must_be_finite(state["method"], done)
+            with log_stop_reason(log, done):
+                checkpoint.check_finite(state["method"], done)
             if rank == 0:
                 writer.save(state, best=evaluate_now and better)
             saved = time.monotonic()
         if stop:
             writer.close()
-            log.say(f"asked to stop: saved step {done} in {last}; the same command continues")
+            log.print_line(f"asked to stop: saved step {done} in {last}; the same command continues")
             log.close()
             dist_utils.dist_end()
-            sys.exit(preempt.CODE)
+            sys.exit(preempt.REQUEUE_EXIT_CODE)
 
     writer.close()
     if best["step"]:
-        log.say(
+        log.print_line(
             f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}"
         )
     log.close()
@@ -268,42 +286,44 @@ def accuracies(
 
 
 def describe(
-    log: Log,
+    log: Logger,
     config: Config,
     data: Data,
     stream: Stream,
-    ranks: Ranks,
+    ranks: RankLayout,
     method: Method,
     device: torch.device,
     start: int,
     total: int,
     last: Path,
-    remarks: list[str],
+    warnings: list[str],
 ) -> None:
     """Say once what follows from the settings."""
     millions = sum(p.numel() for p in method.student.parameters()) / 1e6
-    log.begin(start, *data.split)
-    log.say(
-        f"{config.method} on {data.split}: {len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, "
+    log.log_start(start, *data.split)
+    log.print_line(
+        f"{config.method} on {data.split}: {len(data.labeled)} labelled, {len(data.unlabeled)} unlabelled, "
         f"{len(data.test_labels)} test images, {len(data.classes)} classes"
     )
-    log.say(f"{config.backbone}, {millions:.2f} M parameters, on {ranks.processes} x {device.type}; {ranks}")
-    log.say(
+    log.print_line(
+        f"{config.backbone}, {millions:.2f} M parameters, on {ranks.processes} x {device.type}; {ranks}"
+    )
+    log.print_line(
         f"{stream.n_x * ranks.processes} + {stream.n_u * ranks.processes} images a step, {stream.steps_per_epoch} steps an epoch, "
         f"{config.epochs} epochs = {total} steps; lr {config.lr} after {config.warmup_epoch} epochs of warm-up"
     )
-    for remark in filter(None, remarks):
-        log.say(remark)
+    for warning in filter(None, warnings):
+        log.print_line(warning)
     if start:
         finished = "it is finished" if start == total else f"{total - start} steps to go"
-        log.say(f"continues from {last} at step {start}: {finished}")
+        log.print_line(f"continues from {last} at step {start}: {finished}")
     else:
-        log.say(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, best.pth; and {last}")
+        log.print_line(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, best.pth; and {last}")
 
 
 if __name__ == "__main__":
-    run(
+    cli_main(
         main,
         interrupted="interrupted; the same command continues from the last checkpoint",
-        explain=dist_utils.explain,
+        describe_error=dist_utils.describe_lost_ranks,
     )

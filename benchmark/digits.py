@@ -22,8 +22,8 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
-from util.config import FREE, parse, read_yaml, to_dict  # noqa: E402
-from util.errors import Parser, UserError, run  # noqa: E402
+from util.config import MAY_CHANGE_ON_RESUME, parse, read_yaml, to_dict  # noqa: E402
+from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.report import read  # noqa: E402
 
 METHODS = {"simmatch": "SimMatch", "fixmatch": "FixMatch", "supervised": "supervised"}
@@ -50,7 +50,7 @@ def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: 
     ]
     if seconds.exists():
         now, then = to_dict(parse(flags, "")), read_yaml(str(folder / "config.yaml"))
-        if any(now[key] != then.get(key) for key in now if key not in FREE):
+        if any(now[key] != then.get(key) for key in now if key not in MAY_CHANGE_ON_RESUME):
             raise UserError(
                 f"{folder} holds a run with other settings than configs/digits.yaml has now: choose another --runs"
             )
@@ -139,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

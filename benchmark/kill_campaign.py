@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark.digits import machine  # noqa: E402
 from benchmark.same_run import difference, events  # noqa: E402
-from util.errors import Parser, UserError, run  # noqa: E402
+from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 FLAGS = [
     "--config",
@@ -354,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

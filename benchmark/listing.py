@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
 from dataset import listing, splits  # noqa: E402
-from util.errors import Parser, UserError, run  # noqa: E402
+from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 CLASSES = 1000
 
@@ -86,4 +86,4 @@ def measure(work: Path, images: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

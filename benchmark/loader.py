@@ -26,13 +26,13 @@ from PIL import Image, ImageFilter  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
 from dataset import device_views  # noqa: E402
-from dataset.draws import uniforms  # noqa: E402
-from dataset.listing import pile  # noqa: E402
+from dataset.listing import list_images  # noqa: E402
 from dataset.loader import Data, SplitId, Stream  # noqa: E402
+from dataset.rng import uniforms  # noqa: E402
 from dataset.source import Files, decode  # noqa: E402
 from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
-from dataset.workers import Batches  # noqa: E402
-from util.errors import Parser, UserError, run  # noqa: E402
+from dataset.workers import PrefetchLoader  # noqa: E402
+from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 
 class GaussianBlur:
@@ -85,7 +85,8 @@ def usual(path: str) -> None:
 def two_views(weak, strong, images, rows):
     passes = np.zeros(len(rows), np.int64)
     return [
-        view.host(images, uniforms(rows, view.numbers, 0, k, passes)) for k, view in enumerate((weak, strong))
+        view.cpu_transform(images, uniforms(rows, view.num_uniforms, 0, k, passes))
+        for k, view in enumerate((weak, strong))
     ]
 
 
@@ -105,7 +106,9 @@ def stages(paths: list[str]) -> list[tuple[str, float]]:
     clock("read and decode", lambda: [decode(Path(path)) for path in paths])
     crop = pipeline("weak")[0]
     sizes = np.array([image.size for image in images], float)
-    boxes = clock("draw one crop", lambda: crop.sample(random.random((len(images), crop.numbers)), sizes))
+    boxes = clock(
+        "draw one crop", lambda: crop.sample(random.random((len(images), crop.num_uniforms)), sizes)
+    )
     clock("crop and resize, Pillow", lambda: [crop.pil(image, box) for image, box in zip(images, boxes)])
     crops = clock(
         "crop and resize, fast path",
@@ -114,7 +117,7 @@ def stages(paths: list[str]) -> list[tuple[str, float]]:
     clock("stack", lambda: torch.from_numpy(np.stack(crops)))
     pictures = [Image.fromarray(c) for c in crops]
     for stage in pipeline("moco")[1:]:
-        params = stage.sample(random.random((len(images), stage.numbers)), sizes)
+        params = stage.sample(random.random((len(images), stage.num_uniforms)), sizes)
         clock(
             f"{type(stage).__name__.lower()}, Pillow",
             lambda: [stage.pil(i, p) for i, p in zip(pictures, params)],
@@ -158,7 +161,7 @@ def memory(source: Files, count: int) -> None:
     )
     stream = Stream(data, 8, 5, seed=0)
     steps, seen = count // 40, []
-    loader = iter(Batches(stream, range(steps), 2, pin_memory=False))
+    loader = iter(PrefetchLoader(stream, range(steps), 2, pin_memory=False))
     for step in range(steps):
         next(loader)
         if step in (steps // 10, steps // 2, steps - 5):
@@ -196,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder, photos, args.images)
-        source = Files(folder, pile(folder).names)
+        source = Files(folder, list_images(folder).names)
         paths = [source.name(row) for row in range(len(source))]
         exact, fast = (
             [photo_view(pipeline(view), IMAGENET_NORM, on_device) for view in ("weak", "moco")]
@@ -241,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

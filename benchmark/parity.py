@@ -28,12 +28,12 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
-from benchmark.parity_steps import B, K, LABELS, SIDE, Step, settings, trajectory  # noqa: E402
+from benchmark.parity_steps import LABELS, SIDE, B, K, Step, settings, trajectory  # noqa: E402
 from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
-from models import Batch, build_method, parameter_groups, train_step, tune  # noqa: E402
+from models import Batch, build_method, configure_execution, parameter_groups, train_step  # noqa: E402
 from util import dist_utils  # noqa: E402
 from util.config import Config  # noqa: E402
-from util.errors import Parser, UserError, run  # noqa: E402
+from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 MARKS = "<!-- parity of {}: written by benchmark/parity.py -->", "<!-- end of parity of {} -->"
 SCALE = 2.0**10  # of the loss in fp16: small enough that no step of this size is left out
@@ -100,8 +100,8 @@ def replay(
     """Differences of each step, on every process of the mode; all of them must call it."""
     device, dtype = torch.device(mode.device), torch.float64 if mode.precision == "fp64" else torch.float32
     method = build_method(config, 3, LABELS).to(device, dtype)
-    tune(method, mode.precision.replace("fp64", "fp32"), mode.channels_last, mode.compiled)
-    student = dist_utils.parallel(method.student)
+    configure_execution(method, mode.precision.replace("fp64", "fp32"), mode.channels_last, mode.compiled)
+    student = dist_utils.wrap_ddp(method.student)
     optimizer = torch.optim.SGD(
         parameter_groups(method.student, config.wd, config.no_decay_bn),
         lr=config.lr,
@@ -125,7 +125,7 @@ def replay(
             Batch(*(field.to(device, dtype if field.is_floating_point() else None) for field in batch))
             for batch in step.batches[mine]
         ]
-        terms, fresh = train_step(
+        terms, output = train_step(
             method, student, optimizer, batches, step=k, bank_ready=step.bank_ready, scaler=scaler
         )
         state = method.state_dict() | {
@@ -136,8 +136,8 @@ def replay(
         yield differences(
             step,
             {name: dist_utils.all_mean(term).item() for name, term in terms.items()},
-            dist_utils.all_gather(fresh.pseudo),
-            dist_utils.all_gather(fresh.mask),
+            dist_utils.all_gather(output.pseudo_label),
+            dist_utils.all_gather(output.mask),
             state,
         )
 
@@ -156,7 +156,7 @@ def differences(
         )
         for name, value in step.terms.items()
     }
-    out["pseudo"] = relative(pseudo, step.pseudo)
+    out["pseudo"] = relative(pseudo, step.pseudo_label)
     for column, starts in STATES.items():
         keys = [key for key in step.after if key.startswith(starts)]
         same = keys and set(keys) == {key for key in state if key.startswith(starts)}
@@ -165,7 +165,7 @@ def differences(
             out[column] = distance([state[key] for key in keys], [step.after[key] for key in keys])
         elif same:
             out[column] = max(relative(state[key], step.after[key]) for key in keys)
-    out["argmax"] = (pseudo.cpu().argmax(1) == step.pseudo.argmax(1)).double().mean().item()
+    out["argmax"] = (pseudo.cpu().argmax(1) == step.pseudo_label.argmax(1)).double().mean().item()
     out["flips"] = (mask.cpu() != step.mask).sum().item()
     return out | (dict.fromkeys(("loss_u", "student", "momentum"), math.nan) if out["flips"] else {})
 
@@ -294,9 +294,9 @@ def views(name: str, n: int = 8) -> tuple[float, float, float]:
         )  # with saturated parts
         pixels.append(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)))
     both = [photo_view(pipeline(name), IMAGENET_NORM, on_device) for on_device in (False, True)]
-    u = rng.random((n, both[0].numbers))
+    u = rng.random((n, both[0].num_uniforms))
     std = torch.tensor(IMAGENET_NORM[1]).view(3, 1, 1)
-    off, on = (view.device(view.host(pixels, u)) * std * 255 for view in both)  # [n, 3, 224, 224]
+    off, on = (view.device(view.cpu_transform(pixels, u)) * std * 255 for view in both)  # [n, 3, 224, 224]
     levels = (on - off).abs().round()
     return (
         (levels == 0).double().mean().item(),
@@ -380,4 +380,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

@@ -26,7 +26,7 @@ class Step(NamedTuple):
     batches: list[Batch]  # one for each rank
     bank_ready: bool
     terms: dict[str, float]
-    pseudo: Tensor  # of all ranks          [ranks·muB, C]
+    pseudo_label: Tensor  # of all ranks          [ranks·muB, C]
     mask: Tensor  #                       [ranks·muB]
     after: dict[str, Tensor]
 
@@ -126,7 +126,7 @@ def trajectory(config: Config, ranks: int, steps: int) -> list[Step]:
         wd=config.wd,
         nesterov=config.nesterov,
         no_decay_bn=config.no_decay_bn,
-        bn="average" if config.eman else "shuffle",
+        bn_mode="average" if config.eman else "shuffle",
     )
     slow.teacher.load_state_dict(method.teacher.net.state_dict())
     out, before = [], state_of(slow)

@@ -27,7 +27,7 @@ from benchmark.digits import machine  # noqa: E402
 from models import build_method, parameter_groups  # noqa: E402
 from util import checkpoint  # noqa: E402
 from util.config import parse, to_dict  # noqa: E402
-from util.errors import Parser, UserError, run  # noqa: E402
+from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 PIECE = 64 * 2**20  # bytes
 K = 13_000
@@ -92,7 +92,7 @@ def rates(folder: Path) -> dict[str, np.ndarray]:
 
     parts = {
         "copy": lambda: piece.clone(),
-        "check": lambda: checkpoint.must_be_finite({"piece": piece}, 0),
+        "check": lambda: checkpoint.check_finite({"piece": piece}, 0),
         "hash": lambda: hashlib.sha256(piece.numpy()).digest(),
         "write": write,
     }
@@ -110,9 +110,9 @@ def one_round(
     alone = np.median([step() for _ in range(steps)], axis=0)  # [2]
     rate, size = rates(folder), sum(t.nbytes for t in tensors(state))
     checked = sum(t.nbytes for t in tensors(state["method"]) if t.is_floating_point())
-    check = seconds(lambda: checkpoint.must_be_finite(state["method"], 1))
+    check = seconds(lambda: checkpoint.check_finite(state["method"], 1))
     foreground = check + seconds(lambda: checkpoint.save(folder / "last.pth", state, keep_previous=True))
-    check = seconds(lambda: checkpoint.must_be_finite(state["method"], 1))
+    check = seconds(lambda: checkpoint.check_finite(state["method"], 1))
     copy = seconds(lambda: writer.save(state, best=False))
     begun, beside = time.perf_counter(), []
     while writer.thread.is_alive():
@@ -191,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

@@ -38,7 +38,7 @@ from benchmark.digits import machine  # noqa: E402
 from models import Batch, Method, build_method, parameter_groups, train_step  # noqa: E402
 from util import dist_utils  # noqa: E402
 from util.config import Config, parse  # noqa: E402
-from util.errors import Parser, UserError, run  # noqa: E402
+from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.metrics import Meter  # noqa: E402
 
 CAUSES = ("gradients", "features", "shuffle-BN out", "shuffle-BN home", "other", "unassigned")
@@ -129,7 +129,7 @@ def listen() -> Ledger:
         ("all_gather", "features"),
         ("all_mean", "other"),
         ("broadcast_buffers", "other"),
-        ("anywhere", "other"),
+        ("any_rank", "other"),
     ):
         ledger.wrap(dist_utils, name, cause)
     ledger.wrap_context(dist_utils, "sync_gradients", "gradients")
@@ -159,14 +159,14 @@ def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, An
         momentum=config.momentum,
         nesterov=config.nesterov,
     )
-    student, meter, sent = dist_utils.parallel(method.student), Meter(), []
+    student, meter, sent = dist_utils.wrap_ddp(method.student), Meter(), []
     ledger.take()
     for step in range(steps):
-        terms, fresh = train_step(
+        terms, output = train_step(
             method, student, optimizer, [made_up(config, labels, step)], step=step, bank_ready=True
         )
-        meter.add(step, terms, fresh.pseudo, fresh.mask, None)
-        dist_utils.anywhere(False)  # whether to stop
+        meter.add(step, terms, output.pseudo_label, output.mask, None)
+        dist_utils.any_rank(False)  # whether to stop
         meter.read()
         sent.append(ledger.take())
     return {"sent": sent, **sizes(config, method)}
@@ -201,7 +201,7 @@ def one_rank(
         results.append(train(config, bank, steps, ledger))
         results[-1]["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    dist_utils.anywhere(False)  # no rank hangs up while another one counts
+    dist_utils.any_rank(False)  # no rank hangs up while another one counts
     dist_utils.dist_end()
 
 
@@ -307,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

@@ -37,7 +37,7 @@ DATASETS = {
 
 
 # The view for evaluation and the channels, for those whose images may come from files.
-PLAIN = {
+EVAL_VIEWS = {
     "imagenet": lambda c: (pipeline("eval", c.image_size), IMAGENET_NORM),
     "folder": lambda c: (pipeline("eval", c.image_size), IMAGENET_NORM),
     "cifar10": lambda c: (CIFAR_FILES, CIFAR10_NORM),
@@ -45,13 +45,13 @@ PLAIN = {
 }
 
 
-def plain_view(config: Any, gpu: bool) -> tuple[View, int]:
+def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:
     """(view, channels) in which a network of this config sees image files, without any of its training data."""
-    if config.dataset not in PLAIN:
+    if config.dataset not in EVAL_VIEWS:
         raise UserError(
             f"image files cannot be classified by a network for {config.dataset}, whose images are no files"
         )
-    return photo_view(*PLAIN[config.dataset](config), _on_device(config, gpu)), 3
+    return photo_view(*EVAL_VIEWS[config.dataset](config), _on_device(config, gpu)), 3
 
 
 def _on_device(config: Any, gpu: bool) -> bool:

@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 from dataset.build import build_data
 from dataset.loader import Data
 from dataset.source import BadImage, Files, Source
-from dataset.workers import Batches
+from dataset.workers import PrefetchLoader
 from util.config import Config, parse
-from util.errors import Parser, UserError, run
+from util.errors import Parser, UserError, cli_main
 
 PROBLEMS = {  # (how bad it is, what is said before the number of cases, what is said if there are none)
     "label": ("BAD", "labels that are not those of a class", "every label is that of a class"),
@@ -59,7 +59,7 @@ PROBLEMS = {  # (how bad it is, what is said before the number of cases, what is
     "misnamed": ("note", "files of another format than their extension says (the content counts)", ""),
 }
 SHOWN = 20  # cases of a problem that are printed
-LABELLED, REST, TEST = (
+LABELED, REST, TEST = (
     1,
     2,
     3,
@@ -184,7 +184,7 @@ def check(data: Data, config: Config, sample: int, findings: Findings) -> None:
         )
         numbers = np.sort(np.random.default_rng(config.seed).choice(numbers, sample, replace=False))
     looks, folders, seconds = look_at(images, numbers, config.workers, findings)  # [n]
-    usable = np.setdiff1d(np.flatnonzero(part == LABELLED), numbers[~looks["good"]])
+    usable = np.setdiff1d(np.flatnonzero(part == LABELED), numbers[~looks["good"]])
     for c in np.setdiff1d(np.arange(len(data.classes)), labels[usable]).tolist():
         findings.case(data.classes[c], "class without labelled", f"label {c}")
 
@@ -213,19 +213,19 @@ def count(data: Data, images: Images, findings: Findings) -> tuple[np.ndarray, n
         np.zeros(n_train + len(data.test_images), np.int8),
         np.concatenate([data.labels, data.test_labels]),
     )
-    part[data.unlabelled], part[n_train:] = REST, TEST
-    both = " (the labelled ones among them)" if (part[data.labelled] == REST).any() else ""
-    part[data.labelled] = LABELLED
+    part[data.unlabeled], part[n_train:] = REST, TEST
+    both = " (the labelled ones among them)" if (part[data.labeled] == REST).any() else ""
+    part[data.labeled] = LABELED
     ok += [
         f"split {data.split.id}, sha256 {data.split.sha256}",
-        f"{len(data.labelled):,} labelled, {len(data.unlabelled):,} "
+        f"{len(data.labeled):,} labelled, {len(data.unlabeled):,} "
         f"unlabelled{both}, {len(data.test_labels):,} test images; {n_classes:,} classes",
     ]
     wrong = (labels >= n_classes) | (labels < np.where(part == REST, -1, 0)) & (part > 0)
     for number in np.flatnonzero(wrong).tolist():
         findings.case(images.at(number)[2], "label", f"label {labels[number]}, of {n_classes} classes from 0")
     labels[wrong] = -1
-    for name, which in (("labelled", LABELLED), ("test", TEST)):
+    for name, which in (("labelled", LABELED), ("test", TEST)):
         per_class = np.bincount(labels[(part == which) & (labels >= 0)], minlength=n_classes)  # [C]
         ok.append(f"each class has {per_class.min():,} to {per_class.max():,} {name} images")
     for c in np.flatnonzero(per_class == 0).tolist():
@@ -240,7 +240,7 @@ def look_at(
     looks, folders, seconds, done = np.zeros(len(numbers), LOOK), set(), 0.0, 0
     size = max(1, min(64, len(numbers) // (4 * max(1, workers))))  # a few chunks for each worker at least
     begun = said = time.monotonic()
-    for raw, bad, where, spent in Batches(
+    for raw, bad, where, spent in PrefetchLoader(
         images, np.split(numbers, range(size, len(numbers), size)), workers, False
     ):
         chunk = np.frombuffer(raw, LOOK)
@@ -264,12 +264,12 @@ def duplicates(
     new[1:-1] = (digests[order[1:]] != digests[order[:-1]]).any(1)
     twice = ~(new[1:] & new[:-1])  # [m]
     for copies in np.split(numbers[order[twice]], np.flatnonzero(new[:-1][twice])[1:]):
-        labelled, rest, test = (copies[part[copies] == which] for which in (LABELLED, REST, TEST))
+        labeled, rest, test = (copies[part[copies] == which] for which in (LABELED, REST, TEST))
         for problem, those, other in (
-            ("labelled in test", labelled, test),
+            ("labelled in test", labeled, test),
             ("unlabelled in test", rest, test),
-            ("labelled in unlabelled", labelled, rest),
-            ("copy", labelled[1:], labelled),
+            ("labelled in unlabelled", labeled, rest),
+            ("copy", labeled[1:], labeled),
             ("copy", rest[1:], rest),
             ("copy", test[1:], test),
         ):
@@ -341,4 +341,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="interrupted: not every image was looked at")
+    cli_main(main, interrupted="interrupted: not every image was looked at")

@@ -28,12 +28,12 @@ def build(
     root = Path(data or ROOT).expanduser()
     train, test = (_open(kind, name, root, part) for part in (True, False))
     labels, test_labels = (np.array(part.targets, np.int64) for part in (train, test))  # [50000], [10000]
-    labelled, sha = splits.draw(labels, labels_per_class, seed)  # [C·labels_per_class]
+    labeled, sha = splits.draw(labels, labels_per_class, seed)  # [C·labels_per_class]
     views = [photo_view(pipeline(view), norm, on_device) for view in (weak, strong, "cifar_eval")]
     return Data(
         Arrays(train.data, pil=True),
         labels,
-        labelled,
+        labeled,
         np.arange(len(labels)),
         Arrays(test.data, pil=True),
         test_labels,

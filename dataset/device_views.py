@@ -50,7 +50,7 @@ def flip(x: Tensor, p: Tensor) -> Tensor:
     return torch.where(_chosen(x, p), x.flip(3), x)  # [n, 3, h, w]
 
 
-def grey(x: Tensor, p: Tensor) -> Tensor:
+def grayscale(x: Tensor, p: Tensor) -> Tensor:
     """p [n, 1]: 1 to make three equal channels."""
     return torch.where(_chosen(x, p), luma(x), x)  # [n, 3, h, w]
 
@@ -119,10 +119,10 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
         torch.where(g == top, (2 + rc.double() - bc).float(), (4 + gc.double() - rc).float()),
     )
     h = ((h.double() / 6 + 1) % 1).float()  # [n, 1, h, w]
-    grey_pixel = top == low  # [n, 1, h, w]
-    h = torch.where(grey_pixel, 0, (h.double() * 255).floor().float())  # [n, 1, h, w], whole numbers
+    gray_pixel = top == low  # [n, 1, h, w]
+    h = torch.where(gray_pixel, 0, (h.double() * 255).floor().float())  # [n, 1, h, w], whole numbers
     s = torch.where(
-        grey_pixel, 0, (((top - low) / top.clamp_min(1)).double() * 255).floor().float()
+        gray_pixel, 0, (((top - low) / top.clamp_min(1)).double() * 255).floor().float()
     )  # [n, 1, h, w], whole
     h = (h + (shift * 255).trunc()) % 256  # [n, 1, h, w]
 
@@ -178,4 +178,4 @@ def box_radius(sigma: Tensor) -> Tensor:
     return whole + part
 
 
-STAGES = {"Flip": flip, "Jitter": jitter, "Grey": grey, "Blur": blur, "Solarize": solarize}
+STAGES = {"Flip": flip, "Jitter": jitter, "Grayscale": grayscale, "Blur": blur, "Solarize": solarize}

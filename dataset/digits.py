@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import splits
-from dataset.loader import Data, Raw, SplitId, View
+from dataset.loader import Data, HostTensors, SplitId, View
 from dataset.source import Arrays
 
 FILE = Path(__file__).with_name("digits.npz")
@@ -31,31 +31,31 @@ def build(labels_per_class: int, seed: int) -> Data:
     with np.load(FILE, allow_pickle=False) as file:
         images, labels, test = file["images"], file["labels"].astype(np.int64), file["test"]
     train_images, train_labels = images[~test], labels[~test]  # [1437, 8, 8], [1437]
-    labelled, sha = splits.draw(train_labels, labels_per_class, seed)  # [10·labels_per_class]
+    labeled, sha = splits.draw(train_labels, labels_per_class, seed)  # [10·labels_per_class]
     return Data(
         images=Arrays(train_images),
         labels=train_labels,
-        labelled=labelled,
-        unlabelled=np.arange(len(train_labels)),
+        labeled=labeled,
+        unlabeled=np.arange(len(train_labels)),
         test_images=Arrays(images[test]),
         test_labels=labels[test],
-        weak=WEAK,
-        strong=STRONG,
-        plain=PLAIN,
+        weak_view=WEAK,
+        strong_view=STRONG,
+        eval_view=EVAL_VIEW,
         classes=[str(c) for c in range(10)],
         channels=1,
         split=SplitId(f"digits-{labels_per_class}-seed{seed}", sha),
     )
 
 
-def plain(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     """n images [8, 8] uint8, 0 to 16 -> normalised [n, 1, 16, 16] float32."""
-    return _normalise(_affine(images, torch.zeros(len(images), 6), degrees=0, shift=0, stretch=0, shear=0))
+    return _normalize(_affine(images, torch.zeros(len(images), 6), degrees=0, shift=0, stretch=0, shear=0))
 
 
 def weak(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     """A little rotation, shift, stretch and shear. n images [8, 8] uint8, [n, 6] -> [n, 1, 16, 16] float32."""
-    return _normalise(_affine(images, _signed(u), degrees=10, shift=0.5, stretch=0.15, shear=0.2))
+    return _normalize(_affine(images, _signed(u), degrees=10, shift=0.5, stretch=0.15, shear=0.2))
 
 
 def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
@@ -68,26 +68,26 @@ def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     x = _affine(images, _signed(u[:, :6]), degrees=25, shift=1, stretch=0.3, shear=0.4)  # [n, 1, 16, 16]
     u = torch.from_numpy(u).float()  # [n, 10]
     x = x * torch.exp(-0.5 * u[:, 6]).view(-1, 1, 1, 1)  # [n, 1, 16, 16]
-    return _normalise(_cover(x, centre=8 * u[:, 7:9], side=4.5 * u[:, 9]))
+    return _normalize(_cover(x, center=8 * u[:, 7:9], side=4.5 * u[:, 9]))
 
 
-def _view(numbers: int, function: Callable[[Sequence[np.ndarray], np.ndarray], Tensor]) -> View:
+def _view(num_uniforms: int, function: Callable[[Sequence[np.ndarray], np.ndarray], Tensor]) -> View:
     """A view that is all made on the host."""
-    return View(numbers, partial(_alone, function), itemgetter(0))
+    return View(num_uniforms, partial(_alone, function), itemgetter(0))
 
 
 def _alone(
     function: Callable[[Sequence[np.ndarray], np.ndarray], Tensor],
     images: Sequence[np.ndarray],
     u: np.ndarray,
-) -> Raw:
+) -> HostTensors:
     return (function(images, u),)
 
 
-WEAK, STRONG, PLAIN = _view(6, weak), _view(10, strong), _view(0, plain)
+WEAK, STRONG, EVAL_VIEW = _view(6, weak), _view(10, strong), _view(0, eval_view)
 
 
-def _normalise(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     return (x - MEAN) / STD
 
 
@@ -129,22 +129,22 @@ def _stance(image: bytes) -> Tensor:
     ink = torch.frombuffer(bytearray(image), dtype=torch.uint8).view(1, 8, 8).float()  # [1, 8, 8]
     ink = ink / ink.sum(dim=(1, 2)).view(-1, 1, 1)
     place = (torch.arange(8) + 0.5) / 4 - 1  # [8]
-    centre = torch.stack([(ink * place).sum((1, 2)), (ink * place[:, None]).sum((1, 2))], 1)  # [1, 2]
+    center = torch.stack([(ink * place).sum((1, 2)), (ink * place[:, None]).sum((1, 2))], 1)  # [1, 2]
     dx, dy = (
-        place - centre[:, 0].view(-1, 1, 1),
-        place[:, None] - centre[:, 1].view(-1, 1, 1),
+        place - center[:, 0].view(-1, 1, 1),
+        place[:, None] - center[:, 1].view(-1, 1, 1),
     )  # [1, 1, 8], [1, 8, 1]
     shear = (ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2))  # [1]
-    return torch.tensor([[1, shear, centre[0, 0]], [0, 1, centre[0, 1]]])  # [2, 3]
+    return torch.tensor([[1, shear, center[0, 0]], [0, 1, center[0, 1]]])  # [2, 3]
 
 
-def _cover(x: Tensor, centre: Tensor, side: Tensor) -> Tensor:
+def _cover(x: Tensor, center: Tensor, side: Tensor) -> Tensor:
     """Put a square of paper (0), `side` [n] of the digit's 8 pixels wide, over `centre` [n, 2] of each x [n,
     1, SIZE, SIZE].
     """
     place = (torch.arange(SIZE) + 0.5) * 8 / SIZE  # [SIZE]
     half = side[:, None] / 2  # [n, 1]
-    inside = ((place - centre[:, :1]).abs() < half)[:, :, None] & ((place - centre[:, 1:]).abs() < half)[
+    inside = ((place - center[:, :1]).abs() < half)[:, :, None] & ((place - center[:, 1:]).abs() < half)[
         :, None
     ]
     return x.masked_fill(inside.unsqueeze(1), 0)  # [n, 1, SIZE, SIZE]

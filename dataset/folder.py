@@ -13,7 +13,6 @@ from dataset.loader import Data
 from dataset.source import Files
 from util.errors import UserError
 
-
 NOT_CLASSES = {
     "val",
     "valid",
@@ -125,7 +124,7 @@ def _with(train: Folder, test: Folder, folder: Path) -> Folder:
     """`train` and the images below `folder`, without labels. The names of these are whole paths, which no
     root changes.
     """
-    more = listing.pile(folder)
+    more = listing.list_images(folder)
     whole = _whole(more.root, more.names)  # [n]
     for what, known in (
         ("test", _whole(test.root, test.names)),

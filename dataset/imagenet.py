@@ -126,7 +126,7 @@ class Validation(NamedTuple):
 
     test_images: Files
     test_labels: np.ndarray  # [M] int64
-    plain: View
+    eval_view: View
     classes: list[str]  # [C]
 
 
@@ -145,12 +145,12 @@ def assemble(
 
     Unlabelled is train minus labelled, in the order of the rows.
     """
-    labelled = splits.rows(chosen, train.names.array, str(train.root))  # [K]
-    unlabelled = splits.complement(labelled, len(train))  # [U]
-    if (train.labels[labelled] < 0).any():
-        name = train.name(int(labelled[np.argmax(train.labels[labelled] < 0)]))
+    labeled = splits.rows(chosen, train.names.array, str(train.root))  # [K]
+    unlabeled = splits.complement(labeled, len(train))  # [U]
+    if (train.labels[labeled] < 0).any():
+        name = train.name(int(labeled[np.argmax(train.labels[labeled] < 0)]))
         raise UserError(f"split {chosen.id}: {name} is among the images without labels")
-    missing = np.setdiff1d(np.arange(len(train.classes)), train.labels[labelled])
+    missing = np.setdiff1d(np.arange(len(train.classes)), train.labels[labeled])
     if len(missing):
         raise UserError(
             f"split {chosen.id}: class {train.classes[missing[0]]} has no labelled image"
@@ -162,8 +162,8 @@ def assemble(
     return Data(
         train,
         train.labels,
-        labelled,
-        unlabelled,
+        labeled,
+        unlabeled,
         test,
         test.labels,
         *views,

@@ -65,18 +65,18 @@ def scan(
     start = os.fsencode(root)
     cache = _cache_file(start, recursive, cache_dir)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = cache and _recall(cache, start, pool)
+        found = cache and _load_cache(cache, start, pool)
         if not found:
             found = _walk_tree(start, recursive, pool)
             # A folder changed this recently may change again without a new time stamp, so this scan would not
             # notice.
             if cache and found["stamps"].max() < begun - RACY:
-                _remember(cache, found)
+                _save_cache(cache, found)
     labels = np.repeat(np.arange(len(found["classes"]), dtype=np.int64), found["counts"])  # [N]
     return Listing(root, [os.fsdecode(c) for c in found["classes"]], Names(found["names"]), labels)
 
 
-def pile(root: Union[str, Path]) -> Listing:
+def list_images(root: Union[str, Path]) -> Listing:
     """All images below root, in any nesting, sorted (as bytes), without labels: they are −1. Not cached."""
     root = _folder(root)
     names = sorted(_walk(os.fsencode(root), b"", True, ())[0])
@@ -187,7 +187,7 @@ def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> dict[s
     names, counts, read = (
         [],
         [],
-        [(b"", _stamp(root))],
+        [(b"", _mtimes(root))],
     )  # before reading: a change meanwhile shows on the next start
     try:
         with os.scandir(root) as found:
@@ -208,13 +208,13 @@ def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> dict[s
         names += sorted(images)
         counts.append(len(images))
         read += seen
-    folders, stamps = zip(*read)
+    folders, mtimes = zip(*read)
     return {
         "classes": np.array(classes),
         "counts": np.array(counts, np.int64),
         "names": np.array(names),
         "folders": np.array(folders),
-        "stamps": np.array(stamps, np.int64),
+        "stamps": np.array(mtimes, np.int64),
     }
 
 
@@ -225,7 +225,7 @@ def _walk(
     of parents.
     """
     here = os.path.join(root, folder)
-    images, seen, real = [], [(folder, _stamp(here))], os.path.realpath(here)
+    images, seen, real = [], [(folder, _mtimes(here))], os.path.realpath(here)
     if real in above:
         raise UserError(f"{os.fsdecode(here)} is a link to a folder above it; remove it")
     try:
@@ -255,7 +255,7 @@ def _unreadable(folder: bytes, error: OSError) -> UserError:
     return UserError(f"cannot read folder {os.fsdecode(folder)}: {error.strerror}; check its permissions")
 
 
-def _stamp(folder: bytes) -> tuple[int, int]:
+def _mtimes(folder: bytes) -> tuple[int, int]:
     """Times of modification and of change, ns: archivers put the first one back, nobody the second. −1: no
     such folder.
     """
@@ -277,20 +277,20 @@ def _cache_file(root: bytes, recursive: bool, cache_dir: Optional[Union[str, Pat
         return None
 
 
-def _remember(cache: Path, found: dict[str, np.ndarray]) -> None:
+def _save_cache(cache: Path, found: dict[str, np.ndarray]) -> None:
     """Write an npz file followed by its SHA-256."""
     stream = io.BytesIO()
     np.savez(stream, **found)
     try:
         write_bytes(cache, stream.getvalue(), hashlib.sha256(stream.getbuffer()).digest())
     except OSError as error:
-        _say_once(
+        _warn_once(
             f"listing: cannot write to {cache.parent} ({error.strerror}), so every start reads the whole tree; "
             "SIMMATCH_CACHE=DIR chooses another folder"
         )
 
 
-def _recall(cache: Path, root: bytes, pool: ThreadPoolExecutor) -> Optional[dict[str, np.ndarray]]:
+def _load_cache(cache: Path, root: bytes, pool: ThreadPoolExecutor) -> Optional[dict[str, np.ndarray]]:
     """What `_remember` wrote, if it is undamaged and no folder has changed since."""
     try:
         data = cache.read_bytes()
@@ -299,10 +299,10 @@ def _recall(cache: Path, root: bytes, pool: ThreadPoolExecutor) -> Optional[dict
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
         return None
     found = dict(np.load(io.BytesIO(data), allow_pickle=False))
-    stamps = pool.map(lambda folder: _stamp(os.path.join(root, folder)), found["folders"])
-    return found if np.array_equal(found["stamps"], list(stamps)) else None
+    mtimes = pool.map(lambda folder: _mtimes(os.path.join(root, folder)), found["folders"])
+    return found if np.array_equal(found["stamps"], list(mtimes)) else None
 
 
 @functools.lru_cache(maxsize=None)
-def _say_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

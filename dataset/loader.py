@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.draws import (
+from dataset.rng import (
     ORDER_U,
     ORDER_X,
     REPLACE_U,
@@ -26,18 +26,18 @@ from dataset.draws import (
     uniforms,
 )
 from dataset.source import BadImage, Files, Source
-from dataset.workers import Batches
+from dataset.workers import PrefetchLoader
 from util.errors import UserError
 
-Raw = tuple[Tensor, ...]  # what `host` hands to `device`; the first has n lines, one an image
+HostTensors = tuple[Tensor, ...]  # what `host` hands to `device`; the first has n lines, one an image
 
 
 class View(NamedTuple):
     """A random view: `numbers` uniform numbers in [0, 1) an image decide everything that is random in it."""
 
-    numbers: int
-    host: Callable[[Sequence, np.ndarray], Raw]  # images [n], uniforms [n, numbers] -> raw
-    device: Callable[[Raw], Tensor]  # raw -> normalised [n, c, h, w] float32
+    num_uniforms: int
+    cpu_transform: Callable[[Sequence, np.ndarray], HostTensors]  # images [n], uniforms [n, numbers] -> raw
+    device: Callable[[HostTensors], Tensor]  # raw -> normalised [n, c, h, w] float32
 
 
 class SplitId(NamedTuple):
@@ -56,13 +56,13 @@ class Data(NamedTuple):
     # fmt: off
     images: Source                  # training images                                   [N]
     labels: np.ndarray              # their labels; −1 where there is none              [N] int64
-    labelled: np.ndarray            # rows whose labels may be used: the labelled list  [K] int64
-    unlabelled: np.ndarray          # rows used without their labels                    [U] int64
+    labeled: np.ndarray            # rows whose labels may be used: the labelled list  [K] int64
+    unlabeled: np.ndarray          # rows used without their labels                    [U] int64
     test_images: Source             # [M]
     test_labels: np.ndarray         # [M] int64
-    weak: View
-    strong: View
-    plain: View                     # the view for evaluation; it draws nothing
+    weak_view: View
+    strong_view: View
+    eval_view: View                     # the view for evaluation; it draws nothing
     classes: list[str]              # names, in the order of the labels                 [C]
     channels: int                   # of a view
     split: SplitId
@@ -73,7 +73,7 @@ class Data(NamedTuple):
         kept.
         """
         total = hashlib.sha256(
-            f"{len(self.images)} {len(self.unlabelled)} {len(self.test_images)} {self.classes}".encode()
+            f"{len(self.images)} {len(self.unlabeled)} {len(self.test_images)} {self.classes}".encode()
         )
         for source in (self.images, self.test_images):
             if isinstance(source, Files):
@@ -81,16 +81,16 @@ class Data(NamedTuple):
         return total.hexdigest()
 
 
-class Item(NamedTuple):
+class HostBatch(NamedTuple):
     """What a worker makes of one step, for one rank."""
 
     # fmt: off
-    x: Raw                          # weak views of labelled images
+    x: HostTensors                          # weak views of labelled images
     y: Tensor                       # their labels                                      [B] int64
     index: Tensor                   # their places in the labelled list                 [B] int64
-    u_weak: Raw                     # weak views of unlabelled images
-    u_strong: Raw                   # strong views of the same images
-    hidden: Optional[Tensor]        # the labels that nobody may use                    [muB] int64; None if unknown
+    u_weak: HostTensors                     # weak views of unlabelled images
+    u_strong: HostTensors                   # strong views of the same images
+    true_labels: Optional[Tensor]        # the labels that nobody may use                    [muB] int64; None if unknown
     bad: list[tuple[str, str]]      # (name, cause) of images that others stand in for
     # fmt: on
 
@@ -117,42 +117,44 @@ class Stream(Dataset):
         """batch_size: labelled images a rank and step (B); mu: unlabelled ones for each of them."""
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
-        self.known = bool((data.labels[data.unlabelled] >= 0).all())  # whether hidden labels exist, for all
-        in_a_pass = len(data.unlabelled) // (self.n_u * world)
+        self.has_true_labels = bool(
+            (data.labels[data.unlabeled] >= 0).all()
+        )  # whether hidden labels exist, for all
+        in_a_pass = len(data.unlabeled) // (self.n_u * world)
         self.steps_per_epoch = steps_per_epoch or in_a_pass
-        self.pass_length = len(data.unlabelled) if steps_per_epoch else in_a_pass * self.n_u * world
+        self.pass_length = len(data.unlabeled) if steps_per_epoch else in_a_pass * self.n_u * world
 
     def bank_ready(self, step: int) -> bool:
         """True from the first epoch on before which every labelled image has been seen."""
         start = step // self.steps_per_epoch * self.steps_per_epoch  # of this epoch
-        return start > 0 and start * self.n_x * self.world >= len(self.data.labelled)
+        return start > 0 and start * self.n_x * self.world >= len(self.data.labeled)
 
-    def __getitem__(self, step: int) -> Item:
+    def __getitem__(self, step: int) -> HostBatch:
         data, bad = self.data, []
-        index, passes = self._order(
-            step, self.n_x, len(data.labelled), len(data.labelled), ORDER_X
-        )  # [B], [B]
+        index, passes = self._order(step, self.n_x, len(data.labeled), len(data.labeled), ORDER_X)  # [B], [B]
         (x,), index = self._views(
-            [(data.weak, VIEW_X)], data.labelled, index, passes, self._same_class, REPLACE_X, bad
+            [(data.weak_view, VIEW_X)], data.labeled, index, passes, self._same_class, REPLACE_X, bad
         )
         order, passes = self._order(
-            step, self.n_u, len(data.unlabelled), self.pass_length, ORDER_U
+            step, self.n_u, len(data.unlabeled), self.pass_length, ORDER_U
         )  # [muB], [muB]
-        two = [(data.weak, VIEW_WEAK), (data.strong, VIEW_STRONG)]
-        (u_weak, u_strong), order = self._views(two, data.unlabelled, order, passes, None, REPLACE_U, bad)
-        hidden = torch.from_numpy(data.labels[data.unlabelled[order]]) if self.known else None  # [muB]
-        return Item(
+        two = [(data.weak_view, VIEW_WEAK), (data.strong_view, VIEW_STRONG)]
+        (u_weak, u_strong), order = self._views(two, data.unlabeled, order, passes, None, REPLACE_U, bad)
+        true_labels = (
+            torch.from_numpy(data.labels[data.unlabeled[order]]) if self.has_true_labels else None
+        )  # [muB]
+        return HostBatch(
             x,
-            torch.from_numpy(data.labels[data.labelled[index]]),
+            torch.from_numpy(data.labels[data.labeled[index]]),
             torch.from_numpy(index),
             u_weak,
             u_strong,
-            hidden,
+            true_labels,
             bad,
         )
 
     def _order(
-        self, step: int, n: int, total: int, pass_length: int, purpose: int
+        self, step: int, n: int, total: int, pass_length: int, stream_id: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Places, and numbers of the pass they belong to, of this rank's n images of the step: [n], [n].
 
@@ -162,7 +164,7 @@ class Stream(Dataset):
         out = np.empty(n, np.int64)
         for number in np.unique(passes).tolist():
             here = passes == number
-            out[here] = permutation(total, self.seed, purpose, number)[place[here]]
+            out[here] = permutation(total, self.seed, stream_id, number)[place[here]]
         return out, passes
 
     def _views(
@@ -172,27 +174,28 @@ class Stream(Dataset):
         places: np.ndarray,
         passes: np.ndarray,
         pool: Optional[Callable[[int], np.ndarray]],
-        purpose: int,
+        stream_id: int,
         bad: list[tuple[str, str]],
-    ) -> tuple[list[Raw], np.ndarray]:
+    ) -> tuple[list[HostTensors], np.ndarray]:
         """Each of the views (view, what its numbers are for) of the images rows[places], few of which are
         held at a time; and the places of the images that were really used.
         """
         parts, places = [[] for _ in views], places.copy()
         for here in np.split(
-            np.arange(len(places)), range(self.data.images.at_once, len(places), self.data.images.at_once)
+            np.arange(len(places)),
+            range(self.data.images.max_decoded, len(places), self.data.images.max_decoded),
         ):
             images = []
             for i in here.tolist():
-                image, places[i] = self._load(int(places[i]), rows, pool, purpose, bad)
+                image, places[i] = self._load(int(places[i]), rows, pool, stream_id, bad)
                 images.append(image)
             for part, (view, number) in zip(parts, views):
-                u = uniforms(rows[places[here]], view.numbers, self.seed, number, passes[here])
-                part.append(view.host(images, u))
+                u = uniforms(rows[places[here]], view.num_uniforms, self.seed, number, passes[here])
+                part.append(view.cpu_transform(images, u))
         return [join(part) for part in parts], places
 
     def _same_class(self, place: int) -> np.ndarray:
-        labels = self.data.labels[self.data.labelled]  # [K]
+        labels = self.data.labels[self.data.labeled]  # [K]
         return np.flatnonzero(labels == labels[place])
 
     def _load(
@@ -200,7 +203,7 @@ class Stream(Dataset):
         place: int,
         rows: np.ndarray,
         pool: Optional[Callable[[int], np.ndarray]],
-        purpose: int,
+        stream_id: int,
         bad: list[tuple[str, str]],
     ) -> tuple[object, int]:
         """(image, its place in `rows`). A bad image is put down in `bad`, and another one of the pool stands
@@ -213,7 +216,7 @@ class Stream(Dataset):
         except BadImage as error:
             bad.append((source.name(int(rows[place])), str(error)))
         places = pool(place) if pool else np.arange(len(rows))
-        for other in places[shuffled(len(places), self.seed, purpose, place)][:1000].tolist():
+        for other in places[shuffled(len(places), self.seed, stream_id, place)][:1000].tolist():
             try:
                 return source[int(rows[other])], other
             except BadImage:
@@ -221,7 +224,7 @@ class Stream(Dataset):
         raise UserError(f"{bad[-1][0]}: {bad[-1][1]}; mend or remove it: no image could stand in for it")
 
 
-class Chunks(Dataset):
+class ImageChunks(Dataset):
     """chunk -> (raw, rows [n], bad): images of a source as they are seen in evaluation, `size` at a time.
 
     A bad image is left out of its chunk: nothing stands in for an image that is to be judged.
@@ -234,9 +237,9 @@ class Chunks(Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, chunk: int) -> tuple[Raw, Tensor, list[tuple[str, str]]]:
+    def __getitem__(self, chunk: int) -> tuple[HostTensors, Tensor, list[tuple[str, str]]]:
         parts, rows, bad = [], [], []
-        everything, few = self.chunks[chunk], self.source.at_once
+        everything, few = self.chunks[chunk], self.source.max_decoded
         for here in np.split(everything, range(few, len(everything), few)):
             images = []
             for row in here.tolist():
@@ -246,7 +249,7 @@ class Chunks(Dataset):
                 except BadImage as error:
                     bad.append((self.source.name(row), str(error)))
             if images:
-                parts.append(self.view.host(images, np.empty((len(images), 0))))
+                parts.append(self.view.cpu_transform(images, np.empty((len(images), 0))))
         return join(parts), torch.tensor(rows, dtype=torch.long), bad
 
 
@@ -276,18 +279,18 @@ class BadImages:
         return seen
 
 
-def join(parts: Sequence[Raw]) -> Raw:
+def join(parts: Sequence[HostTensors]) -> HostTensors:
     """Raws one after the other -> one raw."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
 
 
-class ImageBatches:
+class ImageLoader:
     """The given rows of a source as a view shows them, in order, as often as they are read."""
 
     def __init__(self, source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device):
-        chunks = Chunks(source, view, rows)
+        chunks = ImageChunks(source, view, rows)
         self.view, self.device = view, device
-        self.chunks = Batches(chunks, range(len(chunks)), workers, pin_memory=device.type == "cuda")
+        self.chunks = PrefetchLoader(chunks, range(len(chunks)), workers, pin_memory=device.type == "cuda")
 
     def read(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
         """(x [n, c, h, w] on the device, rows [n]). Bad images are left out, and told to `bad`."""
@@ -297,12 +300,12 @@ class ImageBatches:
                 yield to_device(self.view, raw, self.device), got
 
 
-class EvaluationBatches:
+class EvalLoader:
     """A rank's share of the test images; every image is in exactly one share."""
 
     def __init__(self, data: Data, rank: int, world: int, workers: int, device: torch.device):
         share = np.arange(rank, len(data.test_labels), world)  # [m]
-        self.images = ImageBatches(data.test_images, data.plain, share, workers, device)
+        self.images = ImageLoader(data.test_images, data.eval_view, share, workers, device)
         self.labels = torch.from_numpy(data.test_labels)  # [M]
 
     def read(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
@@ -311,7 +314,7 @@ class EvaluationBatches:
             yield x, self.labels[rows].to(x.device, non_blocking=True)
 
 
-def to_device(view: View, raw: Raw, device: torch.device) -> Tensor:
+def to_device(view: View, raw: HostTensors, device: torch.device) -> Tensor:
     """The second half of a view, where the network is: -> [n, c, h, w]."""
     return view.device(
         (raw[0].to(device, non_blocking=True), *raw[1:])

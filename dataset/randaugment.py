@@ -112,7 +112,7 @@ class RandAugment(NamedTuple):
     p: float = 1.0
 
     @property
-    def numbers(self) -> int:
+    def num_uniforms(self) -> int:
         return 4 * self.n
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ class Source(Protocol):
     at a time.
     """
 
-    at_once: int
+    max_decoded: int
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int) -> object: ...  # raises BadImage
@@ -34,7 +34,7 @@ class Source(Protocol):
 class Arrays:
     """Images [N, ...] uint8 in memory; [row] is one of them, as a PIL image when `pil`."""
 
-    at_once = 4096
+    max_decoded = 4096
 
     def __init__(self, images: np.ndarray, pil: bool = False):
         self.images, self.pil = images, pil
@@ -52,7 +52,7 @@ class Arrays:
 class Files:
     """Image files below `root`; [row] is a decoded RGB PIL image."""
 
-    at_once = 8  # a telephone's photograph takes 40 MB decoded
+    max_decoded = 8  # a telephone's photograph takes 40 MB decoded
 
     def __init__(self, root: Path, names: Sequence[str]):
         """names: paths relative to root; a compact sequence (dataset/listing.py): every worker gets a copy."""
@@ -120,9 +120,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow's convert would clip at 255
-        grey = np.asarray(image, np.float64)  # [h, w]
-        top = 65535 if image.mode.startswith("I") else max(1.0, grey.max(initial=0))
-        return Image.fromarray((grey * (255 / top)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        gray = np.asarray(image, np.float64)  # [h, w]
+        top = 65535 if image.mode.startswith("I") else max(1.0, gray.max(initial=0))
+        return Image.fromarray((gray * (255 / top)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -16,7 +16,7 @@ from typing import Mapping, NamedTuple, Optional, Sequence, Union
 import numpy as np
 
 from dataset import listing
-from util.errors import Parser, UserError, run
+from util.errors import Parser, UserError, cli_main
 
 FOLDER = Path(__file__).with_name("semi_files")
 
@@ -325,4 +325,4 @@ def _named(prog: str) -> Parser:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

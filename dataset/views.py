@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from dataset import device_views
-from dataset.loader import Raw, View
+from dataset.loader import HostTensors, View
 from dataset.randaugment import RandAugment
 from util.errors import UserError
 
@@ -27,7 +27,7 @@ class ResizedCrop(NamedTuple):
 
     size: int
     scale: tuple[float, float]
-    numbers = 22
+    num_uniforms = 22
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """u [n, 22], sizes [n, 2] (width, height) -> left, top, width, height [n, 4]. Of ten tries the first
@@ -62,7 +62,7 @@ class PadCrop(NamedTuple):
 
     size: int
     pad: int
-    numbers = 2
+    num_uniforms = 2
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """u [n, 2], sizes [n, 2] -> left, top [n, 2]."""
@@ -76,12 +76,12 @@ class PadCrop(NamedTuple):
         return Image.fromarray(pixels[top : top + self.size, left : left + self.size])
 
 
-class CentreCrop(NamedTuple):
+class CenterCrop(NamedTuple):
     """The shorter side resized to `resize` (bilinear), then the middle size × size pixels."""
 
     resize: int
     size: int
-    numbers = 0
+    num_uniforms = 0
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return np.empty((len(u), 0))
@@ -93,7 +93,7 @@ class CentreCrop(NamedTuple):
 class Flip(NamedTuple):
     """Left and right exchanged with probability ½."""
 
-    numbers = 1
+    num_uniforms = 1
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return (u < 0.5).astype(float)  # [n, 1]
@@ -112,7 +112,7 @@ class Jitter(NamedTuple):
     saturation: float
     hue: float
     p: float
-    numbers = 6
+    num_uniforms = 6
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """u [n, 6] -> [n, 6]: whether to apply it, the order's number, three factors, a shift of the hue in
@@ -137,11 +137,11 @@ class Jitter(NamedTuple):
         return image
 
 
-class Grey(NamedTuple):
+class Grayscale(NamedTuple):
     """Three equal channels, with probability p."""
 
     p: float
-    numbers = 1
+    num_uniforms = 1
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return (u < self.p).astype(float)  # [n, 1]
@@ -156,7 +156,7 @@ class Blur(NamedTuple):
     low: float
     high: float
     p: float
-    numbers = 2
+    num_uniforms = 2
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """u [n, 2] -> [n, 2]: whether to apply it, the standard deviation."""
@@ -170,7 +170,7 @@ class Solarize(NamedTuple):
     """Values of 128 and more inverted, with probability p."""
 
     p: float
-    numbers = 1
+    num_uniforms = 1
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return (u < self.p).astype(float)  # [n, 1]
@@ -183,7 +183,7 @@ class Cutout(NamedTuple):
     """A grey (127) square of `side` pixels, its centre anywhere in the image."""
 
     side: int
-    numbers = 2
+    num_uniforms = 2
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """u [n, 2] -> the centre as shares of width and height [n, 2]."""
@@ -199,11 +199,11 @@ class Cutout(NamedTuple):
         return image
 
 
-Stage = Union[ResizedCrop, PadCrop, CentreCrop, Flip, Jitter, Grey, Blur, Solarize, Cutout, RandAugment]
+Stage = Union[ResizedCrop, PadCrop, CenterCrop, Flip, Jitter, Grayscale, Blur, Solarize, Cutout, RandAugment]
 
 CROP, MOCO = (
     ResizedCrop(224, (0.2, 1.0)),
-    (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grey(0.2), Blur(0.1, 2.0, p=0.5)),
+    (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(0.2), Blur(0.1, 2.0, p=0.5)),
 )
 MULTICROP = {
     "multicrop_224": (224, (0.140, 1.000)),
@@ -222,18 +222,18 @@ PIPELINES: dict[str, tuple[Stage, ...]] = {
             ResizedCrop(*crop),
             Flip(),
             Jitter(0.4, 0.4, 0.2, 0.1, p=0.8),
-            Grey(0.2),
+            Grayscale(0.2),
             Blur(0.1, 2.0, p=0.5),
             Solarize(0.1),
         )
         for name, crop in MULTICROP.items()
     },
-    "eval": (CentreCrop(256, 224),),
+    "eval": (CenterCrop(256, 224),),
     "cifar_weak": (PadCrop(32, 4), Flip()),
     "cifar_strong": (PadCrop(32, 4), Flip(), RandAugment(2, "cifar", p=0.5), Cutout(16)),
     "cifar_eval": (),
 }
-CIFAR_FILES = (CentreCrop(32, 32),)  # image files for a CIFAR network
+CIFAR_FILES = (CenterCrop(32, 32),)  # image files for a CIFAR network
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10_NORM = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR100_NORM = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -247,9 +247,9 @@ def pipeline(name: str, size: int = 224) -> tuple[Stage, ...]:
         raise UserError(f"unknown view {name!r}; known: {', '.join(PIPELINES)}")
     out = []
     for stage in PIPELINES[name]:
-        if isinstance(stage, (ResizedCrop, CentreCrop)):
+        if isinstance(stage, (ResizedCrop, CenterCrop)):
             stage = stage._replace(size=round(stage.size * size / 224))
-        if isinstance(stage, CentreCrop):
+        if isinstance(stage, CenterCrop):
             stage = stage._replace(resize=round(stage.resize * size / 224))
         out.append(stage)
     return tuple(out)
@@ -269,7 +269,7 @@ def photo_view(
     resize = device_views.crop_resize if on_device else None
     left = tuple(type(stage).__name__ for stage in stages[cut:])
     return View(
-        sum(stage.numbers for stage in stages),
+        sum(stage.num_uniforms for stage in stages),
         partial(_host, tuple(stages), cut, resize),
         partial(_device, left, *norm),
     )
@@ -280,19 +280,19 @@ Resize = Optional[Callable[[Image.Image, Sequence[float], int], np.ndarray]]
 
 def _host(
     stages: Sequence[Stage], cut: int, resize: Resize, images: Sequence[Image.Image], u: np.ndarray
-) -> Raw:
+) -> HostTensors:
     """The first `cut` stages done, and the parameters of the others."""
     sizes = np.array([image.size for image in images], float)  # [n, 2]
     params, column = [], 0
     for stage in stages:
-        p = stage.sample(u[:, column : column + stage.numbers], sizes)  # [n, k]
+        p = stage.sample(u[:, column : column + stage.num_uniforms], sizes)  # [n, k]
         params.append(p.astype(np.float32))  # the precision in which they travel, whoever applies them
-        column += stage.numbers
+        column += stage.num_uniforms
     pixels = [_apply(image, stages[:cut], [p[i] for p in params], resize) for i, image in enumerate(images)]
     return (torch.from_numpy(np.stack(pixels)), *map(torch.from_numpy, params[cut:]))  # [n, h, w, 3], [n, k]…
 
 
-def _device(stages: Sequence[str], mean: Sequence[float], std: Sequence[float], raw: Raw) -> Tensor:
+def _device(stages: Sequence[str], mean: Sequence[float], std: Sequence[float], raw: HostTensors) -> Tensor:
     return device_views.finish(raw, stages, mean, std)  # [n, 3, h, w]
 
 

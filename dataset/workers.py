@@ -15,7 +15,7 @@ from util.errors import UserError
 PRELOADED = ["numpy", "PIL.Image", "torch", "torchvision", "torch.utils.tensorboard"]
 
 
-class Batches:
+class PrefetchLoader:
     """The items of `dataset` in `order`, made by `workers` processes; the same ones for every pass.
 
     They are copies of a helper process (Python's "forkserver"), never of this one. A fork copies locks as
@@ -29,7 +29,7 @@ class Batches:
         """dataset: is sent to the workers, so it can be pickled. workers: with 0 the items are made here."""
         if workers:
             _start_helper()
-        self.order, self.pass_ = order, _Pass()
+        self.order, self.pass_ = order, ResettableSampler()
         self.loader = DataLoader(
             dataset,
             batch_size=None,
@@ -41,7 +41,7 @@ class Batches:
             multiprocessing_context="forkserver" if workers else None,
         )
         if workers:
-            with preempt.without_interrupt():
+            with preempt.interrupt_deferred():
                 iter(self.loader)  # a pass over nothing
 
     def __iter__(self) -> Iterator[Any]:
@@ -62,7 +62,7 @@ class Batches:
             ) from None
 
 
-class _Pass:
+class ResettableSampler:
     """A sampler: what the next pass goes over."""
 
     def __init__(self) -> None:
@@ -84,12 +84,12 @@ def _start_helper() -> None:
         resource_tracker.ensure_running,
         forkserver.ensure_running,
     ):  # the former unblocks SIGTERM when it is done
-        with preempt.blocked():
+        with preempt.signals_blocked():
             start()
 
 
 def _start_worker(_: int) -> None:
-    preempt.spare_worker()
+    preempt.ignore_signals()
     # PyTorch's workers end with their parent, which here is the helper, which ends with the last of them.
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 

@@ -6,16 +6,16 @@ from torch import Tensor
 
 from models.diagnose import diagnose
 from models.fixmatch import FixMatch
-from models.method import Batch, Fresh, Method
+from models.method import Batch, StepOutput, Method
 from models.network import BACKBONES, Network, parameter_groups
 from models.simmatch import SimMatch
 from models.simmatch_single import SimMatchSingle
-from models.step import split, train_step, tune
+from models.step import split_virtual_ranks, train_step, configure_execution
 from models.supervised import Supervised
 
 METHODS = {
     "simmatch": lambda c, network, labels: SimMatch(
-        network, labels, c.cls, c.dim, bn="average" if c.eman else "shuffle", **_simmatch(c)
+        network, labels, c.cls, c.dim, bn_mode="average" if c.eman else "shuffle", **_simmatch(c)
     ),
     "simmatch_single": lambda c, network, labels: SimMatchSingle(
         network, labels, c.cls, c.dim, **_simmatch(c)

@@ -7,7 +7,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
-from models.ema import no_statistics
+from models.ema import freeze_bn_stats
 from models.method import Batch, Method
 
 
@@ -23,9 +23,9 @@ def diagnose(
     over all parameters; and what `method.signs` gives.
     """
     values: dict[str, Tensor] = {}
-    with no_statistics(method):
+    with freeze_bn_stats(method):
         target, terms = _look(method, batches, step, bank_ready)
-        values |= {name: term.detach() for name, term in terms.items()} | method.signs(
+        values |= {name: term.detach() for name, term in terms.items()} | method.diagnostics(
             batches[0], target, bank_ready=bank_ready
         )
         for i, name in enumerate(terms):

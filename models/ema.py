@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from util import dist_utils
 
-BN = Literal["shuffle", "average", "copy"]
+BNMode = Literal["shuffle", "average", "copy"]
 
 
 class Teacher(nn.Module):
@@ -27,17 +27,17 @@ class Teacher(nn.Module):
     only, so that ranks exchange nothing in a step: the statistics are each rank's own, as the student's are.
     """
 
-    def __init__(self, student: nn.Module, momentum: float, bn: BN):
+    def __init__(self, student: nn.Module, momentum: float, bn_mode: BNMode):
         super().__init__()
-        if bn not in get_args(BN):
-            raise ValueError(f"bn must be one of {get_args(BN)}, got {bn!r}")
+        if bn_mode not in get_args(BNMode):
+            raise ValueError(f"bn must be one of {get_args(BNMode)}, got {bn_mode!r}")
         self.net = copy.deepcopy(student).requires_grad_(False)
         self.momentum = momentum
-        self.bn = bn
+        self.bn_mode = bn_mode
         self.train()  # a copy that runs in eval mode must not start in the student's mode
 
     def train(self, mode: bool = True) -> "Teacher":
-        return super().train(mode and self.bn == "shuffle")
+        return super().train(mode and self.bn_mode == "shuffle")
 
     @torch.no_grad()
     def forward(self, groups: Sequence[Tensor], step: int) -> list[tuple[Tensor, Tensor]]:
@@ -50,7 +50,7 @@ class Teacher(nn.Module):
             return [self.net(x) for x in groups]
         shuffle, out = dist_utils.Shuffle(len(groups[0]), len(groups), seed=step), []
         for i, x in enumerate(shuffle.scatter(groups)):
-            with no_statistics(self.net) if i else nullcontext():  # running statistics are the first rank's
+            with freeze_bn_stats(self.net) if i else nullcontext():  # running statistics are the first rank's
                 out.append(self.net(x))
         if shuffle.alone:
             return out
@@ -62,11 +62,11 @@ class Teacher(nn.Module):
     def update(self, student: nn.Module) -> None:
         """Average the student in. Averaged BN statistics are rank 0's, so that all ranks keep one teacher."""
         mine, theirs = list(self.net.parameters()), list(student.parameters())
-        if self.bn == "average":
+        if self.bn_mode == "average":
             dist_utils.broadcast_buffers(student)
-        if self.bn != "shuffle":
+        if self.bn_mode != "shuffle":
             for old, new in zip(self.net.buffers(), student.buffers(), strict=True):
-                if self.bn == "average" and new.is_floating_point():
+                if self.bn_mode == "average" and new.is_floating_point():
                     mine.append(old)
                     theirs.append(new)
                 else:
@@ -75,7 +75,7 @@ class Teacher(nn.Module):
 
 
 @contextmanager
-def no_statistics(network: nn.Module) -> Iterator[None]:
+def freeze_bn_stats(network: nn.Module) -> Iterator[None]:
     """Meanwhile BN in train mode normalises by its batch as ever, but collects no running statistics."""
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:

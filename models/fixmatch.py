@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.method import Batch, Fresh, Method, precise
+from models.method import Batch, Method, StepOutput, at_least_fp32
 
 
 class FixMatch(Method):
@@ -30,7 +30,7 @@ class FixMatch(Method):
 
     def losses(
         self, batch: Batch, targets: Optional[Tensor], student: nn.Module, *, bank_ready: bool
-    ) -> tuple[dict[str, Tensor], Fresh]:
+    ) -> tuple[dict[str, Tensor], StepOutput]:
         n_x, n_u = len(batch.x), len(batch.u_weak)
         if targets is not None:
             logits, _ = student(torch.cat([batch.x, batch.u_strong]))  # [B+muB, C]
@@ -38,11 +38,14 @@ class FixMatch(Method):
         else:
             logits, _ = student(torch.cat([batch.x, batch.u_strong, batch.u_weak]))  # [B+2muB, C]
             logits_uw = logits[n_x + n_u :].detach()  # [muB, C]
-        logits_x, logits_us = precise(logits[:n_x]), precise(logits[n_x : n_x + n_u])  # [B, C], [muB, C]
+        logits_x, logits_us = (
+            at_least_fp32(logits[:n_x]),
+            at_least_fp32(logits[n_x : n_x + n_u]),
+        )  # [B, C], [muB, C]
 
-        p = torch.softmax(precise(logits_uw), dim=1)  # [muB, C]
+        p = torch.softmax(at_least_fp32(logits_uw), dim=1)  # [muB, C]
         confidence, label = p.max(dim=1)  # [muB], [muB]
         mask = (confidence >= self.threshold).to(p.dtype)  # [muB]
         loss_u = (mask * F.cross_entropy(logits_us, label, reduction="none")).mean()
         terms = {"loss_x": F.cross_entropy(logits_x, batch.y), "loss_u": self.lambda_u * loss_u}
-        return terms, Fresh(pseudo=p, mask=mask)
+        return terms, StepOutput(pseudo_label=p, mask=mask)

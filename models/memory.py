@@ -67,14 +67,14 @@ class DistributionAlignment(nn.Module):
 
     def prior(self, mean: Tensor) -> Tensor:
         """Mean of the ring [C] with this step's mean of p in it; it sums to 1 once the ring is full."""
-        return self._with(mean).mean(dim=0)
+        return self._ring_with(mean).mean(dim=0)
 
     @torch.no_grad()
     def write(self, mean: Tensor) -> None:
         """Put this step's mean of p over the global batch, [C], into the ring."""
-        self.ring.copy_(self._with(mean))
+        self.ring.copy_(self._ring_with(mean))
         self.ptr.copy_((self.ptr + 1) % len(self.ring))
 
-    def _with(self, mean: Tensor) -> Tensor:
+    def _ring_with(self, mean: Tensor) -> Tensor:
         here = torch.arange(len(self.ring), device=self.ptr.device) == self.ptr  # [da_len]
         return torch.where(here[:, None], mean.to(self.ring.dtype), self.ring)  # [da_len, C]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.ema import BN, Teacher
+from models.ema import BNMode, Teacher
 
 
 class Batch(NamedTuple):
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     # fmt: on
 
 
-class Fresh(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step computed that `update` writes and the log reads; no gradient. A method fills what it has."""
 
     # fmt: off
@@ -28,12 +28,12 @@ class Fresh(NamedTuple):
     y: Optional[Tensor] = None          # their labels                                  [B]
     index: Optional[Tensor] = None      # their rows in the bank                        [B]
     prior: Optional[Tensor] = None      # mean of p over the global batch               [C]
-    pseudo: Optional[Tensor] = None     # pseudo-labels                                 [muB, C]
+    pseudo_label: Optional[Tensor] = None     # pseudo-labels                                 [muB, C]
     mask: Optional[Tensor] = None       # 1 where a pseudo-label is confident, else 0   [muB]
     # fmt: on
 
 
-def precise(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """`x` in float32 at least: probabilities are summed over a thousand classes, for which bf16 and fp16 are
     too coarse.
     """
@@ -49,10 +49,10 @@ class Method(nn.Module):
     that the student's forward and backward run for one rank at a time, and need the memory of one.
     """
 
-    def __init__(self, network: nn.Module, ema_m: float, bn: BN):
+    def __init__(self, network: nn.Module, ema_m: float, bn_mode: BNMode):
         super().__init__()
         self.student = network
-        self.teacher = Teacher(network, ema_m, bn)
+        self.teacher = Teacher(network, ema_m, bn_mode)
 
     def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Any]:
         """What the weak views of each batch say, for `losses` of the same batch.
@@ -64,7 +64,7 @@ class Method(nn.Module):
 
     def losses(
         self, batch: Batch, targets: Any, student: nn.Module, *, bank_ready: bool
-    ) -> tuple[dict[str, Tensor], Fresh]:
+    ) -> tuple[dict[str, Tensor], StepOutput]:
         """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or
         teacher.
 
@@ -72,12 +72,12 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def signs(self, batch: Batch, targets: Any, *, bank_ready: bool) -> dict[str, Tensor]:
+    def diagnostics(self, batch: Batch, targets: Any, *, bank_ready: bool) -> dict[str, Tensor]:
         """What only this method can tell of its health, for the diagnostics (docs/DOCTOR.md). Changes
         nothing.
         """
         return {}
 
-    def update(self, fresh: Fresh) -> None:
+    def update(self, output: StepOutput) -> None:
         """The one writer, called once after the optimizer step. fresh: of all ranks that this process plays."""
         self.teacher.update(self.student)

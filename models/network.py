@@ -40,13 +40,13 @@ class Network(nn.Module):
         )
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
 
-        self.low: Optional[torch.dtype] = (
+        self.autocast_dtype: Optional[torch.dtype] = (
             None  # bfloat16 or float16 for matrix products and convolutions in autocast
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, c, h, w] -> logits [n, C], unit z [n, D], both in the type of the parameters."""
-        with torch.autocast(x.device.type, self.low, enabled=self.low is not None):
+        with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             feature = self.norm(self.backbone(x))  # [n, d]
             logits, z = self.fc(feature), self.head(feature)  # [n, C], [n, D]
         exact = self.fc.weight.dtype

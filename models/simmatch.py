@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.ema import BN
+from models.ema import BNMode
 from models.memory import DistributionAlignment, LabelBank
-from models.method import Batch, Fresh, Method, precise
+from models.method import Batch, Method, StepOutput, at_least_fp32
 from util import dist_utils
 
 
-class Learnt(NamedTuple):
+class StudentOutput(NamedTuple):
     """What the student says; gradients flow through it."""
 
     # fmt: off
@@ -22,18 +22,18 @@ class Learnt(NamedTuple):
     # fmt: on
 
 
-class Taught(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What the teacher says; no gradient."""
 
     # fmt: off
     z_x: Tensor                         # of the labelled images        [B, D]
     logits_uw: Tensor                   # of the weak views             [muB, C]
     z_uw: Tensor                        # their embeddings              [muB, D]
-    learnt: Optional[Learnt] = None     # of the same forward, where student and teacher are one
+    student_output: Optional[StudentOutput] = None     # of the same forward, where student and teacher are one
     # fmt: on
 
 
-class Target(NamedTuple):
+class Targets(NamedTuple):
     """The same after all ranks have met: what a loss compares the student with."""
 
     # fmt: off
@@ -41,7 +41,7 @@ class Target(NamedTuple):
     log_p: Tensor                       # aligned predictions           [muB, C]
     z_uw: Tensor                        #                               [muB, D]
     prior: Optional[Tensor]             # mean of p over the global batch, without DA none    [C]
-    learnt: Optional[Learnt]
+    student_output: Optional[StudentOutput]
     # fmt: on
 
 
@@ -65,41 +65,41 @@ class SimMatch(Method):
         da_len: int,
         bank_m: float,
         ema_m: float,
-        bn: BN,
+        bn_mode: BNMode,
     ):
         """labels [K]: of the labelled list, in its order."""
-        super().__init__(network, ema_m, bn)
+        super().__init__(network, ema_m, bn_mode)
         self.bank = LabelBank(labels, dim, bank_m)
         self.align = DistributionAlignment(num_classes, da_len) if DA else None
         self.lambda_u, self.lambda_in, self.threshold = lambda_u, lambda_in, threshold
         self.st, self.tt, self.c_smooth = st, tt, c_smooth
 
     # fmt: off
-    def teach(self, batches: Sequence[Batch], student: nn.Module, step: int) -> list[Taught]:
+    def teacher_forward(self, batches: Sequence[Batch], student: nn.Module, step: int) -> list[TeacherOutput]:
         """What the teacher makes of the weak views of each batch."""
         n_x = len(batches[0].x)
         out = self.teacher([torch.cat([batch.x, batch.u_weak]) for batch in batches], step)     # [B+muB, C], [B+muB, D] of each
-        return [Taught(precise(z[:n_x]), precise(logits[n_x:]), precise(z[n_x:])) for logits, z in out]
+        return [TeacherOutput(at_least_fp32(z[:n_x]), at_least_fp32(logits[n_x:]), at_least_fp32(z[n_x:])) for logits, z in out]
 
-    def learn(self, batch: Batch, student: nn.Module) -> Learnt:
+    def student_forward(self, batch: Batch, student: nn.Module) -> StudentOutput:
         """The student on labelled images and strong views."""
         n_x = len(batch.x)
-        logits, z = map(precise, student(torch.cat([batch.x, batch.u_strong])))         # [B+muB, C], [B+muB, D]
-        return Learnt(logits[:n_x], logits[n_x:], z[n_x:])
+        logits, z = map(at_least_fp32, student(torch.cat([batch.x, batch.u_strong])))         # [B+muB, C], [B+muB, D]
+        return StudentOutput(logits[:n_x], logits[n_x:], z[n_x:])
 
-    def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Target]:
-        taught = self.teach(batches, student, step)
+    def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Targets]:
+        teacher_outputs = self.teacher_forward(batches, student, step)
         with torch.no_grad():
-            log_p = [torch.log_softmax(t.logits_uw, dim=1) for t in taught]             # [muB, C] of each
+            log_p = [torch.log_softmax(t.logits_uw, dim=1) for t in teacher_outputs]             # [muB, C] of each
             prior = None
             if self.align is not None:
                 prior = dist_utils.all_mean(torch.stack([each.exp().mean(dim=0) for each in log_p]).mean(dim=0))     # [C]
                 log_p = [self.align(each, prior) for each in log_p]                     # [muB, C] of each
-        return [Target(t.z_x, each, t.z_uw, prior, t.learnt) for t, each in zip(taught, log_p)]
+        return [Targets(t.z_x, each, t.z_uw, prior, t.student_output) for t, each in zip(teacher_outputs, log_p)]
 
-    def losses(self, batch: Batch, targets: Target, student: nn.Module, *, bank_ready: bool) -> tuple[dict[str, Tensor], Fresh]:
-        z_x, log_p, z_uw, prior, learnt = targets
-        logits_x, logits_us, z_us = learnt or self.learn(batch, student)
+    def losses(self, batch: Batch, targets: Targets, student: nn.Module, *, bank_ready: bool) -> tuple[dict[str, Tensor], StepOutput]:
+        z_x, log_p, z_uw, prior, student_output = targets
+        logits_x, logits_us, z_us = student_output or self.student_forward(batch, student)
         p = log_p.exp()                                                     # [muB, C]
         loss_in = z_us.new_zeros(())
         if bank_ready:
@@ -116,7 +116,7 @@ class SimMatch(Method):
         terms = {"loss_x": F.cross_entropy(logits_x, batch.y),
                  "loss_u": self.lambda_u * loss_u,
                  "loss_in": self.lambda_in * loss_in}
-        return terms, Fresh(z_x, batch.y, batch.index, prior, p, mask)
+        return terms, StepOutput(z_x, batch.y, batch.index, prior, p, mask)
 
     # fmt: on
     def similarities(self, z: Tensor, t: float) -> Tensor:
@@ -126,7 +126,7 @@ class SimMatch(Method):
         return torch.log_softmax(z @ self.bank.z.T / t, dim=1)
 
     @torch.no_grad()
-    def signs(self, batch: Batch, targets: Target, *, bank_ready: bool) -> dict[str, Tensor]:
+    def diagnostics(self, batch: Batch, targets: Targets, *, bank_ready: bool) -> dict[str, Tensor]:
         """bank_rows, K; from the second epoch on q_entropy, the mean entropy of q_w in nats, and bank_drift,
         1 − the mean cosine of the rows to be written and what they are written over; with DA the `prior` [C],
         this step's included.
@@ -140,12 +140,12 @@ class SimMatch(Method):
             out["prior"] = self.align.prior(targets.prior)
         return out
 
-    def update(self, fresh: Fresh) -> None:
+    def update(self, output: StepOutput) -> None:
         gather = dist_utils.all_gather
-        self.bank.write(gather(fresh.index), gather(fresh.z), gather(fresh.y))
+        self.bank.write(gather(output.index), gather(output.z), gather(output.y))
         if self.align is not None:
-            self.align.write(fresh.prior)
-        super().update(fresh)
+            self.align.write(output.prior)
+        super().update(output)
 
 
 def unfold(log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:

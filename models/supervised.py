@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.method import Batch, Fresh, Method, precise
+from models.method import Batch, Method, StepOutput, at_least_fp32
 
 
 class Supervised(Method):
@@ -14,6 +14,6 @@ class Supervised(Method):
 
     def losses(
         self, batch: Batch, targets: None, student: nn.Module, *, bank_ready: bool
-    ) -> tuple[dict[str, Tensor], Fresh]:
+    ) -> tuple[dict[str, Tensor], StepOutput]:
         logits, _ = student(batch.x)  # [B, C]
-        return {"loss_x": F.cross_entropy(precise(logits), batch.y)}, Fresh()
+        return {"loss_x": F.cross_entropy(at_least_fp32(logits), batch.y)}, StepOutput()

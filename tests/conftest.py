@@ -47,7 +47,7 @@ def mistake(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            errors.run(main)
+            errors.cli_main(main)
         return one_line(stop.value.code, capsys.readouterr().err, *words)
 
     return call

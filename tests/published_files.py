@@ -52,26 +52,26 @@ def unit(n, dim):
     return nn.functional.normalize(torch.randn(n, dim), dim=1)
 
 
-def simmatch(arch="resnet18", classes=3, dim=16, labelled=7, DA=True):
+def simmatch(arch="resnet18", classes=3, dim=16, labeled=7, DA=True):
     ring = {"DA_queue": torch.rand(256, classes), "DA_ptr": torch.tensor([5])} if DA else {}
     return randomised(
         Published(
             Net(arch, classes, dim),
             Net(arch, classes, dim),
-            bank=unit(labelled, dim).T.contiguous(),
-            labels=torch.arange(labelled) % classes,
+            bank=unit(labeled, dim).T.contiguous(),
+            labels=torch.arange(labeled) % classes,
             **ring,
         )
     )
 
 
-def simmatchv2(arch="resnet18", classes=3, dim=16, labelled=7, norm=True):
+def simmatchv2(arch="resnet18", classes=3, dim=16, labeled=7, norm=True):
     return randomised(
         Published(
             Net(arch, classes, dim, norm),
             Net(arch, classes, dim, norm),
-            l_bank=unit(labelled, dim),
-            l_labels=torch.eye(classes)[torch.arange(labelled) % classes],
+            l_bank=unit(labeled, dim),
+            l_labels=torch.eye(classes)[torch.arange(labeled) % classes],
             ptr=torch.zeros(1, dtype=torch.long),
             u_bank=unit(20, dim),
             u_labels=torch.zeros(20, classes),

@@ -88,7 +88,7 @@ class SimMatchReference:
         wd,
         nesterov,
         no_decay_bn=False,
-        bn=None,
+        bn_mode=None,
     ):
         self.student, self.teacher = copy.deepcopy(network), copy.deepcopy(network)
         self.teacher.requires_grad_(False)
@@ -106,7 +106,7 @@ class SimMatchReference:
             DA=DA,
             bank_m=bank_m,
             ema_m=ema_m,
-            bn=bn,
+            bn_mode=bn_mode,
             lr=lr,
             momentum=momentum,
             wd=wd,
@@ -198,9 +198,9 @@ class SimMatchReference:
 
     @torch.no_grad()
     def _teacher_forward(self, inputs, step):
-        self.teacher.train(self.h["bn"] == "shuffle")
+        self.teacher.train(self.h["bn_mode"] == "shuffle")
         n, world = len(inputs[0]), len(inputs)
-        if self.h["bn"] == "average" or world == 1:
+        if self.h["bn_mode"] == "average" or world == 1:
             outputs = [self.teacher(x) for x in inputs]
             return [logits for logits, _ in outputs], [z for _, z in outputs]
         # shuffle-BN: global image i goes to place slot[i]; places g·n … g·n+n−1 are forwarded as one BN group
@@ -244,7 +244,7 @@ class SimMatchReference:
         m, student = self.h["ema_m"], dict(self.student.named_parameters())
         for name, p in self.teacher.named_parameters():
             p.copy_(m * p + (1 - m) * student[name])
-        if self.h["bn"] == "average":
+        if self.h["bn_mode"] == "average":
             student = dict(self.student.named_buffers())
             for name, b in self.teacher.named_buffers():
                 b.copy_(student[name] if "num_batches" in name else m * b + (1 - m) * student[name])

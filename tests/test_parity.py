@@ -75,8 +75,8 @@ def sum_for_mean(patch):
     right = SimMatch.losses
 
     def losses(self, batch, *args, **how):
-        terms, fresh = right(self, batch, *args, **how)
-        return {**terms, "loss_u": terms["loss_u"] * len(batch.u_weak)}, fresh
+        terms, output = right(self, batch, *args, **how)
+        return {**terms, "loss_u": terms["loss_u"] * len(batch.u_weak)}, output
 
     patch.setattr(SimMatch, "losses", losses)
 
@@ -146,11 +146,11 @@ def test_a_head_with_a_gradient_of_zero_in_the_first_epoch_is_caught(steps, monk
     right = SimMatch.losses
 
     def losses(self, *args, **how):
-        terms, fresh = right(self, *args, **how)
+        terms, output = right(self, *args, **how)
         return {
             **terms,
             "loss_in": terms["loss_in"] + 0 * sum(p.sum() for p in self.student.head.parameters()),
-        }, fresh
+        }, output
 
     monkeypatch.setattr(SimMatch, "losses", losses)
     assert rows(EXACT, steps)["momentum"] == float("inf")
@@ -194,7 +194,7 @@ def test_the_example_gives_the_references_numbers(eman):
     slow = reference_from(before, space["build_method"](config, 3, before["bank.labels"]).double(), config)
     terms, pseudo, _ = slow.step(batches, space["step"], first_epoch=space["epoch"] == 0)
     for name, value in terms.items():
-        assert value > 0 and space["terms"][name].item() == pytest.approx(value, rel=1e-9)
+        assert value > 0 and space["losses"][name].item() == pytest.approx(value, rel=1e-9)
     assert space["L_u"] == pytest.approx(terms["loss_u"] / config.lambda_u, rel=1e-9)
     got = space["method"].state_dict()
     expected = {
@@ -202,7 +202,7 @@ def test_the_example_gives_the_references_numbers(eman):
     }
     assert set(got) == set(expected)
     assert (
-        parity.relative(space["fresh"].pseudo, torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1))
+        parity.relative(space["output"].pseudo_label, torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1))
         <= 1e-9
     )
     for key, value in expected.items():
@@ -231,7 +231,7 @@ def reference_from(state, method, config):
         momentum=config.momentum,
         wd=config.wd,
         nesterov=config.nesterov,
-        bn="average" if config.eman else "shuffle",
+        bn_mode="average" if config.eman else "shuffle",
     )
     slow.teacher.load_state_dict(method.teacher.net.state_dict())
     slow.ring, slow.ptr = method.align.ring.tolist(), int(method.align.ptr)

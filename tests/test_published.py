@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import one_line
 from PIL import Image
 from published_files import MoCo, contents, fixmatch, sgd, simmatch, simmatchv2
 from torchvision.transforms import v2
@@ -15,7 +14,7 @@ from trees import imagenet
 
 import eval as eval_script
 from models import build_method
-from util import checkpoint, config, published
+from util import checkpoint, config, published_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_a_simmatch_file_needs_itself_and_val_alone(simmatch_file, val, evaluate
 
 def test_simmatchv2_with_its_layernorm(photos, val, evaluate, tmp_path):
     torch.manual_seed(0)
-    model = simmatchv2(labelled=12)
+    model = simmatchv2(labeled=12)
     taught(model.main, photos, 4)
     taught(model.ema, photos, 2)
     more = dict(best_acc1=71.9, best_acc5=90.0, scaler={"scale": 65536.0})
@@ -136,8 +135,8 @@ def test_fixmatch_with_and_without_a_teacher(eman, prefix, photos, val, evaluate
 
 
 def test_the_number_of_labelled_images_tells_the_list():
-    found = published.Networks("resnet50_encoder", 3, 1000, 128, False, 13000)
-    assert published.describe({"epoch": 400}, "simmatch", found).endswith(
+    found = published_checkpoints.NetworkSpec("resnet50_encoder", 3, 1000, 128, False, 13000)
+    assert published_checkpoints.describe({"epoch": 400}, "simmatch", found).endswith(
         "13000 labelled images (as many as simmatch-1p)"
     )
 
@@ -369,10 +368,10 @@ def test_a_run_of_ours_exported_and_evaluated_as_published(command, tmp_path):
     )
     assert done.returncode == 0 and "2 whole epochs" in done.stdout, done.stderr
     ours, file = (torch.load(path, weights_only=True) for path in (run / "last.pth", out))
-    model = torch.nn.DataParallel(simmatch(dim=128, labelled=6))
+    model = torch.nn.DataParallel(simmatch(dim=128, labeled=6))
     model.load_state_dict(file["state_dict"])  # strict
     torch.optim.SGD(model.parameters(), 1.0).load_state_dict(file["optimizer"])
-    values, optimizer, epoch, steps = published.to_training_state(file, 4)
+    values, optimizer, epoch, steps = published_checkpoints.to_training_state(file, 4)
     assert (epoch, steps) == (2, ours["step"]) == (2, 8)
     assert checkpoint.digest(values) == checkpoint.digest(ours["method"])
     assert checkpoint.digest(optimizer) == checkpoint.digest(ours["optimizer"])

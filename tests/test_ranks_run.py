@@ -12,10 +12,10 @@ import time
 import pytest
 import torch
 from conftest import ROOT, one_line
-from tests.models.test_ranks import free
 from test_train import assert_same_run, events, weights
 
 import train_semi
+from tests.models.test_ranks import free
 
 pytestmark = pytest.mark.slow
 FLAGS = [

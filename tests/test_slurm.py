@@ -2,12 +2,10 @@
 
 import os
 import re
-import shutil
 import signal
 
 import pytest
 from cluster import clean_up, digits, needs_slurm, nodes, sbatch, show, slurm, task, wait, wait_running
-from conftest import ROOT
 from test_train import assert_same_run, weights
 
 pytestmark = needs_slurm

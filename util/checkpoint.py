@@ -75,14 +75,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None], keep_previous: bo
 
 def write_torch(value: Any, file: BinaryIO) -> None:
     """torch.save, with its failures as OSError."""
-    sink = _Sink(file)
+    sink = _ErrorKeepingFile(file)
     try:
         torch.save(value, sink)
     except RuntimeError as error:  # torch's way to report a full disk, without the reason
         raise (sink.error or OSError(str(error))) from None
 
 
-class _Sink:
+class _ErrorKeepingFile:
     """A file as torch.save wants it, that remembers why a write failed."""
 
     def __init__(self, file: BinaryIO):
@@ -106,12 +106,12 @@ class Writer:
     """
 
     def __init__(
-        self, last: Path, best: Path, on_error: str, say: Callable[[str], None], last_is_whole: bool = True
+        self, last: Path, best: Path, on_error: str, warn: Callable[[str], None], last_is_whole: bool = True
     ):
         """on_error: stop or continue. last_is_whole: False where `last` is damaged and must not become the
         previous one.
         """
-        self.paths, self.on_error, self.say, self.last_is_whole = (last, best), on_error, say, last_is_whole
+        self.paths, self.on_error, self.warn, self.last_is_whole = (last, best), on_error, warn, last_is_whole
         self.thread: Optional[threading.Thread] = None
         self.best: Optional[dict[str, Any]] = None  # the state of best.pth while it is not written
         self.error: Optional[UserError] = None
@@ -120,8 +120,8 @@ class Writer:
         """state: the KEYS; best: whether it is the best so far too. Raises UserError if the write before
         failed.
         """
-        self._finish()
-        state = on_cpu(state)
+        self._wait()
+        state = copy_to_cpu(state)
         if best:
             self.best = state
         self.thread = threading.Thread(target=self._write, args=(state,))
@@ -130,7 +130,7 @@ class Writer:
     def close(self) -> None:
         """Wait until all is written. Raises UserError if the last state is not, whatever on_error says."""
         self.on_error = "stop"
-        self._finish()
+        self._wait()
 
     def _write(self, state: dict[str, Any]) -> None:
         try:
@@ -144,24 +144,24 @@ class Writer:
         except UserError as error:
             self.error = error
 
-    def _finish(self) -> None:
+    def _wait(self) -> None:
         if self.thread is not None:
             self.thread.join()
         error, self.thread, self.error = self.error, None, None
         if error is not None and self.on_error == "stop":
             raise error
         if error is not None:
-            self.say(f"{error}; training goes on, and the next checkpoint is tried as planned")
+            self.warn(f"{error}; training goes on, and the next checkpoint is tried as planned")
 
 
-def on_cpu(value: Any) -> Any:
+def copy_to_cpu(value: Any) -> Any:
     """A copy of a state that no further step changes, its tensors on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
+        return {key: copy_to_cpu(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(on_cpu, value))
+        return type(value)(map(copy_to_cpu, value))
     return value
 
 
@@ -272,7 +272,7 @@ def check(state: Any, path: Path) -> dict[str, Any]:
     return state
 
 
-def must_be_finite(values: dict[str, Any], step: int) -> None:
+def check_finite(values: dict[str, Any], step: int) -> None:
     """Raise UserError, naming the first, if a tensor of a module's state is not finite: such a state is never
     saved.
 

@@ -18,7 +18,7 @@ import yaml
 from util.errors import Parser, UserError
 
 
-def opt(default: Any, reason: str) -> Any:
+def arg(default: Any, reason: str) -> Any:
     """A dataclass field whose `reason` is its comment in the source and its text in --help."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": reason})
@@ -28,130 +28,130 @@ def opt(default: Any, reason: str) -> Any:
 @dataclass
 class Config:
     # what runs, and where it leaves its results
-    method: str = opt(
+    method: str = arg(
         "simmatch", "simmatch, simmatch_single (one network, as for CIFAR), fixmatch or supervised"
     )
-    output_dir: str = opt(
+    output_dir: str = arg(
         "", "everything a run writes; empty means checkpoints/<name of the config or of checkpoint>"
     )
-    checkpoint: str = opt("", "NAME: checkpoints/NAME stands for last.pth, and may be a published file")
-    evaluate: bool = opt(False, "evaluate that checkpoint instead of training")
-    seed: int = opt(0, "decides the labelled draw, initial weights, order and views")
-    device: str = opt("auto", "auto (a GPU if there is one), cpu or cuda")
-    precision: str = opt(
+    checkpoint: str = arg("", "NAME: checkpoints/NAME stands for last.pth, and may be a published file")
+    evaluate: bool = arg(False, "evaluate that checkpoint instead of training")
+    seed: int = arg(0, "decides the labelled draw, initial weights, order and views")
+    device: str = arg("auto", "auto (a GPU if there is one), cpu or cuda")
+    precision: str = arg(
         "fp32", "of the networks' forward and backward: fp32, bf16 or fp16; losses and weights stay in fp32"
     )
-    channels_last: bool = opt(False, "convolve in the memory layout that GPUs prefer")
-    compile: bool = opt(False, "torch.compile the networks; the first steps then take minutes")
+    channels_last: bool = arg(False, "convolve in the memory layout that GPUs prefer")
+    compile: bool = arg(False, "torch.compile the networks; the first steps then take minutes")
     # ranks
-    port: int = opt(23456, "where ranks started by srun meet; the job's number is added to it")
-    virtual_ranks: int = opt(
+    port: int = arg(23456, "where ranks started by srun meet; the job's number is added to it")
+    virtual_ranks: int = arg(
         0, "ranks of a step, shared evenly by the processes, which play theirs in turn; 0: one a process"
     )
-    other_ranks: str = opt(
+    other_ranks: str = arg(
         "refuse", "continuing with another number of ranks than before: refuse, or continue at the same step"
     )
-    timeout_minutes: float = opt(
+    timeout_minutes: float = arg(
         10.0, "how long a rank waits for another one before the run ends with its name"
     )
     # data
-    dataset: str = opt("imagenet", "a name in dataset/build.py")
-    data: str = opt(
+    dataset: str = arg("imagenet", "a name in dataset/build.py")
+    data: str = arg(
         "", "folder of the images; empty: the path at the top of dataset/imagenet.py, or data/ for CIFAR"
     )
-    unlabelled: str = opt("", "dataset folder: more images, in any nesting, that have no labels")
-    val: str = opt("", "dataset folder: the test images, in class folders; empty: data/val, or val_share")
-    val_share: float = opt(
+    unlabelled: str = arg("", "dataset folder: more images, in any nesting, that have no labels")
+    val: str = arg("", "dataset folder: the test images, in class folders; empty: data/val, or val_share")
+    val_share: float = arg(
         0.0, "dataset folder without test images: the share of each class that is held out as such"
     )
-    split: str = opt(
+    split: str = arg(
         "", "the labelled images: a published list (python -m dataset.splits list) or any list file"
     )
-    labels_per_class: int = opt(0, "without split: labelled images of each class, drawn by seed")
-    anno_percent: float = opt(
+    labels_per_class: int = arg(0, "without split: labelled images of each class, drawn by seed")
+    anno_percent: float = arg(
         0.1, "without either: the share that is labelled; ImageNet's 0.01 and 0.1 are SimMatch's lists"
     )
-    weak: str = opt("weak", "view of labelled and weak unlabelled images: a name in dataset/views.py")
-    strong: str = opt(
+    weak: str = arg("weak", "view of labelled and weak unlabelled images: a name in dataset/views.py")
+    strong: str = arg(
         "moco", "strong view of unlabelled images: a name in dataset/views.py (moco, rand, stack, ...)"
     )
-    image_size: int = opt(224, "pixels a side of the views of photographs; the recipes use 224")
-    device_views: str = opt(
+    image_size: int = arg(224, "pixels a side of the views of photographs; the recipes use 224")
+    device_views: str = arg(
         "auto",
         "where flips, colours, blur and normalisation are done: on (the training device), "
         "off (PIL, in the workers), auto (on, for a GPU)",
     )
-    on_bad_image: str = opt(
+    on_bad_image: str = arg(
         "stop", "an image that cannot be read: stop the run, or skip it (another stands in)"
     )
-    workers: int = opt(
+    workers: int = arg(
         6,
         "processes that load training images, and as many again for test images; no effect on what is loaded",
     )
-    batch_size: int = opt(8, "labelled images a step and rank (B)")
-    mu: int = opt(5, "unlabelled images for each labelled one")
+    batch_size: int = arg(8, "labelled images a step and rank (B)")
+    mu: int = arg(5, "unlabelled images for each labelled one")
     # network
-    backbone: str = opt("resnet50_encoder", "a name in models/network.py")
-    cls: int = opt(1000, "number of classes (C); must agree with the data; 0: as many as these have")
-    dim: int = opt(128, "length of the embedding z (D)")
-    norm: str = opt("None", "the backbone's normalisation: None or BN, both BN per rank")
-    moco_path: str = opt("", "a MoCo checkpoint that a new run's backbone and head start from")
+    backbone: str = arg("resnet50_encoder", "a name in models/network.py")
+    cls: int = arg(1000, "number of classes (C); must agree with the data; 0: as many as these have")
+    dim: int = arg(128, "length of the embedding z (D)")
+    norm: str = arg("None", "the backbone's normalisation: None or BN, both BN per rank")
+    moco_path: str = arg("", "a MoCo checkpoint that a new run's backbone and head start from")
     # optimisation: SGD
-    epochs: int = opt(200, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
-    start_epoch: int = opt(
+    epochs: int = arg(200, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
+    start_epoch: int = arg(
         0,
         "of the published command line: a checkpoint says itself where it goes on, and without one only 0 will do",
     )
-    steps_per_epoch: int = opt(0, "steps that count as an epoch; 0: one pass over the unlabelled images")
-    lr: float = opt(0.1, "learning rate after warm-up")
-    warmup_epoch: int = opt(0, "epochs of linear warm-up")
-    cos: bool = opt(False, "cosine decay to 0, once an epoch; otherwise --schedule")
-    cos_7_16: bool = opt(
+    steps_per_epoch: int = arg(0, "steps that count as an epoch; 0: one pass over the unlabelled images")
+    lr: float = arg(0.1, "learning rate after warm-up")
+    warmup_epoch: int = arg(0, "epochs of linear warm-up")
+    cos: bool = arg(False, "cosine decay to 0, once an epoch; otherwise --schedule")
+    cos_7_16: bool = arg(
         False, "FixMatch's decay, every step: lr * cos(7 pi / 16 * share of the training done)"
     )
-    schedule: list[int] = opt(
+    schedule: list[int] = arg(
         [120, 160], "without --cos and --cos-7-16: epochs at which the rate falls tenfold"
     )
-    momentum: float = opt(0.9, "SGD momentum")
-    nesterov: bool = opt(False, "Nesterov's form of momentum")
-    wd: float = opt(1e-4, "weight decay, on every parameter (biases and BN too)")
-    no_decay_bn: bool = opt(False, "no weight decay on biases and BN, as for CIFAR")
+    momentum: float = arg(0.9, "SGD momentum")
+    nesterov: bool = arg(False, "Nesterov's form of momentum")
+    wd: float = arg(1e-4, "weight decay, on every parameter (biases and BN too)")
+    no_decay_bn: bool = arg(False, "no weight decay on biases and BN, as for CIFAR")
     # method (symbols of the paper)
-    lambda_u: float = opt(10.0, "weight of the unsupervised (pseudo-label) loss L_u")
-    lambda_in: float = opt(1.0, "weight of the instance similarity loss L_in")
-    threshold: float = opt(0.7, "pseudo-labels whose largest probability is below this do not count in L_u")
-    st: float = opt(0.1, "temperature of the student's similarities")
-    tt: float = opt(0.1, "temperature of the teacher's similarities")
-    c_smooth: float = opt(
+    lambda_u: float = arg(10.0, "weight of the unsupervised (pseudo-label) loss L_u")
+    lambda_in: float = arg(1.0, "weight of the instance similarity loss L_in")
+    threshold: float = arg(0.7, "pseudo-labels whose largest probability is below this do not count in L_u")
+    st: float = arg(0.1, "temperature of the student's similarities")
+    tt: float = arg(0.1, "temperature of the teacher's similarities")
+    c_smooth: float = arg(
         1.0, "share of the class prediction in the pseudo-label; the rest comes from the bank (alpha)"
     )
-    DA: bool = opt(False, "distribution alignment of the teacher's predictions")
-    da_len: int = opt(256, "steps whose mean prediction counts in distribution alignment")
-    bank_m: float = opt(0.0, "share of its old row that a bank row keeps when written (temporal ensemble)")
-    eman: bool = opt(False, "EMAN teacher (BN statistics averaged); otherwise EMA with shuffle-BN")
-    ema_m: float = opt(0.999, "momentum of the teacher (m)")
+    DA: bool = arg(False, "distribution alignment of the teacher's predictions")
+    da_len: int = arg(256, "steps whose mean prediction counts in distribution alignment")
+    bank_m: float = arg(0.0, "share of its old row that a bank row keeps when written (temporal ensemble)")
+    eman: bool = arg(False, "EMAN teacher (BN statistics averaged); otherwise EMA with shuffle-BN")
+    ema_m: float = arg(0.999, "momentum of the teacher (m)")
     # what is reported, and how often
-    print_freq: int = opt(20, "steps between two train events in the log")
-    eval_freq: int = opt(1, "epochs between two evaluations, each with a checkpoint")
-    diagnose_freq: int = opt(
+    print_freq: int = arg(20, "steps between two train events in the log")
+    eval_freq: int = arg(1, "epochs between two evaluations, each with a checkpoint")
+    diagnose_freq: int = arg(
         0,
         "steps between two diagnostics (docs/DOCTOR.md), each at the cost of some three steps; 0: with "
         "every evaluation",
     )
-    save_freq: int = opt(0, "steps between two further checkpoints; 0: none")
-    on_save_error: str = opt(
+    save_freq: int = arg(0, "steps between two further checkpoints; 0: none")
+    on_save_error: str = arg(
         "stop",
         "a checkpoint or log that cannot be written, as on a full disk: stop the run, or continue "
         "and try again later",
     )
-    save_minutes: float = opt(
+    save_minutes: float = arg(
         0.0, "minutes between two further checkpoints, looked at every print_freq steps; 0: none"
     )
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # How a run is watched and where its data are, not what it computes: these may change when a run is continued.
-FREE = frozenset(
+MAY_CHANGE_ON_RESUME = frozenset(
     {
         "output_dir",
         "checkpoint",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from util import dist_utils
 from util.errors import UserError
-from util.log import Log
+from util.log import Logger
 
 # In this order in the log; docs/DOCTOR.md says what each is. What a method does not have is null.
 KEYS = (
@@ -50,7 +50,7 @@ def diagnostics(
     epoch: int,
     steps_per_epoch: int,
     labels_per_step: int,
-    looked: dict[str, Tensor],
+    diag: dict[str, Tensor],
     counts: Optional[Tensor],
     labels: np.ndarray,
     classes: Sequence[str],
@@ -60,9 +60,9 @@ def diagnostics(
 
     labels_per_step: labelled images of all ranks in a step. looked: what models.diagnose gave, on this rank.
     counts: Meter.take_counts(). labels [K]: of the labelled list. classes [C]: their names. ages [K]: of its
-    rows (dataset/age.py).
+    rows (dataset/bank_age.py).
     """
-    values = {name: dist_utils.all_mean(value.float()).tolist() for name, value in looked.items()}
+    values = {name: dist_utils.all_mean(value.float()).tolist() for name, value in diag.items()}
     reference = np.bincount(labels, minlength=len(classes)) / len(labels)  # [C]
     losses = {name[5:]: value for name, value in values.items() if name.startswith("loss_")}
     total = sum(losses.values())
@@ -124,7 +124,7 @@ def kl(p: np.ndarray, reference: np.ndarray) -> float:
 
 
 @contextmanager
-def told(log: Log, step: int) -> Iterator[None]:
+def log_stop_reason(log: Logger, step: int) -> Iterator[None]:
     """A UserError that ends the run in this context is an event too: the log then says why it ends there."""
     try:
         yield

@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.place import place
+from util.rendezvous import find_rendezvous
 
 # Ranks talk twice: about tensors, over NCCL between GPUs; and about what to do next, over gloo, whose timeout
 # leaves time to say which rank did not answer. CONTROL is the group of the latter, STORE the board where the
 # ranks met, HOSTS their machines.
-CONTROL: Optional[dist.ProcessGroup] = None
+GLOO_GROUP: Optional[dist.ProcessGroup] = None
 STORE: Optional[dist.Store] = None
-HOSTS: list[str] = []
-ROLL_CALL = 10  # s in which ranks that still live put their names on the board after one was lost
+HOSTNAMES: list[str] = []
+ROLL_CALL_SECONDS = 10  # s in which ranks that still live put their names on the board after one was lost
 
 
 def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
@@ -34,11 +34,11 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
     device: auto, cpu or cuda. timeout_minutes: how long a rank waits for another one, now and in any step.
     port: for `place`.
     """
-    global CONTROL, STORE
+    global GLOO_GROUP, STORE
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU here; use cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
-    here = place(os.environ, port)
+    here = find_rendezvous(os.environ, port)
     if cuda:
         # A scheduler that shows every task its own GPU alone calls that one 0.
         torch.cuda.set_device(here.local_rank if torch.cuda.device_count() > 1 else 0)
@@ -58,8 +58,8 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
                 world_size=here.world,
                 timeout=2 * timeout if cuda else timeout,
             )
-            CONTROL = dist.new_group(backend="gloo", timeout=timeout)
-            HOSTS[:] = all_gather_object(socket.gethostname())
+            GLOO_GROUP = dist.new_group(backend="gloo", timeout=timeout)
+            HOSTNAMES[:] = all_gather_object(socket.gethostname())
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"rank {here.rank} of {here.world}, on {socket.gethostname()}, did not meet the others at {here.host}:"
@@ -69,7 +69,7 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def explain(error: RuntimeError) -> Optional[str]:
+def describe_lost_ranks(error: RuntimeError) -> Optional[str]:
     """A line that names the ranks that were lost, if `error` is of one that waited for them in vain; else
     None.
     """
@@ -79,15 +79,15 @@ def explain(error: RuntimeError) -> Optional[str]:
     ):
         return None
     me, missing = (
-        f"rank {rank()} on {HOSTS[rank()]}",
+        f"rank {rank()} on {HOSTNAMES[rank()]}",
         [0],
     )  # if the board does not answer: the rank that keeps it
     call = threading.Thread(target=_roll_call, args=(missing,), daemon=True)
     call.start()
-    call.join(ROLL_CALL + 5)
+    call.join(ROLL_CALL_SECONDS + 5)
     if not missing:
         return f"{me} lost contact with the others, which still live ({text.splitlines()[0][:200]}): look at the network between them"
-    lost = ", ".join(f"rank {r} on {HOSTS[r]}" for r in missing)
+    lost = ", ".join(f"rank {r} on {HOSTNAMES[r]}" for r in missing)
     return (
         f"{me} waited in vain for {lost}: it hangs or has ended; see what it said last, and its machine. The same command "
         "continues from the last checkpoint"
@@ -96,7 +96,7 @@ def explain(error: RuntimeError) -> Optional[str]:
 
 def _roll_call(missing: list[int]) -> None:
     """Put this rank's name on the board; the ranks that do not, within ROLL_CALL seconds, are `missing`."""
-    end, silent = time.monotonic() + ROLL_CALL, list(range(world_size()))
+    end, silent = time.monotonic() + ROLL_CALL_SECONDS, list(range(world_size()))
     with suppress(RuntimeError):  # a board that is gone
         STORE.set(f"lives/{rank()}", "")
         while silent and time.monotonic() < end:
@@ -107,14 +107,14 @@ def _roll_call(missing: list[int]) -> None:
             time.sleep(3)  # others are reading still: the board goes with this process
 
 
-def must_agree(facts: dict[str, Any]) -> None:
+def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
     """Raise UserError, on all ranks, if one differs from rank 0 in what all must share for a step to be one."""
     first, *others = all_gather_object(facts)
     for number, other in enumerate(others, 1):
         for key in first:
             if other[key] != first[key]:
                 raise UserError(
-                    f"rank {number} on {HOSTS[number]} has {key} {str(other[key])[:80]!r}, but rank 0 on {HOSTS[0]} has "
+                    f"rank {number} on {HOSTNAMES[number]} has {key} {str(other[key])[:80]!r}, but rank 0 on {HOSTNAMES[0]} has "
                     f"{str(first[key])[:80]!r}: all ranks need the same command, data and output directory"
                 )
 
@@ -134,7 +134,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def parallel(module: nn.Module) -> nn.Module:
+def wrap_ddp(module: nn.Module) -> nn.Module:
     """`module` with gradients averaged over ranks. BN stays per rank; `broadcast_buffers` makes its
     statistics rank 0's.
 
@@ -170,24 +170,24 @@ def all_gather_object(x: Any) -> list[Any]:
     if world_size() == 1:
         return [x]
     out = [None] * world_size()
-    dist.all_gather_object(out, x, group=CONTROL)
+    dist.all_gather_object(out, x, group=GLOO_GROUP)
     return out
 
 
-def anywhere(yes: bool) -> bool:
+def any_rank(yes: bool) -> bool:
     """Whether it is so on any rank; the same answer on all. It waits for no GPU."""
     if world_size() == 1:
         return yes
     answer = torch.tensor(int(yes))
-    dist.all_reduce(answer, dist.ReduceOp.MAX, group=CONTROL)
+    dist.all_reduce(answer, dist.ReduceOp.MAX, group=GLOO_GROUP)
     return bool(answer)
 
 
-def count(x: Tensor) -> Tensor:
+def sum_on_cpu(x: Tensor) -> Tensor:
     """Sum over ranks of a count, [...] on the CPU."""
     x = x.cpu()
     if world_size() > 1:
-        dist.all_reduce(x, group=CONTROL)
+        dist.all_reduce(x, group=GLOO_GROUP)
     return x
 
 

@@ -10,28 +10,30 @@ from pathlib import Path
 from typing import Any, Optional
 
 from util.config import Config, read_yaml
-from util.errors import Parser, UserError, run
+from util.detectors import Event, Run
+from util.errors import Parser, UserError, cli_main
 from util.report import read_events
 from util.rules import RULES
-from util.symptoms import Event, Run
 
 
 def read(folder: Path) -> tuple[Run, list[Event]]:
     """The run and all its events. Raises UserError if it is none."""
     events = read_events(folder)
-    trains, evals, looks, stops = (
+    trains, evals, diagnostic_events, stops = (
         [e for e in events if e["event"] == kind] for kind in ("train", "eval", "diagnostics", "stop")
     )
     config = Config(**read_yaml(str(folder / "config.yaml")))
-    return Run(config, trains, evals, looks, stops, steps_per_epoch(trains, evals, looks)), events
+    return Run(
+        config, trains, evals, diagnostic_events, stops, steps_per_epoch(trains, evals, diagnostic_events)
+    ), events
 
 
-def steps_per_epoch(trains: list[Event], evals: list[Event], looks: list[Event]) -> Optional[int]:
+def steps_per_epoch(trains: list[Event], evals: list[Event], diagnostic_events: list[Event]) -> Optional[int]:
     """The diagnostics say it; otherwise an evaluation does, being at the end of an epoch that a train event
     names.
     """
-    if looks:
-        return looks[0]["steps_per_epoch"]
+    if diagnostic_events:
+        return diagnostic_events[0]["steps_per_epoch"]
     epochs = {e["step"]: e["epoch"] for e in trains}
     return next((e["step"] // epochs[e["step"]] for e in evals if e["step"] in epochs), None)
 
@@ -45,7 +47,7 @@ def examine(r: Run) -> list[dict[str, Any]]:
             "what": finding.what,
             "first_step": finding.first,
             "last_step": finding.last,
-            "words": rule.words,
+            "description": rule.description,
             "advice": rule.advice,
         }
         for rule, finding in found
@@ -87,7 +89,7 @@ def main() -> None:
         where = f"step {f['first_step']}" + (
             f" to {f['last_step']}" if f["last_step"] != f["first_step"] else ""
         )
-        print(f"{f['rule']}: {f['what']} ({where})\n  rule: {f['words']}\n  try: {f['advice']}")
+        print(f"{f['rule']}: {f['what']} ({where})\n  rule: {f['description']}\n  try: {f['advice']}")
     if not findings:
         print(
             f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)"
@@ -98,10 +100,10 @@ def main() -> None:
         print(
             f"unfinished at step {step} of {total or 'a number that is not known before the first evaluation'}"
         )
-    if events and not r.looks:
+    if events and not r.diagnostic_events:
         print("the log has no diagnostics: rules on classes, gradients, prior, bank and q_w saw nothing")
     sys.exit(1 if findings else 0)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

@@ -23,15 +23,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists every flag")
 
 
-def run(
+def cli_main(
     main: Callable[[], None],
     interrupted: str = "interrupted",
-    explain: Callable[[RuntimeError], Optional[str]] = lambda error: None,
+    describe_error: Callable[[RuntimeError], Optional[str]] = lambda error: None,
 ) -> None:
     """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code
     130.
 
-    explain: a line for a RuntimeError that is nobody's mistake in this process, such as another one that was
+    describe_error: a line for a RuntimeError that is nobody's mistake in this process, such as another one that was
     lost; exit code 1.
     """
     try:
@@ -39,13 +39,13 @@ def run(
         return
     except UserError as error:  # from a worker process, PyTorch hands it on with the traceback before it
         message = str(error).rpartition("util.errors.UserError: ")[2].strip()
-        end, code = error, _last_words(f"error: {message}", 2)
+        end, code = error, _print_last_line(f"error: {message}", 2)
     except KeyboardInterrupt as error:
-        end, code = error, _last_words(interrupted, 130)
+        end, code = error, _print_last_line(interrupted, 130)
     except Exception as error:
-        line = explain(error) if isinstance(error, RuntimeError) else None
+        line = describe_error(error) if isinstance(error, RuntimeError) else None
         if line is not None:
-            _leave(line)
+            _exit_now(line)
         traceback.print_exc()
         end, code = error, 1
     traceback.clear_frames(
@@ -54,9 +54,9 @@ def run(
     sys.exit(code)
 
 
-def _leave(line: str) -> NoReturn:
+def _exit_now(line: str) -> NoReturn:
     """End, exit code 1, without what still waits for a lost rank, which would not let the process end."""
-    _last_words(f"error: {line}", 1)
+    _print_last_line(f"error: {line}", 1)
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join()  # a checkpoint on its way to the disk
@@ -64,6 +64,6 @@ def _leave(line: str) -> NoReturn:
     os._exit(1)
 
 
-def _last_words(line: str, code: int) -> int:
+def _print_last_line(line: str, code: int) -> int:
     print(f"\n{line}" if sys.stdout.isatty() else line, file=sys.stderr, flush=True)
     return code

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from util.errors import UserError
 
-PLAIN = (
+SHARED_RESNETS = (
     "resnet18_encoder",
     "resnet34_encoder",
     "resnet50_encoder",
@@ -19,9 +19,9 @@ def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[s
     """Backbone and classifier of a network's state_dict, under torchvision's names, which are timm's too; no
     head.
     """
-    if backbone not in PLAIN:
+    if backbone not in SHARED_RESNETS:
         raise UserError(
-            f"{where} holds a {backbone}, which torchvision and timm do not have; they have {', '.join(PLAIN)}"
+            f"{where} holds a {backbone}, which torchvision and timm do not have; they have {', '.join(SHARED_RESNETS)}"
         )
     channels = values["backbone.conv1.weight"].shape[1]
     if channels != 3:

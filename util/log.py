@@ -17,29 +17,29 @@ from util.errors import UserError
 TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s")
 
 
-def prepare(output_dir: Path, checkpoint_dir: Path, config_yaml: str, anew: bool) -> list[str]:
+def init_output_dir(output_dir: Path, checkpoint_dir: Path, config_yaml: str, new_run: bool) -> list[str]:
     """Make the directories and write config.yaml into the first. Raises UserError if that is not possible.
 
     anew: nothing is continued; then the log and best.pth of an earlier run that stand there are kept under
     the names that are returned.
     """
-    kept = []
+    archived = []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
         for path in (output_dir / "log.jsonl", output_dir / "best.pth"):
-            if anew and path.exists() and path.stat().st_size:
+            if new_run and path.exists() and path.stat().st_size:
                 aside = next(
                     aside
                     for n in range(1, 10**6)
                     if not (aside := path.with_name(f"{path.name}.old{n}")).exists()
                 )
                 os.replace(path, aside)
-                kept.append(aside.name)
+                archived.append(aside.name)
         (output_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
     except OSError as error:
         raise _cannot_write(output_dir, error) from None
-    return kept
+    return archived
 
 
 def _cannot_write(output_dir: Path, error: OSError) -> UserError:
@@ -48,29 +48,29 @@ def _cannot_write(output_dir: Path, error: OSError) -> UserError:
     )
 
 
-class Log:
+class Logger:
     """Events of one run. `start` is the step it continues from: later events of an earlier attempt are
     dropped.
     """
 
-    def __init__(self, output_dir: Path, start: int, total: int, active: bool, patient: bool = False):
+    def __init__(self, output_dir: Path, start: int, total: int, active: bool, buffer_on_error: bool = False):
         """patient: events that cannot be written, as on a full disk, wait in memory, and the run goes on;
         otherwise it stops.
         """
-        self.start, self.total, self.active, self.patient = start, total, active, patient
-        self.owed = b""  # what is to be written still: lines of the log
-        self.untold: list[tuple[str, float, int]] = []  # and scalars for TensorBoard
+        self.start, self.total, self.active, self.buffer_on_error = start, total, active, buffer_on_error
+        self.pending_lines = b""  # what is to be written still: lines of the log
+        self.pending_scalars: list[tuple[str, float, int]] = []  # and scalars for TensorBoard
         self.terminal = sys.stdout.isatty()
-        self.begun: Optional[float] = None  # when the first step of this process was done
+        self.started: Optional[float] = None  # when the first step of this process was done
         if not active:
             return
         threading.excepthook = _thread_hook
         self.path = output_dir / "log.jsonl"
         try:
-            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
-            self.empty = not kept
+            archived = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
+            self.empty = not archived
             temporary = self.path.with_name("log.jsonl.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(archived), encoding="utf-8")
             os.replace(temporary, self.path)
             self.file = open(self.path, "ab", buffering=0)
             self.tb: Optional[SummaryWriter] = SummaryWriter(str(output_dir / "tb"), purge_step=start + 1)
@@ -81,12 +81,12 @@ class Log:
                 f"{self.path} is damaged: a line is not one of our events; move the file away"
             ) from None
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """A line for people that stays."""
         if self.active:
             print(f"\r\033[K{line}" if self.terminal else line, flush=True)
 
-    def begin(self, step: int, split: str, sha256: str) -> None:
+    def log_start(self, step: int, split: str, sha256: str) -> None:
         """split, sha256: of the labelled images; util.report refuses to compare runs on different ones."""
         if self.active and self.empty:
             self.write("start", step, {"split": split, "sha256": sha256})
@@ -99,11 +99,11 @@ class Log:
         self.write(
             "bad_images", step, {"fate": fate, "count": len(bad), "images": [list(pair) for pair in unique]}
         )
-        self.say(f"{len(unique)} bad images were {fate} ({len(bad)} times):")
+        self.print_line(f"{len(unique)} bad images were {fate} ({len(bad)} times):")
         for name, cause in unique[:20]:
-            self.say(f"  {name}: {cause}")
+            self.print_line(f"  {name}: {cause}")
         if len(unique) > 20:
-            self.say(f"  and {len(unique) - 20} more, in {self.path}")
+            self.print_line(f"  and {len(unique) - 20} more, in {self.path}")
 
     def train(self, step: int, epoch: int, epochs: int, values: dict[str, float]) -> None:
         """step: steps done; epoch: the one in progress, from 1; values: TRAIN_KEYS, as far as the method has
@@ -128,7 +128,7 @@ class Log:
     def eval(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """values: student_top1, student_top5, teacher_top1, teacher_top5, in percent."""
         self.write("eval", step, values)
-        self.say(
+        self.print_line(
             f"epoch {epoch}  student {values['student_top1']:.3f} / {values['student_top5']:.3f}  "
             f"teacher {values['teacher_top1']:.3f} / {values['teacher_top5']:.3f}  (top-1 / top-5 %)"
         )
@@ -137,7 +137,7 @@ class Log:
         """Raises UserError if there are events that could not be written."""
         if not self.active:
             return
-        self.patient = False
+        self.buffer_on_error = False
         self._flush()
         self.file.close()
         if self.tb is not None:
@@ -147,8 +147,10 @@ class Log:
         """values: of JSON, and finite."""
         if not self.active:
             return
-        self.owed += json.dumps({"event": event, "step": step, **values}, allow_nan=False).encode() + b"\n"
-        self.untold += [
+        self.pending_lines += (
+            json.dumps({"event": event, "step": step, **values}, allow_nan=False).encode() + b"\n"
+        )
+        self.pending_scalars += [
             (f"{event}/{key}", value, step)
             for key, value in values.items()
             if isinstance(value, (int, float))
@@ -157,13 +159,13 @@ class Log:
             return
         try:
             self.tb = self.tb or SummaryWriter(str(self.path.parent / "tb"))
-            for scalar in self.untold:
+            for scalar in self.pending_scalars:
                 self.tb.add_scalar(*scalar)
             self.tb.flush()
-            self.untold.clear()
+            self.pending_scalars.clear()
         except OSError as error:  # the writer's thread is gone with it; the next event tries a new one
             self.tb = None
-            if not self.patient:
+            if not self.buffer_on_error:
                 raise UserError(
                     f"cannot write {self.path.parent / 'tb'}: {error.strerror}; the checkpoints are intact"
                 ) from None
@@ -171,23 +173,25 @@ class Log:
     def _flush(self) -> bool:
         """Whether all events are written."""
         try:
-            while self.owed:
-                self.owed = self.owed[self.file.write(self.owed) :]
+            while self.pending_lines:
+                self.pending_lines = self.pending_lines[self.file.write(self.pending_lines) :]
             return True
         except OSError as error:
-            if not self.patient:
+            if not self.buffer_on_error:
                 raise UserError(
                     f"cannot write {self.path}: {error.strerror}; the checkpoints are intact"
                 ) from None
-            self.say(f"cannot write {self.path}: {error.strerror}; {len(self.owed)} bytes wait in memory")
+            self.print_line(
+                f"cannot write {self.path}: {error.strerror}; {len(self.pending_lines)} bytes wait in memory"
+            )
             return False
 
     def _eta(self, step: int) -> str:
         now = time.monotonic()
-        if self.begun is None:
-            self.begun, self.start = now, step
+        if self.started is None:
+            self.started, self.start = now, step
             return "?"
-        seconds = round((self.total - step) * (now - self.begun) / (step - self.start))
+        seconds = round((self.total - step) * (now - self.started) / (step - self.start))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 

@@ -38,7 +38,7 @@ def evaluate(
             for row, value in enumerate((hit[:, 0], hit.sum(dim=1), torch.ones_like(hit[:, 0]))):
                 own[row].index_add_(0, y, value)
     out = []
-    for top1, top5, images in dist_utils.count(counts):  # [C] each
+    for top1, top5, images in dist_utils.sum_on_cpu(counts):  # [C] each
         total = images.sum()
         if total == 0:
             raise UserError("none of the test images can be read: python -m dataset.check lists them")
@@ -68,9 +68,9 @@ class Meter:
         self,
         step: int,
         terms: dict[str, Tensor],
-        pseudo: Optional[Tensor],
+        pseudo_label: Optional[Tensor],
         mask: Optional[Tensor],
-        hidden: Optional[Tensor],
+        true_labels: Optional[Tensor],
     ) -> None:
         """terms: weighted losses; pseudo [muB, C], mask [muB]: pseudo-labels; hidden [muB]: the labels they
         stand for.
@@ -79,14 +79,14 @@ class Meter:
         values["loss"] = sum(values.values())
         if mask is not None:
             values["mask"] = mask.mean()
-        if pseudo is not None:
-            label = pseudo.argmax(dim=1)  # [muB]
+        if pseudo_label is not None:
+            label = pseudo_label.argmax(dim=1)  # [muB]
             counted = [torch.ones_like(mask), mask]
-            if hidden is not None:
-                right = (label == hidden.to(label.device)).float()  # [muB]
+            if true_labels is not None:
+                right = (label == true_labels.to(label.device)).float()  # [muB]
                 values["pseudo_acc"] = right.mean()
                 counted += [right, right * mask]
-            self._count(label, torch.stack(counted).long(), pseudo.shape[1])
+            self._count(label, torch.stack(counted).long(), pseudo_label.shape[1])
         self.names = tuple(values)
         self.rows.append((step, torch.stack([v.float() for v in values.values()])))
 

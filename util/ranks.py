@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from util.errors import UserError
 
 
-class Ranks(NamedTuple):
+class RankLayout(NamedTuple):
     """A rank is a group of images with BN statistics of its own. `batch_size` labelled images (B) make one."""
 
     total: int  # of a global step
@@ -15,17 +15,19 @@ class Ranks(NamedTuple):
     batch_size: int
 
     @property
-    def here(self) -> int:
+    def virtual_ranks_per_process(self) -> int:
         """Ranks that each process plays, one after the other."""
         return self.total // self.processes
 
     def __str__(self) -> str:
         return f"{self.total} rank{'s' * (self.total > 1)} of {self.batch_size} labelled images" + (
-            f", {self.here} on each of {self.processes} processes" if self.here > 1 else ""
+            f", {self.virtual_ranks_per_process} on each of {self.processes} processes"
+            if self.virtual_ranks_per_process > 1
+            else ""
         )
 
 
-def ranks_of(batch_size: int, virtual_ranks: int, processes: int) -> Ranks:
+def plan_ranks(batch_size: int, virtual_ranks: int, processes: int) -> RankLayout:
     """Of a new run: as many as processes, or `virtual_ranks` shared by them. Raises UserError if they cannot
     be shared evenly.
     """
@@ -35,12 +37,12 @@ def ranks_of(batch_size: int, virtual_ranks: int, processes: int) -> Ranks:
             f"{total} virtual ranks cannot be shared evenly by {processes} processes: start a number of them that "
             f"divides {total}, or choose another --virtual-ranks"
         )
-    return Ranks(total, processes, batch_size)
+    return RankLayout(total, processes, batch_size)
 
 
-def continue_with(
-    asked: Ranks, virtual_ranks: int, other_ranks: str, state: dict[str, Any]
-) -> tuple[Ranks, str]:
+def plan_ranks_on_resume(
+    asked: RankLayout, virtual_ranks: int, other_ranks: str, state: dict[str, Any]
+) -> tuple[RankLayout, str]:
     """(ranks, remark) with which a run goes on from the checkpoint `state`, always at the same step, with the
     same images in it.
 
@@ -50,7 +52,7 @@ def continue_with(
        be shared evenly; otherwise the images of a step are grouped anew, which changes BN's statistics.
     3. Another number, and other_ranks is `refuse`: UserError.
     """
-    before = Ranks(state["world"], state["processes"], state["batch_size"])
+    before = RankLayout(state["world"], state["processes"], state["batch_size"])
     if asked.total != before.total:
         if other_ranks == "refuse":
             raise UserError(

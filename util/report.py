@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from util.config import Config, read_yaml
-from util.errors import Parser, UserError, run
+from util.errors import Parser, UserError, cli_main
 
-COLOURS = (
+COLORS = (
     "#0072b2",
     "#d55e00",
     "#009e73",
@@ -65,7 +65,7 @@ def read(folder: Path) -> Run:
     return Run(folder.name, Config(**read_yaml(str(folder / "config.yaml"))), trains, evals, split)
 
 
-def must_share_split(runs: list[Run]) -> None:
+def check_same_split(runs: list[Run]) -> None:
     """Raise UserError unless all runs had the same labelled images: otherwise their accuracies do not
     compare.
     """
@@ -116,7 +116,7 @@ def draw(runs: list[Run], path: Path) -> None:
         _panel(pen, scale, (60 + 550 * place, 50, 530 + 550 * place, 340), title, curves)
     for place, r in enumerate(runs):
         x, y = (60 + 180 * place) * scale, 390 * scale
-        pen.line((x, y, x + 24 * scale, y), fill=COLOURS[place % len(COLOURS)], width=3 * scale)
+        pen.line((x, y, x + 24 * scale, y), fill=COLORS[place % len(COLORS)], width=3 * scale)
         pen.text((x + 32 * scale, y), r.name, fill="black", font=_font(14 * scale), anchor="lm")
     image.resize((1100, 420), Image.Resampling.LANCZOS).save(path, format="PNG")
 
@@ -156,7 +156,7 @@ def _panel(
         if curve:
             pen.line(
                 [at(*point) for point in curve],
-                fill=COLOURS[place % len(COLOURS)],
+                fill=COLORS[place % len(COLORS)],
                 width=2 * scale,
                 joint="curve",
             )
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, metavar="FILE.png", help="also draw the curves")
     args = parser.parse_args(sys.argv[1:])
     runs = [read(folder) for folder in args.runs]
-    must_share_split(runs)
+    check_same_split(runs)
     print(table(runs))
     if args.curves:
         try:
@@ -188,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

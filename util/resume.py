@@ -10,8 +10,8 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from util import checkpoint, dist_utils, published
-from util.config import FREE, Config, to_dict
+from util import checkpoint, dist_utils, published_checkpoints
+from util.config import MAY_CHANGE_ON_RESUME, Config, to_dict
 from util.errors import UserError
 
 
@@ -68,7 +68,7 @@ def resume(
     changed = [
         f"{key} was {state['config'].get(key)!r} and is now {now[key]!r}"
         for key in now
-        if key not in FREE and state["config"].get(key) != now[key]
+        if key not in MAY_CHANGE_ON_RESUME and state["config"].get(key) != now[key]
     ]
     if tuple(state["split"]) != tuple(split):
         changed.append(
@@ -98,7 +98,9 @@ def resume_published(
     It does not say with which settings it was trained: those of the command line hold. The file is kept under
     another name, since `path` is where this run saves.
     """
-    values, state, _, steps = published.to_training_state(content, steps_per_epoch, f"checkpoint {path}")
+    values, state, _, steps = published_checkpoints.to_training_state(
+        content, steps_per_epoch, f"checkpoint {path}"
+    )
     checkpoint.load_module(method, values, path)
     optimizer.load_state_dict(state)
     if dist_utils.rank() == 0 and not _kept(path).exists():
@@ -115,7 +117,10 @@ def start_from_moco(path: Path, method: nn.Module) -> None:
     """
     if not path.is_file():
         raise UserError(f"--moco-path {path}: there is no such file")
-    network, values = method.student, published.moco_backbone(checkpoint.read(path), f"checkpoint {path}")
+    network, values = (
+        method.student,
+        published_checkpoints.moco_backbone(checkpoint.read(path), f"checkpoint {path}"),
+    )
     parts = {key.split(".")[0] for key in values}  # MoCo v1 has no head
     own = {key: value for key, value in network.state_dict().items() if key.split(".")[0] not in parts}
     checkpoint.load_module(network, {**values, **own}, path)

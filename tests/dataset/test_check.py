@@ -57,7 +57,7 @@ def doctor(tree, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["check", str(file), "--report", str(report), *map(str, flags)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            errors.run(check.main)
+            errors.cli_main(check.main)
         *lines, last = capsys.readouterr().out.splitlines()
         said, words = {"ok": [], "note": [], "BAD": []}, []
         for line in lines:
@@ -382,8 +382,8 @@ def test_images_in_memory(doctor, monkeypatch):
 
     def broken(*args, **how):
         data = build_data(*args, **how)
-        data.images.images[data.labelled[0]] = data.test_images.images[3]
-        data.images.images[data.labelled[1]] = 5
+        data.images.images[data.labeled[0]] = data.test_images.images[3]
+        data.images.images[data.labeled[1]] = 5
         return data
 
     monkeypatch.setattr(check, "build_data", broken)

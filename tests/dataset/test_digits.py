@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from dataset import digits
-from dataset.digits import MEAN, STD, plain, strong, weak
+from dataset.digits import MEAN, STD, eval_view, strong, weak
 from util.errors import UserError
 
-NONE = np.empty((0, 0))  # plain views draw nothing
+NONE = np.empty((0, 0))  # eval_view views draw nothing
 
 
 def train_images(n):
@@ -18,7 +18,7 @@ def train_images(n):
 def test_sizes_and_the_fixed_test_split():
     data = digits.build(labels_per_class=4, seed=0)
     assert len(data.images) == 1437 and data.images[0].shape == (8, 8) and len(data.test_images) == 360
-    assert len(data.labelled) == 40 and len(data.unlabelled) == 1437
+    assert len(data.labeled) == 40 and len(data.unlabeled) == 1437
     assert np.bincount(data.test_labels).tolist() == [36] * 10
     with np.load(digits.FILE) as file:
         own = [np.flatnonzero(file["labels"] == c) for c in range(10)]
@@ -35,10 +35,10 @@ def test_the_file_is_the_published_set():
 
 def test_the_labelled_draw_is_balanced_seeded_and_nested():
     data = [digits.build(labels_per_class=n, seed=s) for n, s in ((1, 0), (1, 0), (4, 0), (1, 1))]
-    assert np.bincount(data[2].labels[data[2].labelled]).tolist() == [4] * 10
-    assert data[0].labelled.tolist() == data[1].labelled.tolist()
-    assert set(data[0].labelled) < set(data[2].labelled)
-    assert data[0].labelled.tolist() != data[3].labelled.tolist()
+    assert np.bincount(data[2].labels[data[2].labeled]).tolist() == [4] * 10
+    assert data[0].labeled.tolist() == data[1].labeled.tolist()
+    assert set(data[0].labeled) < set(data[2].labeled)
+    assert data[0].labeled.tolist() != data[3].labeled.tolist()
     assert len({d.split.sha256 for d in data}) == len({d.split.id for d in data}) == 3
 
 
@@ -52,12 +52,12 @@ def test_a_plain_view_is_the_image_drawn_twice_as_large():
     """A pixel of paper or ink that stands among its like keeps its value; mean and spread are about 0 and 1;
     the ink is moved to the middle.
     """
-    x = plain(train_images(1437), NONE)
+    x = eval_view(train_images(1437), NONE)
     assert x.shape == (1437, 1, 16, 16) and x.dtype == torch.float32
     assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.1
     image = np.zeros((8, 8), np.uint8)
     image[:, 4:] = 16
-    ink = plain([image], NONE)[0, 0] * STD + MEAN
+    ink = eval_view([image], NONE)[0, 0] * STD + MEAN
     assert ink[8, [0, 7, 8, 15]].tolist() == pytest.approx([0, 16, 16, 0], abs=1e-4)
 
 
@@ -68,9 +68,9 @@ def test_a_plain_view_is_upright(slope):
     """
     middle = 4.5 + slope * (np.arange(8) - 3.5)  # [8]
     image = np.clip(1.5 - np.abs(np.arange(8) + 0.5 - middle[:, None]), 0, 1)  # [8, 8]
-    ink = plain([(16 * image).round().astype(np.uint8)], NONE)[0, 0] * STD + MEAN  # [16, 16]
-    centre = (ink * (torch.arange(16) + 0.5)).sum(1) / ink.sum(1)  # [16]
-    assert centre[2:14].tolist() == pytest.approx([8.0] * 12, abs=0.25)
+    ink = eval_view([(16 * image).round().astype(np.uint8)], NONE)[0, 0] * STD + MEAN  # [16, 16]
+    center = (ink * (torch.arange(16) + 0.5)).sum(1) / ink.sum(1)  # [16]
+    assert center[2:14].tolist() == pytest.approx([8.0] * 12, abs=0.25)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_view_that_changes_nothing(view, numbers, nothing):
     images = train_images(20)
     assert len(nothing) == numbers
     torch.testing.assert_close(
-        view(images, np.tile(nothing, (20, 1))), plain(images, NONE), rtol=0, atol=1e-5
+        view(images, np.tile(nothing, (20, 1))), eval_view(images, NONE), rtol=0, atol=1e-5
     )
 
 
@@ -97,13 +97,13 @@ def test_a_shift_moves_the_ink():
     """The second number of a view is the shift along x: for the weak one (2u − 1)·½ pixels of the image."""
     image = np.zeros((8, 8), np.uint8)
     image[:, 2:4] = 16
-    centre = []
+    center = []
     for u1 in (0.5, 1.0):
         u = np.full((1, 6), 0.5)
         u[0, 1] = u1
         ink = weak([image], u)[0, 0] * STD + MEAN
-        centre.append(float((ink[8] * torch.arange(16)).sum() / ink[8].sum()))
-    assert centre[0] - centre[1] == pytest.approx(1.0, abs=0.05)  # half a pixel of 8 is one of 16
+        center.append(float((ink[8] * torch.arange(16)).sum() / ink[8].sum()))
+    assert center[0] - center[1] == pytest.approx(1.0, abs=0.05)  # half a pixel of 8 is one of 16
 
 
 def test_the_patch_is_paper_and_the_ink_only_fades():

@@ -7,13 +7,13 @@ import pytest
 import torch
 from trees import cifar10, imagenet, picture
 
-from dataset import splits
 from dataset import cifar as cifar_module
 from dataset import imagenet as imagenet_module
+from dataset import splits
 from dataset.build import build_data
 from dataset.imagenet import Imagenet, ImagenetPercentV2
 from dataset.loader import Stream, to_device
-from dataset.workers import Batches
+from dataset.workers import PrefetchLoader
 from util.config import Config
 from util.errors import UserError
 
@@ -43,16 +43,16 @@ def build(root, **fields):
 @pytest.mark.parametrize("flat_val", [False, True])
 def test_both_layouts_give_the_same_data(tmp_path, flat_val):
     data = build(imagenet(tmp_path / "in", flat_val=flat_val))
-    assert len(data.images) == 24 and len(data.labelled) == 6 and len(data.unlabelled) == 18
-    assert np.bincount(data.labels[data.labelled]).tolist() == [2, 2, 2]
-    assert not set(data.labelled) & set(data.unlabelled)  # unlabelled is train minus labelled
+    assert len(data.images) == 24 and len(data.labeled) == 6 and len(data.unlabeled) == 18
+    assert np.bincount(data.labels[data.labeled]).tolist() == [2, 2, 2]
+    assert not set(data.labeled) & set(data.unlabeled)  # unlabelled is train minus labelled
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
     expected = [np.asarray(picture(1000 * c + 10 * k + 1)) for c in range(3) for k in range(2)]
     for row, pixels in enumerate(expected):
         assert np.abs(np.asarray(data.test_images[row]).astype(int) - pixels).mean() < 8  # through JPEG
     item = Stream(data, 2, 3, seed=0)[0]
-    assert to_device(data.weak, item.x, torch.device("cpu")).shape == (2, 3, 32, 32)
-    assert to_device(data.strong, item.u_strong, torch.device("cpu")).shape == (6, 3, 32, 32)
+    assert to_device(data.weak_view, item.x, torch.device("cpu")).shape == (2, 3, 32, 32)
+    assert to_device(data.strong_view, item.u_strong, torch.device("cpu")).shape == (6, 3, 32, 32)
 
 
 def test_train_may_be_a_list_too(tmp_path):
@@ -87,10 +87,10 @@ def test_the_path_comes_from_flag_environment_or_source(tmp_path, monkeypatch):
 
 def test_the_labelled_and_the_unlabelled_part(tmp_path):
     root = imagenet(tmp_path / "in")
-    labelled, rest = (ImagenetPercentV2(0.25, labeled, root) for labeled in (True, False))
-    assert len(labelled) == 6 and len(rest) == 18 and labelled[0].mode == "RGB"
-    assert sorted(labelled.rows.tolist() + rest.rows.tolist()) == list(range(24))
-    assert labelled.name(0) == str(root / "train" / "n00000000" / labelled.name(0).rpartition("/")[2])
+    labeled, rest = (ImagenetPercentV2(0.25, labeled, root) for labeled in (True, False))
+    assert len(labeled) == 6 and len(rest) == 18 and labeled[0].mode == "RGB"
+    assert sorted(labeled.rows.tolist() + rest.rows.tolist()) == list(range(24))
+    assert labeled.name(0) == str(root / "train" / "n00000000" / labeled.name(0).rpartition("/")[2])
 
 
 def test_a_published_share_is_a_published_list(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_published_share_is_a_published_list(tmp_path, monkeypatch):
     monkeypatch.setattr(splits.load, "__defaults__", (folder,))
     data = build(root, labels_per_class=0, anno_percent=0.01)
     assert data.split == ("simmatch-1p", hashlib.sha256(text).hexdigest())
-    assert [data.images.name(row).rpartition("/")[2] for row in data.labelled] == text.decode().split("\n")
+    assert [data.images.name(row).rpartition("/")[2] for row in data.labeled] == text.decode().split("\n")
     (folder / "simmatch-1p.txt").write_bytes(text + b"\n")
     with pytest.raises(UserError, match="not the published list"):
         build(root, labels_per_class=0, anno_percent=0.01)
@@ -128,14 +128,16 @@ def test_cifar(cifar_root):
     data = build(
         cifar_root, dataset="cifar10", cls=10, labels_per_class=4, weak="cifar_weak", strong="cifar_strong"
     )
-    assert len(data.labelled) == 40 and len(data.unlabelled) == 200 and len(data.test_labels) == 20
+    assert len(data.labeled) == 40 and len(data.unlabeled) == 200 and len(data.test_labels) == 20
     assert data.split.id == "cifar10-4-seed0" and data.classes[0] == "airplane"
     item = Stream(data, 4, 7, seed=0)[0]
-    assert to_device(data.strong, item.u_strong, torch.device("cpu")).shape == (28, 3, 32, 32)
-    plain = to_device(
-        data.plain, data.plain.host([data.test_images[0]], np.empty((1, 0))), torch.device("cpu")
+    assert to_device(data.strong_view, item.u_strong, torch.device("cpu")).shape == (28, 3, 32, 32)
+    eval_view = to_device(
+        data.eval_view,
+        data.eval_view.cpu_transform([data.test_images[0]], np.empty((1, 0))),
+        torch.device("cpu"),
     )
-    assert plain.shape == (1, 3, 32, 32) and plain.abs().max() < 4
+    assert eval_view.shape == (1, 3, 32, 32) and eval_view.abs().max() < 4
 
 
 def test_cifar_without_network(tmp_path, monkeypatch):
@@ -157,7 +159,7 @@ def own(root, **fields):
 def test_one_folder_with_a_held_out_share(tmp_path):
     root = imagenet(tmp_path / "in") / "train"
     data = own(root, val_share=0.25)
-    assert len(data.test_labels) == 6 and len(data.labelled) == 6 and len(data.unlabelled) == 12
+    assert len(data.test_labels) == 6 and len(data.labeled) == 6 and len(data.unlabeled) == 12
     trained = {data.images.name(row) for row in range(len(data.images))}
     assert not trained & {data.test_images.name(row) for row in range(6)}
     assert np.bincount(data.test_labels).tolist() == [2, 2, 2]
@@ -170,16 +172,14 @@ def test_a_labelled_folder_and_a_pile(tmp_path):
         picture(k).save(pile / place)
     (pile / "notes.txt").write_text("not an image")
     data = own(root, unlabelled=str(pile), labels_per_class=0)
-    assert (
-        len(data.labelled) == 24 and len(data.unlabelled) == 3 and (data.labels[data.unlabelled] == -1).all()
-    )
-    assert sorted(data.images.name(row) for row in data.unlabelled) == sorted(
+    assert len(data.labeled) == 24 and len(data.unlabeled) == 3 and (data.labels[data.unlabeled] == -1).all()
+    assert sorted(data.images.name(row) for row in data.unlabeled) == sorted(
         str(pile / place) for place in ("x.png", "deep/er/y.jpg", "deep/z.webp")
     )
-    assert all(data.images[row].mode == "RGB" for row in data.unlabelled)
-    assert Stream(data, 1, 3, seed=0)[0].hidden is None
+    assert all(data.images[row].mode == "RGB" for row in data.unlabeled)
+    assert Stream(data, 1, 3, seed=0)[0].true_labels is None
     part = own(root, unlabelled=str(pile), labels_per_class=2)
-    assert len(part.labelled) == 6 and len(part.unlabelled) == 24 - 6 + 3
+    assert len(part.labeled) == 6 and len(part.unlabeled) == 24 - 6 + 3
 
 
 def test_a_list_file_of_paths_says_what_is_labelled(tmp_path):
@@ -188,7 +188,7 @@ def test_a_list_file_of_paths_says_what_is_labelled(tmp_path):
         "n00000002/n00000002_1.JPEG\nn00000000/n00000000_5.JPEG\nn00000001/n00000001_0.JPEG\n"
     )
     data = own(root, split=str(tmp_path / "mine.txt"))
-    assert data.split.id == "mine" and data.labels[data.labelled].tolist() == [2, 0, 1]
+    assert data.split.id == "mine" and data.labels[data.labeled].tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -257,13 +257,15 @@ def test_files_give_the_same_bytes_with_any_workers_and_from_any_start(tmp_path,
     data = build(imagenet(tmp_path / "in"), strong="moco", device_views=device_views)
 
     def raw(item):
-        return [*item.x, item.y, item.index, *item.u_weak, *item.u_strong, item.hidden]
+        return [*item.x, item.y, item.index, *item.u_weak, *item.u_strong, item.true_labels]
 
     expected = [raw(Stream(data, 2, 2, seed=3, rank=1, world=2)[step]) for step in range(6)]
     assert expected[0][0].dtype == torch.uint8
     for start in (0, 3):
         got = list(
-            Batches(Stream(data, 2, 2, seed=3, rank=1, world=2), range(start, 6), workers, pin_memory=False)
+            PrefetchLoader(
+                Stream(data, 2, 2, seed=3, rank=1, world=2), range(start, 6), workers, pin_memory=False
+            )
         )
         assert len(got) == 6 - start
         assert all(

@@ -248,7 +248,7 @@ def test_where_the_cache_is(tree, tmp_path, looked, monkeypatch, capsys):
         2,
         1,
     ]
-    listing._say_once.cache_clear()
+    listing._warn_once.cache_clear()
     for _ in range(2):  # where it cannot be
         assert content(scan(tree, tree / "a" / "x.jpg" / "below")) == TREE
     said = capsys.readouterr().err

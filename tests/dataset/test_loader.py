@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dataset import digits
-from dataset.draws import uniforms
-from dataset.loader import BadImages, Data, EvaluationBatches, SplitId, Stream, View
+from dataset.loader import BadImages, Data, EvalLoader, SplitId, Stream, View
+from dataset.rng import uniforms
 from dataset.source import BadImage
-from dataset.workers import Batches
+from dataset.workers import PrefetchLoader
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 class Numbers:
     """Images whose every pixel is their own number; those in `bad` cannot be read."""
 
-    at_once = 4
+    max_decoded = 4
 
     def __init__(self, n, bad=()):
         self.n, self.bad = n, set(bad)
@@ -36,25 +36,25 @@ class Numbers:
         return f"image {row}"
 
 
-def numbered(labelled, unlabelled, bad=(), bad_tests=()):
+def numbered(labeled, unlabeled, bad=(), bad_tests=()):
     """Images that are numbers, and a view that adds the random number it was given."""
-    n = labelled + unlabelled
+    n = labeled + unlabeled
     view = View(
         1,
         lambda images, u: (torch.from_numpy(np.stack(images)[:, None] + u[:, :, None, None]),),
         lambda raw: raw[0],
     )
-    plain = View(0, lambda images, u: (torch.from_numpy(np.stack(images)[:, None]),), lambda raw: raw[0])
+    eval_view = View(0, lambda images, u: (torch.from_numpy(np.stack(images)[:, None]),), lambda raw: raw[0])
     return Data(
         images=Numbers(n, bad),
         labels=np.arange(n) % 3,
-        labelled=np.arange(labelled),
-        unlabelled=np.arange(labelled, n),
+        labeled=np.arange(labeled),
+        unlabeled=np.arange(labeled, n),
         test_images=Numbers(5, bad_tests),
         test_labels=np.arange(5) % 3,
-        weak=view,
-        strong=view,
-        plain=plain,
+        weak_view=view,
+        strong_view=view,
+        eval_view=eval_view,
         classes=["a", "b", "c"],
         channels=1,
         split=SplitId("numbered", "0"),
@@ -68,7 +68,7 @@ def parts(item):
 
 def same(a, b):
     return (
-        all(torch.equal(x, y) for x, y in zip((*parts(a), a.hidden), (*parts(b), b.hidden)))
+        all(torch.equal(x, y) for x, y in zip((*parts(a), a.true_labels), (*parts(b), b.true_labels)))
         and a.bad == b.bad
     )
 
@@ -80,7 +80,7 @@ def test_the_same_bytes_with_any_workers_and_from_any_start(workers):
 
     expected = [stream()[step] for step in range(75)]  # two epochs, several passes over the labels
     for start in (0, 41):
-        got = list(Batches(stream(), range(start, 75), workers, pin_memory=False))
+        got = list(PrefetchLoader(stream(), range(start, 75), workers, pin_memory=False))
         assert len(got) == 75 - start
         assert all(same(a, b) for a, b in zip(got, expected[start:]))
 
@@ -93,7 +93,7 @@ def test_random_numbers_belong_to_seed_purpose_pass_and_image():
         u[0],
         u[1],
         u[2],
-        *(uniforms(rows[:1], 7, seed, purpose, passes[:1])[0] for seed, purpose in ((12, 2), (11, 3))),
+        *(uniforms(rows[:1], 7, seed, stream_id, passes[:1])[0] for seed, stream_id in ((12, 2), (11, 3))),
     ]
     assert len({tuple(line) for line in others}) == 5
     many = uniforms(np.arange(3000), 9, 2**63 - 1, 1, np.full(3000, 10**6))
@@ -117,11 +117,11 @@ def test_an_epoch_covers_the_unlabelled_images_once_over_all_ranks(world):
         seen = []
         for step in range(epoch * steps, (epoch + 1) * steps):
             for stream in streams:
-                (x, y, index, weak, strong), hidden = parts(stream[step]), stream[step].hidden
+                (x, y, index, weak, strong), true_labels = parts(stream[step]), stream[step].true_labels
                 rows = weak[:, 0, 0, 0].long()
                 assert torch.equal(rows, strong[:, 0, 0, 0].long())  # two views of the same images
                 assert not torch.equal(weak, strong)
-                assert torch.equal(hidden, rows % 3)
+                assert torch.equal(true_labels, rows % 3)
                 seen += rows.tolist()
         assert len(set(seen)) == len(seen) == steps * 6 * world and min(seen) >= 7
         orders.append(seen)
@@ -166,7 +166,9 @@ def test_the_bank_is_ready_once_every_label_was_seen():
 def test_hidden_labels_are_absent_when_unknown():
     data = numbered(4, 12)
     assert (
-        Stream(data._replace(labels=np.where(np.arange(16) < 4, data.labels, -1)), 2, 2, seed=0)[0].hidden
+        Stream(data._replace(labels=np.where(np.arange(16) < 4, data.labels, -1)), 2, 2, seed=0)[
+            0
+        ].true_labels
         is None
     )
 
@@ -185,13 +187,11 @@ def test_with_a_number_of_steps_an_epoch_no_image_is_dropped():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_test_image_is_in_one_share(world, workers):
     data = digits.build(labels_per_class=1, seed=0)
-    shares = [
-        list(EvaluationBatches(data, r, world, workers, CPU).read(BadImages("stop"))) for r in range(world)
-    ]
+    shares = [list(EvalLoader(data, r, world, workers, CPU).read(BadImages("stop"))) for r in range(world)]
     x = torch.cat([x for share in shares for x, _ in share])
     y = torch.cat([y for share in shares for _, y in share])
     assert len(x) == 360
-    whole = data.plain.host([data.test_images[row] for row in range(360)], np.empty((360, 0)))[0]
+    whole = data.eval_view.cpu_transform([data.test_images[row] for row in range(360)], np.empty((360, 0)))[0]
     assert Counter(map(bytes, x.numpy())) == Counter(map(bytes, whole.numpy()))
     assert Counter(y.tolist()) == Counter(data.test_labels.tolist())
 
@@ -205,7 +205,7 @@ def test_a_bad_unlabelled_image_is_replaced_by_the_same_other_one_and_listed():
     for step in range(15):  # three epochs of five steps
         a, b = good[step], bad[step]
         before, after = (item.u_weak[0][:, 0, 0, 0].long().tolist() for item in (a, b))
-        assert after == b.u_strong[0][:, 0, 0, 0].long().tolist() and b.hidden.tolist() == [
+        assert after == b.u_strong[0][:, 0, 0, 0].long().tolist() and b.true_labels.tolist() == [
             row % 3 for row in after
         ]
         assert [name for name, _ in b.bad] == [f"image {row}" for row in before if row in (10, 20)]
@@ -245,8 +245,8 @@ def test_what_becomes_of_bad_images():
 def test_a_bad_test_image_is_left_out_or_stops():
     data = numbered(6, 30, bad_tests=(1, 4))
     bad = BadImages("skip")
-    ((x, y),) = EvaluationBatches(data, 0, 1, 0, CPU).read(bad)
+    ((x, y),) = EvalLoader(data, 0, 1, 0, CPU).read(bad)
     assert x[:, 0, 0, 0].tolist() == [0, 2, 3] and y.tolist() == [0, 2, 0]
     assert bad.take() == [("image 1", "torn"), ("image 4", "torn")]
     with pytest.raises(UserError, match="image 1: torn"):
-        list(EvaluationBatches(data, 0, 1, 0, CPU).read(BadImages("stop")))
+        list(EvalLoader(data, 0, 1, 0, CPU).read(BadImages("stop")))

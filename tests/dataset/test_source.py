@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from dataset import source
 from dataset.listing import Names
 from dataset.source import Arrays, BadImage, Files, decode
-from dataset.workers import Batches
+from dataset.workers import PrefetchLoader
 
 H, W = 40, 64
 Y, X = np.mgrid[:H, :W, :1][:2]  # [H, W, 1] each
@@ -27,7 +27,7 @@ DEEP = np.where(Y == 0, 65535, GREY * 257.0 + 200).astype(np.uint16)[..., 0]  # 
 LEFT = X < W // 2  # [H, W, 1]
 ALPHA = np.where(LEFT, 0, 255).astype(np.uint8)  # [H, W, 1]
 IMAGE, GREY_IMAGE = Image.fromarray(RGB), Image.fromarray(GREY[..., 0])
-FRAMES = [Image.new("RGB", (W, H), colour) for colour in ("red", "lime", "blue")]
+FRAMES = [Image.new("RGB", (W, H), color) for color in ("red", "lime", "blue")]
 
 
 def encoded(image, kind, **how):
@@ -97,7 +97,7 @@ def indexed():
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # orientation: by a quarter
-INDEX, COLOURS = indexed()
+INDEX, COLORS = indexed()
 GOOD = {  # the file, what it shows [H, W, 1 or 3], and how many levels it may be off
     **{kind: (encoded(IMAGE, kind), RGB, 0) for kind in ("PNG", "BMP", "TIFF", "PPM")},
     **{kind: (encoded(IMAGE, kind, quality=95), RGB, 3) for kind in ("JPEG", "WEBP")},
@@ -111,11 +111,11 @@ GOOD = {  # the file, what it shows [H, W, 1 or 3], and how many levels it may b
         for payload in (b"", b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff" + bytes(40))
     },
     "grey PNG": (encoded(GREY_IMAGE, "PNG"), GREY, 0),
-    "palette": (encoded(INDEX, "PNG"), COLOURS, 0),
-    "palette, a colour transparent": (encoded(INDEX, "PNG", transparency=0), np.where(LEFT, 255, COLOURS), 0),
+    "palette": (encoded(INDEX, "PNG"), COLORS, 0),
+    "palette, a colour transparent": (encoded(INDEX, "PNG", transparency=0), np.where(LEFT, 255, COLORS), 0),
     "palette, a colour half transparent": (
         encoded(INDEX, "PNG", transparency=bytes([0, 255, 255, 255, 128])),
-        np.where(LEFT, 255, np.where(X % 4 == 3, 167, COLOURS)),
+        np.where(LEFT, 255, np.where(X % 4 == 3, 167, COLORS)),
         1,
     ),
     "RGBA": (encoded(joined(RGB, ALPHA), "PNG"), np.where(LEFT, 255, RGB), 0),
@@ -307,7 +307,7 @@ def files(tmp_path):
 def test_files_in_workers(files, workers):
     expected = [5.0 * k for k in range(40)]
     expected[7] = f"{files.root}/7.png: the file is empty"
-    assert list(Batches(Means(files), range(40), workers, pin_memory=False)) == expected
+    assert list(PrefetchLoader(Means(files), range(40), workers, pin_memory=False)) == expected
 
 
 def test_a_large_list_stays_small():

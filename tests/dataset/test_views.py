@@ -18,10 +18,10 @@ from dataset.views import (
     MULTICROP,
     PIPELINES,
     Blur,
-    CentreCrop,
+    CenterCrop,
     Cutout,
     Flip,
-    Grey,
+    Grayscale,
     Jitter,
     PadCrop,
     ResizedCrop,
@@ -46,7 +46,7 @@ def photo(width=120, height=90, seed=0):
 
 
 def draws(stage, sizes=SIZES, seed=0):
-    return stage.sample(np.random.default_rng(seed).random((len(sizes), stage.numbers)), sizes)
+    return stage.sample(np.random.default_rng(seed).random((len(sizes), stage.num_uniforms)), sizes)
 
 
 def within(share, probability, n=N):
@@ -93,13 +93,15 @@ def test_one_pixel_is_enough_for_every_view():
     for name in PIPELINES:
         if not name.startswith("cifar"):
             view = photo_view(pipeline(name, 32), IMAGENET_NORM, on_device=False)
-            x = view.device(view.host([Image.new("RGB", (1, 1))], np.full((1, view.numbers), 0.5)))
+            x = view.device(
+                view.cpu_transform([Image.new("RGB", (1, 1))], np.full((1, view.num_uniforms), 0.5))
+            )
             assert torch.isfinite(x).all() and x.shape[1] == 3
 
 
 def test_probabilities_and_strengths():
     assert within(draws(Flip()).mean(), 0.5)
-    assert within(draws(Grey(0.2)).mean(), 0.2)
+    assert within(draws(Grayscale(0.2)).mean(), 0.2)
     assert within(draws(Solarize(0.1)).mean(), 0.1)
     apply, sigma = draws(Blur(0.1, 2.0, 0.5)).T
     assert (
@@ -123,11 +125,11 @@ def test_probabilities_and_strengths():
 def test_stages_draw_independently():
     """No stage of a pipeline sees the numbers of another, nor one number of a stage another's."""
     view = PIPELINES["multicrop_224"]
-    u = np.random.default_rng(0).random((N, sum(stage.numbers for stage in view)))
+    u = np.random.default_rng(0).random((N, sum(stage.num_uniforms for stage in view)))
     column, table = 0, []
     for stage in view[1:]:
-        table.append(stage.sample(u[:, 22 + column : 22 + column + stage.numbers], SIZES))
-        column += stage.numbers
+        table.append(stage.sample(u[:, 22 + column : 22 + column + stage.num_uniforms], SIZES))
+        column += stage.num_uniforms
     correlation = np.corrcoef(np.concatenate(table, 1).T)
     assert np.abs(correlation - np.eye(len(correlation))).max() < 5 / math.sqrt(N)
 
@@ -136,17 +138,17 @@ def test_the_table_is_the_recipe():
     """Literal values of the recipe; a change of the table has to be made here too."""
     crop, jitter = ResizedCrop(224, (0.2, 1.0)), Jitter(0.4, 0.4, 0.4, 0.1, 0.8)
     assert PIPELINES["weak"] == (crop, Flip())
-    assert PIPELINES["moco"] == (crop, Flip(), jitter, Grey(0.2), Blur(0.1, 2.0, 0.5))
+    assert PIPELINES["moco"] == (crop, Flip(), jitter, Grayscale(0.2), Blur(0.1, 2.0, 0.5))
     assert PIPELINES["rand"] == (crop, Flip(), RandAugment(2, "imagenet", 1.0))
     assert PIPELINES["stack"] == (
         crop,
         Flip(),
         jitter,
-        Grey(0.2),
+        Grayscale(0.2),
         Blur(0.1, 2.0, 0.5),
         RandAugment(2, "imagenet", 1.0),
     )
-    assert PIPELINES["eval"] == (CentreCrop(256, 224),)
+    assert PIPELINES["eval"] == (CenterCrop(256, 224),)
     assert PIPELINES["cifar_weak"] == (PadCrop(32, 4), Flip())
     assert PIPELINES["cifar_strong"] == (PadCrop(32, 4), Flip(), RandAugment(2, "cifar", 0.5), Cutout(16))
     assert list(MULTICROP.values()) == [
@@ -161,7 +163,7 @@ def test_the_table_is_the_recipe():
             ResizedCrop(*crop),
             Flip(),
             Jitter(0.4, 0.4, 0.2, 0.1, 0.8),
-            Grey(0.2),
+            Grayscale(0.2),
             Blur(0.1, 2.0, 0.5),
             Solarize(0.1),
         )
@@ -273,7 +275,7 @@ def test_evaluation_is_resize_and_centre_crop():
     image = photo(500, 375)
     expected = T.CenterCrop(224)(T.Resize(256)(image))
     view = photo_view(pipeline("eval"), IMAGENET_NORM, on_device=False)
-    x = view.device(view.host([image], np.empty((1, 0))))
+    x = view.device(view.cpu_transform([image], np.empty((1, 0))))
     torch.testing.assert_close(x[0], TF.normalize(TF.to_tensor(expected), *IMAGENET_NORM), rtol=0, atol=1e-5)
 
 
@@ -282,11 +284,11 @@ def test_the_usual_transforms_with_the_same_parameters():
     image, view = photo(300, 200), PIPELINES["moco"]
     rng = np.random.default_rng(1)
     for _ in range(10):
-        u = rng.random((1, sum(stage.numbers for stage in view)))
+        u = rng.random((1, sum(stage.num_uniforms for stage in view)))
         x = image
-        box, flip, jitter, grey, blur = [
+        box, flip, jitter, grayscale, blur = [
             stage.sample(part, np.array([[300.0, 200.0]]))[0].astype(np.float32)
-            for stage, part in zip(view, np.split(u, np.cumsum([s.numbers for s in view])[:-1], 1))
+            for stage, part in zip(view, np.split(u, np.cumsum([s.num_uniforms for s in view])[:-1], 1))
         ]
         x = TF.resized_crop(x, int(box[1]), int(box[0]), int(box[3]), int(box[2]), [224, 224])
         x = TF.hflip(x) if flip[0] else x
@@ -295,10 +297,10 @@ def test_the_usual_transforms_with_the_same_parameters():
                 x = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue][k](
                     x, float(jitter[2 + k])
                 )
-        x = TF.rgb_to_grayscale(x, 3) if grey[0] else x
+        x = TF.rgb_to_grayscale(x, 3) if grayscale[0] else x
         x = x.filter(ImageFilter.GaussianBlur(float(blur[1]))) if blur[0] else x
         ours = photo_view(view, IMAGENET_NORM, on_device=False)
-        got = ours.device(ours.host([image], u))[0]
+        got = ours.device(ours.cpu_transform([image], u))[0]
         torch.testing.assert_close(got, TF.normalize(TF.to_tensor(x), *IMAGENET_NORM), rtol=0, atol=1e-5)
 
 
@@ -311,7 +313,7 @@ def in_levels(name, u, images):
     out = []
     for on_device in (False, True):
         view = photo_view(pipeline(name), IMAGENET_NORM, on_device)
-        raw = view.host(images, u)
+        raw = view.cpu_transform(images, u)
         assert raw[0].dtype == torch.uint8
         out.append((view.device(raw) * std + mean) * 255)
     return out
@@ -325,7 +327,7 @@ def in_levels(name, u, images):
     "stage",
     [
         Flip(),
-        Grey(0.5),
+        Grayscale(0.5),
         Solarize(0.5),
         Jitter(0.4, 0, 0, 0, 1),
         Jitter(0, 0.4, 0, 0, 1),
@@ -357,7 +359,7 @@ def test_a_batched_stage_equals_pil(stage, device):
 @pytest.mark.parametrize("name", ["weak", "moco", "rand", "stack", *MULTICROP, "eval"])
 def test_both_paths_make_the_same_view(name):
     images = [photo(500, 375, seed=k) for k in range(6)]
-    u = np.random.default_rng(2).random((6, sum(stage.numbers for stage in PIPELINES[name])))
+    u = np.random.default_rng(2).random((6, sum(stage.num_uniforms for stage in PIPELINES[name])))
     exact, fast = in_levels(name, u, images)
     difference = (exact - fast).abs()
     # A crop that differs by one level (the resize's rounding) differs by a few more after the colour ops, at
@@ -376,9 +378,11 @@ def test_the_crop_of_the_fast_path_is_pillows_within_one_level():
 def test_each_image_of_a_batch_has_its_own_view():
     images = [photo(seed=k) for k in range(8)]
     view = photo_view(pipeline("moco", 64), IMAGENET_NORM, on_device=True)
-    u = np.random.default_rng(0).random((8, view.numbers))
-    together = view.device(view.host(images, u))
-    one_by_one = torch.cat([view.device(view.host([image], line[None])) for image, line in zip(images, u)])
+    u = np.random.default_rng(0).random((8, view.num_uniforms))
+    together = view.device(view.cpu_transform(images, u))
+    one_by_one = torch.cat(
+        [view.device(view.cpu_transform([image], line[None])) for image, line in zip(images, u)]
+    )
     assert torch.equal(together, one_by_one)
 
 
@@ -386,8 +390,13 @@ def test_cifar_views_and_other_sizes():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for name in ("cifar_weak", "cifar_strong", "cifar_eval"):
         view = photo_view(pipeline(name), CIFAR10_NORM, on_device=True)
-        assert view.device(view.host([image] * 3, np.full((3, view.numbers), 0.3))).shape == (3, 3, 32, 32)
-    assert pipeline("eval", 56) == (CentreCrop(64, 56),)
+        assert view.device(view.cpu_transform([image] * 3, np.full((3, view.num_uniforms), 0.3))).shape == (
+            3,
+            3,
+            32,
+            32,
+        )
+    assert pipeline("eval", 56) == (CenterCrop(64, 56),)
     with pytest.raises(UserError, match="unknown view 'strongest'"):
         pipeline("strongest")
 
@@ -398,7 +407,9 @@ def test_views_read_any_file_that_pillow_made():
     image = Image.open(buffer)
     image.load()
     view = photo_view(pipeline("moco", 32), IMAGENET_NORM, on_device=True)
-    assert view.device(view.host([image.convert("RGB")], np.full((1, view.numbers), 0.4))).shape == (
+    assert view.device(
+        view.cpu_transform([image.convert("RGB")], np.full((1, view.num_uniforms), 0.4))
+    ).shape == (
         1,
         3,
         32,

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from trees import imagenet, picture
 from torch.utils.data import Dataset
+from trees import imagenet, picture
 
 from dataset.build import build_data
 from dataset.loader import Stream
 from dataset.views import IMAGENET_NORM, PIPELINES, photo_view, pipeline
-from dataset.workers import Batches
+from dataset.workers import PrefetchLoader
 from util import preempt
 from util.config import Config
 from util.errors import UserError
@@ -46,7 +46,7 @@ class Processes(Dataset):
 
 def test_workers_are_no_copies_of_this_process_and_stay_for_the_next_pass():
     dataset = Processes()
-    made = Batches(dataset, range(6), 2, pin_memory=False)
+    made = PrefetchLoader(dataset, range(6), 2, pin_memory=False)
     dataset.state = "edited later"  # they have begun already
     first, second = list(made), list(made)
     assert [said["item"] for said in first] == [said["item"] for said in second] == list(range(6))
@@ -57,7 +57,7 @@ def test_workers_are_no_copies_of_this_process_and_stay_for_the_next_pass():
 
 
 def test_signals_of_a_scheduler_reach_the_workers_and_not_the_helpers():
-    made = Batches(Processes(), range(2), 1, pin_memory=False)
+    made = PrefetchLoader(Processes(), range(2), 1, pin_memory=False)
     (said, _), helper, tracker = (
         list(made),
         forkserver._forkserver._forkserver_pid,
@@ -69,13 +69,15 @@ def test_signals_of_a_scheduler_reach_the_workers_and_not_the_helpers():
             os.kill(process, number)
     time.sleep(1)
     assert [again["pid"] for again in made] == 2 * [said["pid"]]  # it goes on for preempt.GRACE seconds
-    assert [again["parent"] for again in Batches(Processes(), range(1), 1, pin_memory=False)] == [helper]
+    assert [again["parent"] for again in PrefetchLoader(Processes(), range(1), 1, pin_memory=False)] == [
+        helper
+    ]
     os.kill(tracker, 0)
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*preempt.SIGNALS, signal.SIGINT}
 
 
 def test_a_worker_that_is_killed_is_named():
-    items = iter(Batches(Processes(), range(1000), 1, pin_memory=False))
+    items = iter(PrefetchLoader(Processes(), range(1000), 1, pin_memory=False))
     os.kill(next(items)["pid"], signal.SIGKILL)
     with pytest.raises(UserError, match="a process that loads images has ended.*was killed.*--workers"):
         list(items)
@@ -88,12 +90,12 @@ class Raises(Dataset):
 
 def test_what_a_worker_raises_is_told_as_it_is():
     with pytest.raises(ConnectionResetError, match="of the file server"):
-        list(Batches(Raises(), range(3), 1, pin_memory=False))
+        list(PrefetchLoader(Raises(), range(3), 1, pin_memory=False))
 
 
 def main(end):
     """Of a process that ends while workers have work."""
-    made = Batches(Processes(), range(10_000), 2, pin_memory=False)
+    made = PrefetchLoader(Processes(), range(10_000), 2, pin_memory=False)
     for said in made:
         print(said["pid"], said["parent"], flush=True)
         if end == "killed":
@@ -121,15 +123,15 @@ def test_a_process_ends_at_once_with_its_workers(end, code, lines, tmp_path):
     worker, helper = map(int, process.stdout.readline().split())
     begun = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < preempt.GRACE / 2  # not by the alarm
+    assert time.monotonic() - begun < preempt.WORKER_GRACE_SECONDS / 2  # not by the alarm
     assert process.returncode == code and re.fullmatch(lines, err.strip(), re.DOTALL), err
     assert gone(worker, helper) and list(tmp_path.iterdir()) == []
 
 
 def start(end, folder):
     code = (
-        "from tests.dataset.test_workers import main\nfrom util.errors import run\n"
-        f"run(lambda: main({end!r}), explain=lambda error: 'a rank was lost')"
+        "from tests.dataset.test_workers import main\nfrom util.errors import cli_main\n"
+        f"cli_main(lambda: main({end!r}), describe_error=lambda error: 'a rank was lost')"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -178,7 +180,7 @@ def test_a_data_set_can_be_sent_to_a_worker(name, tmp_path):
     sent = pickle.loads(pickle.dumps(stream))
     for a, b in zip(stream[3].u_strong, sent[3].u_strong, strict=True):
         assert torch.equal(a, b)
-    assert np.array_equal(stream.data.labelled, sent.data.labelled)
+    assert np.array_equal(stream.data.labeled, sent.data.labeled)
 
 
 @pytest.mark.parametrize("on_device", [True, False])
@@ -188,6 +190,6 @@ def test_every_view_can_be_sent_to_a_worker(name, on_device):
     sent = pickle.loads(pickle.dumps(view))
     images, u = (
         [picture(k, size=(32, 32)) for k in range(4)],
-        np.random.default_rng(0).random((4, view.numbers)),
+        np.random.default_rng(0).random((4, view.num_uniforms)),
     )
-    assert torch.equal(view.device(view.host(images, u)), sent.device(sent.host(images, u)))
+    assert torch.equal(view.device(view.cpu_transform(images, u)), sent.device(sent.cpu_transform(images, u)))

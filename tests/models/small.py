@@ -26,8 +26,8 @@ SETTINGS = dict(
 )
 # The three forms of SimMatch: the class, its reference, its settings.
 FORMS = {
-    "ema": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn": "shuffle"}),
-    "eman": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn": "average"}),
+    "ema": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn_mode": "shuffle"}),
+    "eman": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn_mode": "average"}),
     "single": (
         SimMatchSingle,
         reference.SimMatchSingleReference,

@@ -28,8 +28,8 @@ def test_fixmatch_equals_the_loop(eman):
         p = [float(v) for v in reference.softmax(weak_i.detach())]
         masks.append(1.0 if max(p) >= method.threshold else 0.0)
         total += masks[-1] * -torch.log(reference.softmax(strong_i)[p.index(max(p))])
-    terms, fresh = small.losses(method, batch, bank_ready=False)
-    assert fresh.mask.tolist() == masks and 0 < sum(masks) < len(masks)
+    terms, output = small.losses(method, batch, bank_ready=False)
+    assert output.mask.tolist() == masks and 0 < sum(masks) < len(masks)
     torch.testing.assert_close(terms["loss_u"], 3.0 * total / len(strong), rtol=1e-10, atol=0)
     assert set(terms) == {"loss_x", "loss_u"}
 
@@ -38,8 +38,8 @@ def test_supervised_is_the_labelled_cross_entropy():
     method, batch = Supervised(small.network(), ema_m=0.9).double().train(), small.batch(0)
     logits, _ = small.network().train()(batch.x)
     expected = sum(-torch.log(reference.softmax(row)[int(y)]) for row, y in zip(logits, batch.y)) / small.B
-    terms, fresh = small.losses(method, batch, bank_ready=False)
-    assert set(terms) == {"loss_x"} and fresh.pseudo is None and fresh.mask is None
+    terms, output = small.losses(method, batch, bank_ready=False)
+    assert set(terms) == {"loss_x"} and output.pseudo_label is None and output.mask is None
     torch.testing.assert_close(terms["loss_x"], expected, rtol=1e-10, atol=0)
 
 
@@ -52,8 +52,8 @@ def test_supervised_is_the_labelled_cross_entropy():
 )
 def test_an_evaluation_teacher_averages_bn_statistics(make):
     method = make(small.network()).double().train()
-    terms, fresh = small.losses(method, small.batch(0), bank_ready=False)
-    method.update(fresh)
+    terms, output = small.losses(method, small.batch(0), bank_ready=False)
+    method.update(output)
     mine, theirs = method.teacher.net.backbone[1], method.student.backbone[1]
     assert theirs.num_batches_tracked == 1 == mine.num_batches_tracked
     torch.testing.assert_close(mine.running_mean, 0.1 * theirs.running_mean)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmark.same_run import first_difference
-from models import diagnose, split, train_step
+from models import diagnose, split_virtual_ranks, train_step
 from models.fixmatch import FixMatch
 from models.supervised import Supervised
 from tests.models import small
@@ -133,6 +133,7 @@ def test_of_several_ranks_the_first_is_told():
     method, whole = small.method("eman"), small.batch(3)
     doubled = type(whole)(*(torch.cat([field, field.flip(0)]) for field in whole))
     first, both = (
-        diagnose(method, batches, step=0, bank_ready=True) for batches in ([whole], split(doubled, 2))
+        diagnose(method, batches, step=0, bank_ready=True)
+        for batches in ([whole], split_virtual_ranks(doubled, 2))
     )
     assert both["loss_x"] == first["loss_x"] and both["grad_x"] == first["grad_x"]

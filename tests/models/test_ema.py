@@ -7,9 +7,9 @@ from models.ema import Teacher
 from tests.models import small
 
 
-def pair(bn):
+def pair(bn_mode):
     student = small.network()
-    teacher = Teacher(student, momentum=0.9, bn=bn).train()
+    teacher = Teacher(student, momentum=0.9, bn_mode=bn_mode).train()
     with torch.no_grad():
         for p in student.parameters():
             p += 1
@@ -20,7 +20,7 @@ def pair(bn):
 
 def test_the_teacher_starts_as_a_copy_without_gradient():
     student = small.network()
-    teacher = Teacher(student, momentum=0.9, bn="shuffle")
+    teacher = Teacher(student, momentum=0.9, bn_mode="shuffle")
     torch.testing.assert_close(teacher.net.state_dict(), student.state_dict(), rtol=0, atol=0)
     assert not any(p.requires_grad for p in teacher.parameters()) and all(
         p.requires_grad for p in student.parameters()
@@ -75,9 +75,9 @@ def test_a_kind_that_does_not_exist_is_refused():
             Teacher(small.network(), 0.9, bn)
 
 
-@pytest.mark.parametrize("bn", ["average", "copy"])
-def test_eman_and_copy_stay_in_eval_mode_when_the_method_trains(bn):
-    _, teacher = pair(bn)
+@pytest.mark.parametrize("bn_mode", ["average", "copy"])
+def test_eman_and_copy_stay_in_eval_mode_when_the_method_trains(bn_mode):
+    _, teacher = pair(bn_mode)
     teacher.train()
     ((alone, _),) = teacher([small.batch(0).u_weak[:1]], step=0)
     ((among, _),) = teacher([small.batch(0).u_weak], step=0)
@@ -86,9 +86,9 @@ def test_eman_and_copy_stay_in_eval_mode_when_the_method_trains(bn):
 
 
 def test_a_new_teacher_is_in_its_own_mode():
-    assert Teacher(small.network(), momentum=0.9, bn="shuffle").net.training
-    assert not Teacher(small.network(), momentum=0.9, bn="average").net.training
-    assert not Teacher(small.network(), momentum=0.9, bn="copy").net.training
+    assert Teacher(small.network(), momentum=0.9, bn_mode="shuffle").net.training
+    assert not Teacher(small.network(), momentum=0.9, bn_mode="average").net.training
+    assert not Teacher(small.network(), momentum=0.9, bn_mode="copy").net.training
 
 
 def test_evaluation_ends_with_train():

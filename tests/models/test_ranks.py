@@ -31,7 +31,7 @@ def run_rank(rank, world, port, ranks, form, folder):
     net = small.network()
     torch.manual_seed(5)
     method = small.method(form, net)
-    student = dist_utils.parallel(method.student)
+    student = dist_utils.wrap_ddp(method.student)
     optimizer = torch.optim.SGD(
         method.student.parameters(),
         lr=SGD["lr"],
@@ -42,7 +42,7 @@ def run_rank(rank, world, port, ranks, form, folder):
     out = []
     here = range(rank * ranks // world, (rank + 1) * ranks // world)  # the ranks that this process plays
     for step in range(STEPS):
-        terms, fresh = train_step(
+        terms, output = train_step(
             method,
             student,
             optimizer,
@@ -53,8 +53,8 @@ def run_rank(rank, world, port, ranks, form, folder):
         out.append(
             (
                 {name: dist_utils.all_mean(term).item() for name, term in terms.items()},
-                fresh.pseudo,
-                fresh.mask,
+                output.pseudo_label,
+                output.mask,
             )
         )
     dist_utils.broadcast_buffers(method.student)

@@ -72,7 +72,7 @@ def test_its_method_has_the_recipes_parts(name):
         method = build_method(config, 3, labels)
     assert method.bank.z.shape == (len(labels), 128) and method.bank.m == 0.7
     assert method.align.ring.shape == (32, config.cls)
-    assert method.teacher.bn == "copy" and type(method).__name__ == "SimMatchSingle"
+    assert method.teacher.bn_mode == "copy" and type(method).__name__ == "SimMatchSingle"
 
 
 # The published commands (simmatch.py), as they stand in the authors' instructions, with train_semi.py in its
@@ -221,9 +221,9 @@ def test_published_flags_that_are_refused(flags, words):
 
 
 @pytest.mark.parametrize(
-    "config, labelled, steps", [("imagenet_1p", 13_000, 3_963), ("imagenet_10p", 128_000, 3_603)]
+    "config, labeled, steps", [("imagenet_1p", 13_000, 3_963), ("imagenet_10p", 128_000, 3_603)]
 )
-def test_steps_of_an_epoch(config, labelled, steps):
+def test_steps_of_an_epoch(config, labeled, steps):
     """64 + 320 images a step over 8 ranks; unlabelled is train minus the labelled images; the last incomplete
     step is dropped.
     """
@@ -231,13 +231,13 @@ def test_steps_of_an_epoch(config, labelled, steps):
     data = Data(
         images=(),
         labels=np.zeros(images, np.int64),
-        labelled=np.arange(labelled),
-        unlabelled=np.arange(labelled, images),
+        labeled=np.arange(labeled),
+        unlabeled=np.arange(labeled, images),
         test_images=(),
         test_labels=np.zeros(0),
-        weak=None,
-        strong=None,
-        plain=None,
+        weak_view=None,
+        strong_view=None,
+        eval_view=None,
         classes=[],
         channels=3,
         split=None,

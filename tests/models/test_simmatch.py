@@ -5,7 +5,7 @@ import reference
 import torch
 
 from models import build_method, train_step
-from models.method import Fresh
+from models.method import StepOutput
 from models.network import parameter_groups
 from models.simmatch import aggregate, cross_entropy, unfold
 from tests.models import small
@@ -77,15 +77,15 @@ def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
         batch = small.batch(step)
         if step % 2:  # the first labelled image comes a second time, in another view
             batch.index[2], batch.y[2] = batch.index[0], batch.y[0]
-        terms, fresh = train_step(method, method.student, optimizer, [batch], step=step, bank_ready=step > 1)
+        terms, output = train_step(method, method.student, optimizer, [batch], step=step, bank_ready=step > 1)
         expected, pseudo, mask = slow.step([batch], step, first_epoch=step <= 1)
 
         for name, value in expected.items():
             assert terms[name].item() == pytest.approx(value, rel=1e-10), (step, name)
         torch.testing.assert_close(
-            fresh.pseudo, torch.tensor(pseudo[0], dtype=torch.float64), rtol=1e-10, atol=1e-14
+            output.pseudo_label, torch.tensor(pseudo[0], dtype=torch.float64), rtol=1e-10, atol=1e-14
         )
-        assert fresh.mask.tolist() == mask[0]
+        assert output.mask.tolist() == mask[0]
         seen += mask[0]
         torch.testing.assert_close(method.bank.z, torch.stack(slow.bank), rtol=1e-10, atol=1e-12)
         assert method.bank.labels.tolist() == slow.labels
@@ -105,11 +105,11 @@ def test_losses_write_no_bank_prior_or_teacher_weight(form):
         for key, value in method.state_dict().items()
         if "running" not in key and "tracked" not in key
     }
-    terms, fresh = small.losses(method, small.batch(0), step=0, bank_ready=True)
+    terms, output = small.losses(method, small.batch(0), step=0, bank_ready=True)
     sum(terms.values()).backward()
     after = method.state_dict()
     assert all(torch.equal(after[key], value) for key, value in kept.items())
-    assert not any(value.requires_grad for value in fresh if value is not None)
+    assert not any(value.requires_grad for value in output if value is not None)
 
 
 @pytest.mark.parametrize("form", small.FORMS)
@@ -131,8 +131,8 @@ def test_the_single_network_takes_nothing_from_its_teacher():
         with torch.no_grad():
             for p in method.teacher.net.parameters():
                 p *= scale
-        terms, fresh = small.losses(method, small.batch(0), step=0, bank_ready=True)
-        values.append([*terms.values(), fresh.z, fresh.pseudo])
+        terms, output = small.losses(method, small.batch(0), step=0, bank_ready=True)
+        values.append([*terms.values(), output.z, output.pseudo_label])
         assert method.teacher.net.backbone[1].num_batches_tracked == 0
     assert all(torch.equal(a, b) for a, b in zip(*values))
 
@@ -172,16 +172,16 @@ def test_losses_and_gradients_are_finite(form, dtype, temperature, scale):
     with torch.no_grad():  # strong views exactly on a bank row, and exactly opposite to it
         student.z[-2], student.z[-1] = method.bank.z[0].to(dtype), -method.bank.z[0].to(dtype)
     for step in range(3):
-        terms, fresh = small.losses(
+        terms, output = small.losses(
             method, small.batch(0, torch.float32), student, step=step, bank_ready=True
         )
         sum(terms.values()).backward()
         assert reference.all_finite(terms.values()), terms
         assert all(term.dtype == torch.float32 for term in terms.values())
-        assert torch.isfinite(fresh.pseudo).all()
-        torch.testing.assert_close(fresh.pseudo.sum(1), torch.ones(small.B * small.MU))
+        assert torch.isfinite(output.pseudo_label).all()
+        torch.testing.assert_close(output.pseudo_label.sum(1), torch.ones(small.B * small.MU))
         assert torch.isfinite(student.logits.grad).all() and torch.isfinite(student.z.grad).all()
-        method.update(fresh._replace(z=fresh.z.float()))
+        method.update(output._replace(z=output.z.float()))
         assert torch.isfinite(method.align.ring).all()
 
 
@@ -193,15 +193,15 @@ def test_a_class_that_underflows_everywhere_stays_finite():
     logits[:, 1] = -500
     fixed = small.Fixed(logits, torch.randn(n, small.D))
     method.teacher.forward = lambda groups, step: [fixed(x) for x in groups]
-    terms, fresh = small.losses(method, small.batch(0, torch.float32), fixed, step=0, bank_ready=True)
-    assert reference.all_finite(terms.values()) and torch.isfinite(fresh.pseudo).all()
+    terms, output = small.losses(method, small.batch(0, torch.float32), fixed, step=0, bank_ready=True)
+    assert reference.all_finite(terms.values()) and torch.isfinite(output.pseudo_label).all()
 
 
 def test_update_gathers_what_the_bank_needs():
     method = small.method("ema", DA=False)
     assert method.align is None
     z = torch.eye(small.D, dtype=torch.float64)[:2]
-    method.update(Fresh(z=z, y=torch.tensor([3, 2]), index=torch.tensor([7, 2])))
+    method.update(StepOutput(z=z, y=torch.tensor([3, 2]), index=torch.tensor([7, 2])))
     assert torch.equal(method.bank.z[[7, 2]], z) and method.bank.labels[7] == 3 and method.bank.labels[2] == 2
 
 
@@ -224,7 +224,7 @@ def test_build_method_passes_every_setting_on():
     )
     method = build_method(config, 1, small.LABELS)
     assert method.align.ring.shape == (7, small.C) and method.bank.m == 0.25
-    assert method.teacher.bn == "copy" and method.teacher.momentum == 0.5
+    assert method.teacher.bn_mode == "copy" and method.teacher.momentum == 0.5
     assert all(
         getattr(method, name) == getattr(config, name)
         for name in ("lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth")
@@ -232,4 +232,4 @@ def test_build_method_passes_every_setting_on():
     config.method = "simmatch"
     for config.eman, bn in ((False, "shuffle"), (True, "average")):
         method = build_method(config, 1, small.LABELS)
-        assert method.teacher.bn == bn and method.bank.m == 0.25
+        assert method.teacher.bn_mode == bn and method.bank.m == 0.25

@@ -158,9 +158,9 @@ def test_the_writer_writes_the_state_as_it_was_when_it_was_handed_over(state, tm
 
 
 def test_a_state_that_is_not_finite_is_named():
-    checkpoint.must_be_finite({"a": torch.ones(2), "n": torch.tensor(3)}, step=7)
+    checkpoint.check_finite({"a": torch.ones(2), "n": torch.tensor(3)}, step=7)
     with pytest.raises(UserError, match="b is not finite after step 6"):
-        checkpoint.must_be_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}, step=7)
+        checkpoint.check_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}, step=7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -174,11 +174,11 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_stands(bad, dtype):
     }
     for place in (0, 1, 500, 999, 1000):
         value = torch.linspace(-2, 2, 1001).to(dtype).view(7, 143).T  # not contiguous
-        checkpoint.must_be_finite({**whole, "y": value}, step=1)
+        checkpoint.check_finite({**whole, "y": value}, step=1)
         value[place % 143, place // 143] = bad
         with pytest.raises(UserError, match="^y is not finite"):
-            checkpoint.must_be_finite({**whole, "y": value, "z": value}, step=1)
-    checkpoint.must_be_finite({}, step=1)
+            checkpoint.check_finite({**whole, "y": value, "z": value}, step=1)
+    checkpoint.check_finite({}, step=1)
 
 
 @pytest.mark.parametrize("value", [{"state_dict": {}}, [1, 2], torch.zeros(3), {}])

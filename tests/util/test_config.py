@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from util.config import FREE, Config, parse, to_dict, to_yaml
+from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
 from util.errors import UserError
 
 
@@ -93,4 +93,4 @@ def test_the_resolved_config_reads_back_as_itself(config_file):
 
 def test_every_field_has_a_reason_and_free_fields_exist():
     assert all(f.metadata["help"] for f in dataclasses.fields(Config))
-    assert FREE <= {f.name for f in dataclasses.fields(Config)}
+    assert MAY_CHANGE_ON_RESUME <= {f.name for f in dataclasses.fields(Config)}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from util.diagnostics import KEYS, diagnostics, kl, marginal, told
+from util.diagnostics import KEYS, diagnostics, kl, log_stop_reason, marginal
 from util.errors import UserError
-from util.log import Log
+from util.log import Logger
 from util.metrics import Meter
 
 NAMES = ["a", "b", "c", "d"]
@@ -27,11 +27,11 @@ def batch(seed, known=True):
 def test_counts_are_those_of_a_loop(known):
     meter, expected = Meter(), [[0] * 4 for _ in range(4 if known else 2)]
     for step in range(3):
-        p, mask, hidden = batch(step, known)
-        meter.add(step, {"loss_x": torch.tensor(1.0)}, p, mask, hidden)
+        p, mask, true_labels = batch(step, known)
+        meter.add(step, {"loss_x": torch.tensor(1.0)}, p, mask, true_labels)
         for i in range(20):
             c = max(range(4), key=p[i].tolist().__getitem__)
-            right = known and c == hidden[i]
+            right = known and c == true_labels[i]
             for row, yes in enumerate([True, mask[i] == 1, right, right and mask[i] == 1][: len(expected)]):
                 expected[row][c] += int(yes)
     assert meter.take_counts().tolist() == expected and sum(expected[1]) not in (0, 60)
@@ -135,10 +135,10 @@ def test_a_method_without_pseudo_labels_and_bank():
 
 
 def test_the_end_of_a_run_is_told(tmp_path):
-    log = Log(tmp_path, 0, 50, active=True)
-    with pytest.raises(UserError, match="loss_x is nan"), told(log, 7):
+    log = Logger(tmp_path, 0, 50, active=True)
+    with pytest.raises(UserError, match="loss_x is nan"), log_stop_reason(log, 7):
         raise UserError("loss_x is nan at step 6")
-    with told(log, 8):
+    with log_stop_reason(log, 8):
         pass
     log.close()
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [

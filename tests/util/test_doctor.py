@@ -27,13 +27,20 @@ def load(folder):
 def findings(folder, events, **settings):
     """Names of the rules that find something in `events`, with the config of the run at `folder`, changed."""
     config = Config(**{**read_yaml(str(folder / "config.yaml")), **settings})
-    trains, evals, looks, stops = (
+    trains, evals, diagnostic_events, stops = (
         [e for e in events if e["event"] == kind] for kind in ("train", "eval", "diagnostics", "stop")
     )
     return [
         f["rule"]
         for f in doctor.examine(
-            doctor.Run(config, trains, evals, looks, stops, doctor.steps_per_epoch(trains, evals, looks))
+            doctor.Run(
+                config,
+                trains,
+                evals,
+                diagnostic_events,
+                stops,
+                doctor.steps_per_epoch(trains, evals, diagnostic_events),
+            )
         )
     ]
 
@@ -241,7 +248,7 @@ def test_the_command(healthy, tmp_path):
     rule = RULES[[r.name for r in RULES].index("mask at 0")]
     assert done.returncode == 1 and done.stderr == ""
     assert (
-        f"mask at 0: mask is 0 in 5 train events (step 40 to 56)\n  rule: {rule.words}\n  try: {rule.advice}\n"
+        f"mask at 0: mask is 0 in 5 train events (step 40 to 56)\n  rule: {rule.description}\n  try: {rule.advice}\n"
         in done.stdout
     )
     assert "unfinished at step 56 of 60" in done.stdout
@@ -253,7 +260,7 @@ def test_the_command(healthy, tmp_path):
         "what": "mask is 0 in 5 train events",
         "first_step": 40,
         "last_step": 56,
-        "words": rule.words,
+        "description": rule.description,
         "advice": rule.advice,
     } in told["findings"]
 
@@ -291,7 +298,7 @@ def test_a_run_that_has_not_written_an_event(mistake, tmp_path, monkeypatch, cap
 def test_the_docs_have_every_rule_and_key():
     text = (ROOT / "docs" / "DOCTOR.md").read_text()
     rows = re.findall(r"^\| (.+?) \| (.+) \| (.+) \|$", text.partition("## The rules")[2], re.M)[1:]
-    assert rows == [(rule.name, rule.words, rule.advice) for rule in RULES]
+    assert rows == [(rule.name, rule.description, rule.advice) for rule in RULES]
     keys = text.partition("## The event")[2].partition("## The rules")[0]
     assert re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.+?) \|", keys, re.M))) == list(KEYS)
 

@@ -1,13 +1,14 @@
 """Continuing a log, and the progress line of a terminal."""
 
 import json
-import pty
 import os
+import pty
 import subprocess
 import sys
 
 from conftest import ROOT
-from util.log import TRAIN_KEYS, Log, prepare
+
+from util.log import TRAIN_KEYS, Logger, init_output_dir
 
 VALUES = {**dict.fromkeys(TRAIN_KEYS, 1.0), "loss_u": None}
 
@@ -17,13 +18,13 @@ def steps(folder):
 
 
 def test_events_after_the_checkpoint_are_dropped(tmp_path):
-    log = Log(tmp_path, start=0, total=50, active=True)
+    log = Logger(tmp_path, start=0, total=50, active=True)
     for step in (10, 20, 30):
         log.train(step, 1, 5, VALUES)
     log.close()
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"event": "train", "step": 40, "lo')  # a crash in the middle of a line
-    log = Log(tmp_path, start=20, total=50, active=True)
+    log = Logger(tmp_path, start=20, total=50, active=True)
     assert steps(tmp_path) == [10, 20]
     log.train(30, 1, 5, VALUES)
     log.close()
@@ -32,15 +33,15 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_what_an_earlier_run_left_is_kept_when_one_begins_anew(tmp_path):
-    assert prepare(tmp_path, tmp_path, "a: 1\n", anew=True) == []
+    assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == []
     for number in (1, 2):
-        log = Log(tmp_path, start=0, total=50, active=True)
-        log.begin(0, "a split", "12")
+        log = Logger(tmp_path, start=0, total=50, active=True)
+        log.log_start(0, "a split", "12")
         log.train(10, 1, 5, VALUES)
         log.close()
         (tmp_path / "best.pth").write_text(f"model {number}")
-        assert prepare(tmp_path, tmp_path, "a: 1\n", anew=False) == []
-        assert prepare(tmp_path, tmp_path, "a: 1\n", anew=True) == [
+        assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=False) == []
+        assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == [
             f"log.jsonl.old{number}",
             f"best.pth.old{number}",
         ]
@@ -50,7 +51,7 @@ def test_what_an_earlier_run_left_is_kept_when_one_begins_anew(tmp_path):
 
 
 def test_bad_images_are_listed(tmp_path, capsys):
-    log = Log(tmp_path, start=0, total=50, active=True)
+    log = Logger(tmp_path, start=0, total=50, active=True)
     log.bad_images(5, [], "x")
     log.bad_images(10, [("b.jpg", "torn"), ("a.jpg", "empty"), ("b.jpg", "torn")], "replaced")
     log.close()
@@ -66,8 +67,8 @@ def test_bad_images_are_listed(tmp_path, capsys):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    log = Log(tmp_path, start=0, total=50, active=False)
-    log.say("hello")
+    log = Logger(tmp_path, start=0, total=50, active=False)
+    log.print_line("hello")
     log.train(10, 1, 5, VALUES)
     log.eval(10, 1, {"student_top1": 1.0, "student_top5": 1.0, "teacher_top1": 1.0, "teacher_top5": 1.0})
     log.close()
@@ -76,10 +77,10 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 def test_a_terminal_gets_one_line_that_is_rewritten(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from util.log import Log, TRAIN_KEYS\n"
-        "log = Log(Path(sys.argv[2]), 0, 50, True)\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from util.log import Logger, TRAIN_KEYS\n"
+        "log = Logger(Path(sys.argv[2]), 0, 50, True)\n"
         "for step in (10, 20): log.train(step, 1, 5, dict.fromkeys(TRAIN_KEYS, 1.0))\n"
-        "log.say('bye')\n"
+        "log.print_line('bye')\n"
     )
     main, side = pty.openpty()
     run = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path)], stdout=side)

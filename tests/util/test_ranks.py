@@ -3,7 +3,7 @@
 import pytest
 
 from util.errors import UserError
-from util.ranks import Ranks, continue_with, ranks_of
+from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
 
 
 def saved(world, processes, batch_size):
@@ -11,41 +11,41 @@ def saved(world, processes, batch_size):
 
 
 def test_a_new_run():
-    assert ranks_of(8, 0, 4) == Ranks(4, 4, 8) and ranks_of(8, 0, 4).here == 1
-    assert ranks_of(8, 8, 2) == Ranks(8, 2, 8) and ranks_of(8, 8, 2).here == 4
-    assert "4 on each of 2 processes" in str(ranks_of(8, 8, 2))
+    assert plan_ranks(8, 0, 4) == RankLayout(4, 4, 8) and plan_ranks(8, 0, 4).virtual_ranks_per_process == 1
+    assert plan_ranks(8, 8, 2) == RankLayout(8, 2, 8) and plan_ranks(8, 8, 2).virtual_ranks_per_process == 4
+    assert "4 on each of 2 processes" in str(plan_ranks(8, 8, 2))
     with pytest.raises(UserError, match="8 virtual ranks cannot be shared evenly by 3 processes"):
-        ranks_of(8, 8, 3)
+        plan_ranks(8, 8, 3)
 
 
 def test_the_same_number_of_ranks_goes_on_without_a_word():
-    assert continue_with(ranks_of(8, 0, 4), 0, "refuse", saved(4, 4, 8)) == (Ranks(4, 4, 8), "")
+    assert plan_ranks_on_resume(plan_ranks(8, 0, 4), 0, "refuse", saved(4, 4, 8)) == (RankLayout(4, 4, 8), "")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_virtual_ranks_compute_the_same_step_on_other_processes(processes):
-    ranks, remark = continue_with(ranks_of(8, 8, processes), 8, "refuse", saved(8, 8, 8))
-    assert ranks == Ranks(8, processes, 8) and ("the same step" in remark) == (processes != 8)
+    ranks, remark = plan_ranks_on_resume(plan_ranks(8, 8, processes), 8, "refuse", saved(8, 8, 8))
+    assert ranks == RankLayout(8, processes, 8) and ("the same step" in remark) == (processes != 8)
 
 
 def test_other_ranks_are_refused_unless_the_user_says_so():
     with pytest.raises(UserError, match="of 8 ranks, this start is of 4: --virtual-ranks 8"):
-        continue_with(ranks_of(8, 0, 4), 0, "refuse", saved(8, 8, 8))
+        plan_ranks_on_resume(plan_ranks(8, 0, 4), 0, "refuse", saved(8, 8, 8))
 
 
 def test_continue_takes_virtual_ranks_where_they_fit():
-    ranks, remark = continue_with(ranks_of(8, 0, 4), 0, "continue", saved(8, 8, 8))
-    assert ranks == Ranks(8, 4, 8) and "the same step" in remark
+    ranks, remark = plan_ranks_on_resume(plan_ranks(8, 0, 4), 0, "continue", saved(8, 8, 8))
+    assert ranks == RankLayout(8, 4, 8) and "the same step" in remark
 
 
 @pytest.mark.parametrize(
     "asked, virtual, expected",
-    [(ranks_of(8, 0, 16), 0, Ranks(16, 16, 4)), (ranks_of(8, 4, 2), 4, Ranks(4, 2, 16))],
+    [(plan_ranks(8, 0, 16), 0, RankLayout(16, 16, 4)), (plan_ranks(8, 4, 2), 4, RankLayout(4, 2, 16))],
 )
 def test_otherwise_the_same_images_are_grouped_anew(asked, virtual, expected):
-    ranks, remark = continue_with(asked, virtual, "continue", saved(8, 8, 8))
+    ranks, remark = plan_ranks_on_resume(asked, virtual, "continue", saved(8, 8, 8))
     assert ranks == expected and "other groups" in remark
-    assert continue_with(asked, virtual, "refuse", saved(*expected)) == (
+    assert plan_ranks_on_resume(asked, virtual, "refuse", saved(*expected)) == (
         expected,
         "",
     )  # and the next start goes on with that
@@ -55,4 +55,4 @@ def test_images_that_cannot_be_shared():
     with pytest.raises(
         UserError, match="the 64 labelled images of a step cannot be shared evenly by 3 ranks"
     ):
-        continue_with(ranks_of(8, 0, 3), 0, "continue", saved(8, 8, 8))
+        plan_ranks_on_resume(plan_ranks(8, 0, 3), 0, "continue", saved(8, 8, 8))

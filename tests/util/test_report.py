@@ -71,7 +71,7 @@ def test_runs_on_different_splits_are_not_compared(run_dir, tmp_path, mistake):
     other.mkdir()
     (other / "config.yaml").write_text((run_dir / "config.yaml").read_text())
     (other / "log.jsonl").write_text((run_dir / "log.jsonl").read_text().replace("abab", "cdcd"))
-    report.must_share_split([report.read(run_dir)] * 2)
+    report.check_same_split([report.read(run_dir)] * 2)
     mistake(report.main, [run_dir, other], "digits-4-seed0", "slow", "do not compare")
 
 

@@ -18,11 +18,11 @@ class Run(NamedTuple):
     config: Config
     trains: list[Event]
     evals: list[Event]
-    looks: list[Event]  # diagnostics
+    diagnostic_events: list[Event]  # diagnostics
     stops: list[Event]
     steps_per_epoch: Optional[int]  # None before the first evaluation or diagnostics
 
-    def settled(self, events: list[Event]) -> list[Event]:
+    def after_warmup(self, events: list[Event]) -> list[Event]:
         """Those after the first epoch and the warm-up, before which much is allowed to look odd."""
         if self.steps_per_epoch is None:
             return []
@@ -73,13 +73,13 @@ def _has_bank(run: Run, events: list[Event]) -> list[Event]:
     """Settled events from which on the bank is used: it was at the diagnostics, or, without any, after the
     second epoch.
     """
-    used = [e["step"] for e in run.looks if e["q_entropy"] is not None]
-    start = used[0] if used else math.inf if run.looks else 2 * (run.steps_per_epoch or 0)
-    return [e for e in run.settled(events) if e["step"] > start]
+    used = [e["step"] for e in run.diagnostic_events if e["q_entropy"] is not None]
+    start = used[0] if used else math.inf if run.diagnostic_events else 2 * (run.steps_per_epoch or 0)
+    return [e for e in run.after_warmup(events) if e["step"] > start]
 
 
 def not_finite(run: Run) -> Optional[Finding]:
-    for e in run.looks:
+    for e in run.diagnostic_events:
         bad = [
             name for name in e["not_finite"] if run.config.precision != "fp16" or not name.startswith("grad_")
         ]
@@ -97,7 +97,7 @@ def exploding(run: Run) -> Optional[Finding]:
 def not_learning(run: Run) -> Optional[Finding]:
     guess = math.log(run.config.cls)
     return _latest(
-        run.settled(run.trains),
+        run.after_warmup(run.trains),
         "loss_x",
         5,
         lambda v: v >= 0.95 * guess,
@@ -123,7 +123,7 @@ def dead_term(run: Run) -> Optional[Finding]:
     c = run.config
     return _first(
         [
-            c.lambda_u and find("loss_u", run.settled(run.trains)),
+            c.lambda_u and find("loss_u", run.after_warmup(run.trains)),
             c.lambda_in and find("loss_in", _has_bank(run, run.trains)),
         ]
     )
@@ -131,7 +131,7 @@ def dead_term(run: Run) -> Optional[Finding]:
 
 def mask_at_0(run: Run) -> Optional[Finding]:
     return _latest(
-        run.settled(run.trains), "mask", 5, lambda v: v < 1e-4, "mask is {value:.2g} in {n} train events"
+        run.after_warmup(run.trains), "mask", 5, lambda v: v < 1e-4, "mask is {value:.2g} in {n} train events"
     )
 
 
@@ -140,7 +140,7 @@ def mask_at_1(run: Run) -> Optional[Finding]:
     if right is None or right >= 0.9:
         return None
     return _latest(
-        run.settled(run.trains),
+        run.after_warmup(run.trains),
         "mask",
         5,
         lambda v: v > 0.999,
@@ -155,7 +155,7 @@ def _threes(events: list[Event], key: str) -> list[float]:
 
 
 def mask_falling(run: Run) -> Optional[Finding]:
-    events = run.settled(run.trains)
+    events = run.after_warmup(run.trains)
     means = _threes(events, "mask")
     if not means or max(means) < 0.1 or means[-1] > max(means) / 2:
         return None
@@ -167,7 +167,7 @@ def mask_falling(run: Run) -> Optional[Finding]:
 
 def pseudo_labels_at_chance(run: Run) -> Optional[Finding]:
     return _latest(
-        run.settled(run.trains),
+        run.after_warmup(run.trains),
         "pseudo_acc",
         5,
         lambda v: _better_than_guessing(v, run.config.cls) < 0.02,
@@ -176,7 +176,7 @@ def pseudo_labels_at_chance(run: Run) -> Optional[Finding]:
 
 
 def confirmation_bias(run: Run) -> Optional[Finding]:
-    events = run.settled(run.trains)
+    events = run.after_warmup(run.trains)
     right, mask = _threes(events, "pseudo_acc"), _threes(events, "mask")
     if not right:
         return None
@@ -193,7 +193,11 @@ def confirmation_bias(run: Run) -> Optional[Finding]:
 
 def collapsed_classes(run: Run) -> Optional[Finding]:
     c = run.config.cls
-    events = [e for e in run.settled(run.looks) if e["pseudo_labels"] and e["pseudo_labels"] >= 20 * c]
+    events = [
+        e
+        for e in run.after_warmup(run.diagnostic_events)
+        if e["pseudo_labels"] and e["pseudo_labels"] >= 20 * c
+    ]
     found = _latest(events, "starved", 2, lambda v: v > c / 20, "{value} of " + f"{c} classes are starved")
     found = found or _latest(
         events,
@@ -213,7 +217,13 @@ def collapsed_classes(run: Run) -> Optional[Finding]:
 
 def prior_far(run: Run) -> Optional[Finding]:
     bound = math.log(run.config.cls) / 4
-    return _latest(run.settled(run.looks), "prior_kl", 2, lambda v: v > bound, "prior_kl is {value:.2f} nats")
+    return _latest(
+        run.after_warmup(run.diagnostic_events),
+        "prior_kl",
+        2,
+        lambda v: v > bound,
+        "prior_kl is {value:.2f} nats",
+    )
 
 
 def q_w_certain(run: Run) -> Optional[Finding]:
@@ -230,7 +240,7 @@ def q_w_flat(run: Run) -> Optional[Finding]:
 def _entropy(run: Run, bad: Callable[[float], bool], rest: str) -> Optional[Finding]:
     events = [
         {"step": e["step"], "share": e["q_entropy"] / math.log(e["bank_rows"])}
-        for e in run.settled(run.looks)
+        for e in run.after_warmup(run.diagnostic_events)
         if e["q_entropy"] is not None and e["bank_rows"] > 1
     ]
     return _latest(events, "share", 3, bad, f"the entropy of q_w is {{value:.4f}} of log K {rest}")
@@ -267,7 +277,11 @@ GRADIENTS = ("grad_x", "grad_u", "grad_in")
 def no_gradient(run: Run) -> Optional[Finding]:
     return _first(
         _latest(
-            run.settled(run.looks), key, 2, lambda v: v < 1e-8, key + " is {value:.1g} in {n} diagnostics"
+            run.after_warmup(run.diagnostic_events),
+            key,
+            2,
+            lambda v: v < 1e-8,
+            key + " is {value:.1g} in {n} diagnostics",
         )
         for key in GRADIENTS
         if key == "grad_x" or getattr(run.config, key.replace("grad", "lambda"))
@@ -276,7 +290,7 @@ def no_gradient(run: Run) -> Optional[Finding]:
 
 def gradient_exploding(run: Run) -> Optional[Finding]:
     for key in GRADIENTS:
-        events = [e for e in run.looks if e[key] is not None]
+        events = [e for e in run.diagnostic_events if e[key] is not None]
         for i in range(3, len(events)):
             usual = median(e[key] for e in events[:i])
             if events[i][key] > max(100 * usual, 100):
@@ -290,7 +304,7 @@ def gradient_exploding(run: Run) -> Optional[Finding]:
 
 def at_chance(run: Run) -> Optional[Finding]:
     return _latest(
-        run.settled(run.evals),
+        run.after_warmup(run.evals),
         "student_top1",
         2,
         lambda v: _better_than_guessing(v / 100, run.config.cls) < 0.02,
@@ -299,7 +313,9 @@ def at_chance(run: Run) -> Optional[Finding]:
 
 
 def students_apart(run: Run) -> Optional[Finding]:
-    gaps = [{"step": e["step"], "gap": e["student_top1"] - e["teacher_top1"]} for e in run.settled(run.evals)]
+    gaps = [
+        {"step": e["step"], "gap": e["student_top1"] - e["teacher_top1"]} for e in run.after_warmup(run.evals)
+    ]
     return _first(
         [
             _latest(
@@ -329,7 +345,7 @@ def accuracy_lost(run: Run) -> Optional[Finding]:
 
 
 def stale_bank(run: Run) -> Optional[Finding]:
-    for e in run.looks:
+    for e in run.diagnostic_events:
         if e["bank_age_max"] is not None and e["bank_age_max"] > 2 * e["bank_pass"]:
             return Finding(
                 f"the oldest row is {e['bank_age_max']} steps old, a pass over the labels takes {e['bank_pass']}",
@@ -339,7 +355,7 @@ def stale_bank(run: Run) -> Optional[Finding]:
         if e["q_entropy"] is not None and e["bank_unwritten"]:
             return Finding(f"{e['bank_unwritten']} rows in use were never written", e["step"], e["step"])
     return _latest(
-        run.settled(run.looks),
+        run.after_warmup(run.diagnostic_events),
         "bank_drift",
         3,
         lambda v: v > 0.5,

@@ -7,10 +7,10 @@ from util.errors import UserError
 
 # What a site may have to change, in a config or on the command line: --port, the first of the PORTS that must
 # be free between nodes, and --timeout-minutes.
-PORTS = 5_000
+NUM_PORTS = 5_000
 
 
-class Place(NamedTuple):
+class Rendezvous(NamedTuple):
     """Where this process stands among the ranks, and where they meet."""
 
     rank: int = 0
@@ -20,7 +20,7 @@ class Place(NamedTuple):
     port: int = 0
 
 
-def place(env: Mapping[str, str], port: int) -> Place:
+def find_rendezvous(env: Mapping[str, str], port: int) -> Rendezvous:
     """From the environment: of torchrun, of srun, or alone.
 
     Under srun the ranks are the tasks of the step, they meet on the first host of its nodes, at `port` and
@@ -28,7 +28,7 @@ def place(env: Mapping[str, str], port: int) -> Place:
     srun is alone.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Place(
+        return Rendezvous(
             int(env["RANK"]),
             int(env.get("LOCAL_RANK", 0)),
             int(env["WORLD_SIZE"]),
@@ -37,7 +37,7 @@ def place(env: Mapping[str, str], port: int) -> Place:
         )
     world = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if "SLURM_STEP_ID" not in env or world == 1:
-        return Place()
+        return Rendezvous()
     nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
     try:
         hosts = subprocess.run(
@@ -51,5 +51,5 @@ def place(env: Mapping[str, str], port: int) -> Place:
     # Not where ranks of an earlier start may still wait for each other: those of a node that was lost are
     # killed late.
     start = 1009 * int(env.get("SLURM_RESTART_COUNT", 0))
-    port += (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"]) + start) % PORTS
-    return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), world, hosts[0], port)
+    port += (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"]) + start) % NUM_PORTS
+    return Rendezvous(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), world, hosts[0], port)

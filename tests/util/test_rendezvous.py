@@ -4,7 +4,7 @@ import pytest
 
 from util import dist_utils
 from util.errors import UserError
-from util.place import PORTS, Place, place
+from util.rendezvous import NUM_PORTS, Rendezvous, find_rendezvous
 
 SRUN = {
     "SLURM_JOB_ID": "123456",
@@ -28,40 +28,43 @@ def scontrol(tmp_path, monkeypatch):
 
 
 def test_alone():
-    assert place({}, 20000) == Place(0, 0, 1, "", 0)
+    assert find_rendezvous({}, 20000) == Rendezvous(0, 0, 1, "", 0)
 
 
 def test_a_batch_script_without_srun_is_alone():
     assert (
-        place(
+        find_rendezvous(
             {key: value for key, value in SRUN.items() if not key.startswith("SLURM_STEP")}
             | {"SLURM_NTASKS": "16"},
             20000,
         )
-        == Place()
+        == Rendezvous()
     )
 
 
 def test_one_task_of_srun_is_alone():
-    assert place({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, 20000) == Place()
+    assert find_rendezvous({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, 20000) == Rendezvous()
 
 
 def test_torchrun():
     env = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5", **SRUN}
-    assert place(env, 20000) == Place(3, 1, 4, "a", 5)
+    assert find_rendezvous(env, 20000) == Rendezvous(3, 1, 4, "a", 5)
 
 
 def test_srun(scontrol):
-    assert place(SRUN, 20000) == Place(9, 1, 16, "gpu07", 20000 + 123456 % PORTS)
-    other = place({**SRUN, "SLURM_JOB_ID": "123457"}, 20000)
-    again = place({**SRUN, "SLURM_RESTART_COUNT": "1"}, 20000)
-    assert len({other.port, again.port, place(SRUN, 20000).port}) == 3 and 20000 <= other.port < 20000 + PORTS
+    assert find_rendezvous(SRUN, 20000) == Rendezvous(9, 1, 16, "gpu07", 20000 + 123456 % NUM_PORTS)
+    other = find_rendezvous({**SRUN, "SLURM_JOB_ID": "123457"}, 20000)
+    again = find_rendezvous({**SRUN, "SLURM_RESTART_COUNT": "1"}, 20000)
+    assert (
+        len({other.port, again.port, find_rendezvous(SRUN, 20000).port}) == 3
+        and 20000 <= other.port < 20000 + NUM_PORTS
+    )
 
 
 def test_without_scontrol(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="first of the nodes gpu.*scontrol"):
-        place(SRUN, 20000)
+        find_rendezvous(SRUN, 20000)
 
 
 def test_nobody_comes(monkeypatch):

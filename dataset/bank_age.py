@@ -2,18 +2,18 @@
 
 import numpy as np
 
-from dataset.draws import ORDER_X, permutation
 from dataset.loader import Stream
+from dataset.rng import ORDER_X, permutation
 
 
-def ages(stream: Stream, done: int) -> np.ndarray:
+def bank_row_ages(stream: Stream, done: int) -> np.ndarray:
     """Steps since each labelled image was last seen, and its row written, after `done` steps: [K] int64, −1:
     not yet.
 
     0 is the newest step. The order is a pure function of the step, so that nothing has to be kept. An image
     that cannot be read counts as seen.
     """
-    total, a_step = len(stream.data.labelled), stream.n_x * stream.world
+    total, a_step = len(stream.data.labeled), stream.n_x * stream.world
     seen = done * a_step
     last = np.full(total, -1)  # places in the endless order   [K]
     for number in range(

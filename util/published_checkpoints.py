@@ -41,7 +41,7 @@ LAYOUTS = {
     "fixmatch": (_MUST[:2], (*_MAY, "ema.backbone.", "ema.fc.", "ema.head.")),  # no ema without --eman
     "moco": (("encoder_q.conv1.weight",), ("encoder_q.", "encoder_k.", "queue", "queue_ptr")),
 }
-TOLD_BY = {
+KIND_BY_KEY = {
     "bank": "simmatch",
     "l_bank": "simmatchv2",
     "main.fc.weight": "fixmatch",
@@ -59,7 +59,7 @@ PARTS = {"main.": "student.", "ema.": "teacher.net."}  # published -> ours
 BUFFERS = {"bank": "bank.z", "labels": "bank.labels", "DA_queue": "align.ring", "DA_ptr": "align.ptr"}
 
 
-def recognise(state: Any, where: str = "the checkpoint") -> str:
+def detect_kind(state: Any, where: str = "the checkpoint") -> str:
     """ours, simmatch, simmatchv2, fixmatch or moco, by the keys; a UserError names the first three that fit
     none.
     """
@@ -74,7 +74,7 @@ def recognise(state: Any, where: str = "the checkpoint") -> str:
         held = [repr(key) for key in state] if isinstance(state, dict) else [f"a {type(state).__name__}"]
         raise UserError(f"{lacks}: it has no 'state_dict', but {first_three(held) or 'nothing'}")
     values = tensors(state)
-    kind = next((kind for key, kind in TOLD_BY.items() if key in values), None)
+    kind = next((kind for key, kind in KIND_BY_KEY.items() if key in values), None)
     if kind is None:
         raise UserError(
             f"{lacks}: its state_dict has {first_three([repr(key) for key in values]) or 'no key'}"
@@ -104,7 +104,7 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {str(key): value for key, value in values.items()}
 
 
-class Networks(NamedTuple):
+class NetworkSpec(NamedTuple):
     """What the student (and the teacher) of a published file are made of."""
 
     backbone: str
@@ -112,10 +112,10 @@ class Networks(NamedTuple):
     num_classes: int  # C
     dim: int  # D; 0 without a head
     norm: bool  # LayerNorm on the feature
-    labelled: Optional[int]  # K; None where the file does not tell
+    labeled: Optional[int]  # K; None where the file does not tell
 
 
-def networks(state: dict[str, Any], where: str = "the checkpoint") -> Networks:
+def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> NetworkSpec:
     """Read from the shapes, since `arch` in these files is the program's name. Not for `moco`, which has no
     classifier.
     """
@@ -125,20 +125,20 @@ def networks(state: dict[str, Any], where: str = "the checkpoint") -> Networks:
         key.removeprefix("backbone."): value for key, value in main.items() if key.startswith("backbone.")
     }
     dim = len(main["head.2.weight"]) if "head.2.weight" in main else 0
-    labelled = (
+    labeled = (
         values["bank"].shape[-1]
         if "bank" in values
         else len(values["l_bank"])
         if "l_bank" in values
         else None
     )
-    return Networks(
+    return NetworkSpec(
         _resnet(backbone, where),
         backbone["conv1.weight"].shape[1],
         len(main["fc.weight"]),
         dim,
         "norm.weight" in main,
-        labelled,
+        labeled,
     )
 
 
@@ -155,25 +155,25 @@ def _resnet(backbone: dict[str, Tensor], where: str) -> str:
     return RESNETS[found]
 
 
-def describe(state: dict[str, Any], kind: str, found: Networks) -> str:
+def describe(state: dict[str, Any], kind: str, found: NetworkSpec) -> str:
     """A line on a published file."""
-    labelled = f", {found.labelled} labelled images" if found.labelled else ""
-    if found.labelled in SPLITS:
-        labelled += f" (as many as {SPLITS[found.labelled]})"
-    return f"{PROGRAMS[kind]} as published, {found.backbone}; epoch {state.get('epoch')}{labelled}"
+    labeled = f", {found.labeled} labelled images" if found.labeled else ""
+    if found.labeled in SPLITS:
+        labeled += f" (as many as {SPLITS[found.labeled]})"
+    return f"{PROGRAMS[kind]} as published, {found.backbone}; epoch {state.get('epoch')}{labeled}"
 
 
-def to_ours(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
+def to_method_state(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
     """A published SimMatch file -> the state_dict of a SimMatch method. A column of the published bank is a
     row of ours.
     """
-    kind = recognise(state, where)
+    kind = detect_kind(state, where)
     if kind != "simmatch":
         raise UserError(
             f"{where} is not a checkpoint of SimMatch, but of {PROGRAMS.get(kind, 'train_semi.py')}"
         )
     values = tensors(state)
-    _check_buffers(values, networks(state, where), where)
+    _check_buffers(values, network_spec(state, where), where)
     out = {_renamed(key, PARTS): value for key, value in values.items() if key not in BUFFERS}
     for theirs, own in BUFFERS.items():
         if theirs in values:
@@ -181,9 +181,9 @@ def to_ours(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, T
     return out
 
 
-def _check_buffers(values: dict[str, Tensor], found: Networks, where: str) -> None:
+def _check_buffers(values: dict[str, Tensor], found: NetworkSpec, where: str) -> None:
     """Kinds and shapes of what a load_state_dict would cast, or would have nothing to compare with."""
-    wanted = {"bank": (found.dim, found.labelled), "labels": (found.labelled,)}
+    wanted = {"bank": (found.dim, found.labeled), "labels": (found.labeled,)}
     if "DA_queue" in values or "DA_ptr" in values:
         wanted |= {"DA_queue": (RING, found.num_classes), "DA_ptr": (1,)}
     wrong = [f"{key} is missing" for key in wanted if key not in values]
@@ -191,17 +191,17 @@ def _check_buffers(values: dict[str, Tensor], found: Networks, where: str) -> No
         kind = torch.int64 if key in ("labels", "DA_ptr") else torch.float32
         if tuple(values[key].shape) != wanted[key] or values[key].dtype != kind:
             wrong.append(
-                f"{key} is {_said(values[key].shape, values[key].dtype)}, not {_said(wanted[key], kind)}"
+                f"{key} is {_describe_tensor(values[key].shape, values[key].dtype)}, not {_describe_tensor(wanted[key], kind)}"
             )
     if wrong:
         raise UserError(f"{where} is not a whole checkpoint of SimMatch: {first_three(wrong)}")
 
 
-def _said(shape: tuple[int, ...], kind: torch.dtype) -> str:
+def _describe_tensor(shape: tuple[int, ...], kind: torch.dtype) -> str:
     return f"{list(shape)} {str(kind).removeprefix('torch.')}"
 
 
-def from_ours(
+def from_method_state(
     method: dict[str, Tensor], optimizer: dict[str, Any], epoch: int, where: str = "the checkpoint"
 ) -> dict[str, Any]:
     """The state_dicts of a SimMatch method and of its SGD -> what the published program loads with strict
@@ -223,7 +223,7 @@ def from_ours(
     values["bank"] = values["bank"].T.contiguous()  # [D, K]
     back = {own: theirs for theirs, own in PARTS.items()}
     values |= {_renamed(key, back): value for key, value in method.items() if key.startswith(tuple(back))}
-    found = networks({"state_dict": values}, where)  # refuses what is no ResNet
+    found = network_spec({"state_dict": values}, where)  # refuses what is no ResNet
     if found.channels != 3:
         raise UserError(
             f"{where} is for images of {found.channels} channels; those of the published SimMatch have 3"
@@ -253,14 +253,16 @@ def to_training_state(
 
     steps_per_epoch: of the training that goes on; the published program saves at the end of epochs only.
     """
-    method = to_ours(state, where)
+    method = to_method_state(state, where)
     epoch = state.get("epoch")
     if type(epoch) is not int or epoch < 0:
         raise UserError(f"{where} does not say how many epochs are done: its 'epoch' is {epoch!r}")
-    return method, optimizer_to_ours(state.get("optimizer"), method, where), epoch, epoch * steps_per_epoch
+    return method, to_optimizer_state(state.get("optimizer"), method, where), epoch, epoch * steps_per_epoch
 
 
-def optimizer_to_ours(saved: Any, method: dict[str, Tensor], where: str = "the checkpoint") -> dict[str, Any]:
+def to_optimizer_state(
+    saved: Any, method: dict[str, Tensor], where: str = "the checkpoint"
+) -> dict[str, Any]:
     """The published SGD's state -> that of an SGD over the student alone. Both number parameters in the
     networks' order.
 
@@ -308,7 +310,7 @@ def moco_backbone(state: dict[str, Any], where: str = "the checkpoint") -> dict[
 
     A MoCo v1 file has one linear layer instead of a head: then there is no head.*.
     """
-    kind = recognise(state, where)
+    kind = detect_kind(state, where)
     if kind != "moco":
         raise UserError(f"{where} is not a checkpoint of MoCo, but of {PROGRAMS.get(kind, 'train_semi.py')}")
     names = {"fc.0.": "head.0.", "fc.2.": "head.2."}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dataset.age import ages
+from dataset.bank_age import bank_row_ages
 from dataset.build import build_data
 from dataset.loader import Stream
 from util.config import Config
@@ -16,11 +16,11 @@ from util.config import Config
 def test_ages_are_those_of_the_images_that_the_steps_show(labels_per_class, batch_size, world):
     data = build_data(Config(dataset="digits", cls=10, labels_per_class=labels_per_class), gpu=False)
     ranks = [Stream(data, batch_size, 1, seed=5, rank=rank, world=world) for rank in range(world)]
-    written = np.full(len(data.labelled), -1)
+    written = np.full(len(data.labeled), -1)
     for step in range(24):
         for stream in ranks:
             written[stream[step].index.numpy()] = step
         expected = np.where(written < 0, -1, step - written)
         for stream in ranks:
-            assert ages(stream, step + 1).tolist() == expected.tolist()
-    assert ages(ranks[0], 24).min() == 0
+            assert bank_row_ages(stream, step + 1).tolist() == expected.tolist()
+    assert bank_row_ages(ranks[0], 24).min() == 0

@@ -8,15 +8,17 @@ import numpy as np
 ORDER_X, ORDER_U, VIEW_X, VIEW_WEAK, VIEW_STRONG, REPLACE_X, REPLACE_U = range(7)
 
 
-def uniforms(rows: np.ndarray, numbers: int, seed: int, purpose: int, passes: np.ndarray) -> np.ndarray:
+def uniforms(
+    rows: np.ndarray, num_uniforms: int, seed: int, stream_id: int, passes: np.ndarray
+) -> np.ndarray:
     """[n, numbers] in [0, 1): line i depends on (seed, purpose, passes[i], rows[i]) alone.
 
     Philox is a counter-based generator: every image and pass has a range of counters of its own.
     """
     philox = np.random.Philox(0)
     generator, state = np.random.Generator(philox), philox.state
-    state["state"]["key"][:] = seed, purpose
-    out = np.empty((len(rows), numbers))
+    state["state"]["key"][:] = seed, stream_id
+    out = np.empty((len(rows), num_uniforms))
     for line, row, number in zip(out, rows.tolist(), passes.tolist()):
         state["state"]["counter"][:] = 0, row, number, 0
         philox.state = state  # cheaper than a new generator for each image
@@ -25,9 +27,9 @@ def uniforms(rows: np.ndarray, numbers: int, seed: int, purpose: int, passes: np
 
 
 @lru_cache(maxsize=8)
-def permutation(n: int, seed: int, purpose: int, number: int) -> np.ndarray:
+def permutation(n: int, seed: int, stream_id: int, number: int) -> np.ndarray:
     """[n]: the order of pass `number`; it is asked for with every step of the pass."""
-    return shuffled(n, seed, purpose, number)
+    return shuffled(n, seed, stream_id, number)
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:

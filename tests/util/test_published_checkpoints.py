@@ -10,7 +10,7 @@ from published_files import MoCo, contents, fixmatch, sgd, simmatch, simmatchv2
 from models import build_method, parameter_groups
 from models.network import Network
 from models.resnet import RESNETS
-from util import published
+from util import published_checkpoints
 from util.checkpoint import load_module
 from util.config import Config
 from util.errors import UserError
@@ -25,10 +25,10 @@ def theirs():
     return model, optimizer, contents(model, "SimMatch", 12, optimizer)
 
 
-def ours(DA=True, labelled=7, backbone="resnet18_encoder", channels=3, **settings):
+def ours(DA=True, labeled=7, backbone="resnet18_encoder", channels=3, **settings):
     """(our method, its SGD) of the same sizes."""
     config = Config(backbone=backbone, cls=3, dim=16, DA=DA, **settings)
-    method = build_method(config, channels, torch.arange(labelled) % 3)
+    method = build_method(config, channels, torch.arange(labeled) % 3)
     groups = parameter_groups(method.student, config.wd, config.no_decay_bn)
     return method, torch.optim.SGD(groups, lr=0.03, momentum=0.9, nesterov=True)
 
@@ -79,11 +79,11 @@ def step_alike(student, optimizer, model, other):
     ],
 )
 def test_every_layout_is_told(make, kind, prefix):
-    assert published.recognise(contents(make(), "any", prefix=prefix)) == kind
+    assert published_checkpoints.detect_kind(contents(make(), "any", prefix=prefix)) == kind
 
 
 def test_ours_is_told():
-    assert published.recognise({"config": {}, "method": {}}) == "ours"
+    assert published_checkpoints.detect_kind({"config": {}, "method": {}}) == "ours"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_ours_is_told():
 )
 def test_the_first_three_keys_of_anything_else(state, words):
     with pytest.raises(UserError) as error:
-        published.recognise(state, "file x")
+        published_checkpoints.detect_kind(state, "file x")
     said = str(error.value)
     assert (
         words in said
@@ -144,7 +144,7 @@ def test_a_file_that_is_nearly_simmatch(theirs, change, words):
     state = copy.deepcopy(theirs[2])
     change(state["state_dict"])
     with pytest.raises(UserError) as error:
-        published.recognise(state)
+        published_checkpoints.detect_kind(state)
     assert "not a whole checkpoint of SimMatch" in str(error.value) and words in str(error.value)
 
 
@@ -166,14 +166,14 @@ def test_buffers_of_another_kind_or_shape(theirs, change, words):
         if value is None:
             del state["state_dict"][f"module.{key}"]
     with pytest.raises(UserError) as error:
-        published.to_ours(state)
+        published_checkpoints.to_method_state(state)
     assert words in str(error.value)
 
 
 def test_simmatch_loads_into_our_method_with_exact_keys(theirs, tmp_path):
     model, _, state = theirs
     torch.save(state, tmp_path / "a.pth")
-    values = published.to_ours(torch.load(tmp_path / "a.pth", weights_only=True))
+    values = published_checkpoints.to_method_state(torch.load(tmp_path / "a.pth", weights_only=True))
     method, _ = ours()
     load_module(method, values, tmp_path / "a.pth")
     assert list(values)[:-4] == [key for key in method.state_dict()][:-4]  # student and teacher in our order
@@ -190,7 +190,7 @@ def test_simmatch_loads_into_our_method_with_exact_keys(theirs, tmp_path):
 
 def test_training_goes_on_from_a_published_file(theirs):
     model, theirs_sgd, state = copy.deepcopy(theirs)
-    values, saved, epoch, steps = published.to_training_state(state, steps_per_epoch=30)
+    values, saved, epoch, steps = published_checkpoints.to_training_state(state, steps_per_epoch=30)
     assert (epoch, steps) == (12, 360)
     method, optimizer = ours()
     method.load_state_dict(values)
@@ -207,15 +207,16 @@ def test_without_its_momentum_the_next_step_is_another(theirs):
     """The comparison above can fail."""
     model, theirs_sgd, state = copy.deepcopy(theirs)
     method, optimizer = ours()
-    method.load_state_dict(published.to_ours(state))
+    method.load_state_dict(published_checkpoints.to_method_state(state))
     assert not step_alike(method.student, optimizer, model, theirs_sgd)
 
 
 def test_published_to_ours_and_back_is_the_same_file(theirs):
     _, _, state = theirs
-    method, optimizer, epoch, _ = published.to_training_state(state, 1)
+    method, optimizer, epoch, _ = published_checkpoints.to_training_state(state, 1)
     assert_same(
-        published.from_ours(method, optimizer, epoch), {**state, "state_dict": dict(state["state_dict"])}
+        published_checkpoints.from_method_state(method, optimizer, epoch),
+        {**state, "state_dict": dict(state["state_dict"])},
     )
 
 
@@ -226,13 +227,13 @@ def test_ours_to_published_and_back_is_the_same_state(DA):
     for k, p in enumerate(method.student.parameters()):
         p.grad = torch.randn_like(p) if k != 3 else None  # one that has not moved yet
     optimizer.step()
-    file = published.from_ours(method.state_dict(), optimizer.state_dict(), 4)
+    file = published_checkpoints.from_method_state(method.state_dict(), optimizer.state_dict(), 4)
     assert (
         file["arch"] == "SimMatch"
         and file["epoch"] == 4
         and set(file) == {"epoch", "arch", "state_dict", "optimizer"}
     )
-    values, saved, epoch, steps = published.to_training_state(file, 10)
+    values, saved, epoch, steps = published_checkpoints.to_training_state(file, 10)
     assert_same(values, dict(method.state_dict()))
     assert_same(saved, optimizer.state_dict())
     assert (epoch, steps) == (4, 40)
@@ -244,7 +245,10 @@ def test_ours_loads_into_the_published_modules_and_trains_on(tmp_path):
     for p in method.student.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    torch.save(published.from_ours(method.state_dict(), optimizer.state_dict(), 4), tmp_path / "a.pth")
+    torch.save(
+        published_checkpoints.from_method_state(method.state_dict(), optimizer.state_dict(), 4),
+        tmp_path / "a.pth",
+    )
     file = torch.load(tmp_path / "a.pth", weights_only=True)
     model = simmatch()
     wrapped = torch.nn.DataParallel(model)
@@ -269,7 +273,7 @@ def test_an_optimizer_of_an_older_torch_and_of_the_first_epoch():
     state["optimizer"]["state"] = {key + 1000: value for key, value in state["optimizer"]["state"].items()}
     for key in ("maximize", "foreach", "differentiable", "fused"):
         group.pop(key, None)
-    values, saved, _, _ = published.to_training_state(state, 1)
+    values, saved, _, _ = published_checkpoints.to_training_state(state, 1)
     method, own = ours()
     method.load_state_dict(values)
     own.load_state_dict(copy.deepcopy(saved))
@@ -310,7 +314,7 @@ def test_a_file_that_no_training_can_go_on_from(theirs, change, words):
     state = copy.deepcopy(theirs[2])
     change(state)
     with pytest.raises(UserError) as error:
-        published.to_training_state(state, 1)
+        published_checkpoints.to_training_state(state, 1)
     assert words in str(error.value)
 
 
@@ -328,7 +332,7 @@ def test_a_file_that_no_training_can_go_on_from(theirs, change, words):
 def test_ours_that_the_published_layout_cannot_hold(how, words):
     method, optimizer = ours(**how)
     with pytest.raises(UserError) as error:
-        published.from_ours(method.state_dict(), optimizer.state_dict(), 1)
+        published_checkpoints.from_method_state(method.state_dict(), optimizer.state_dict(), 1)
     assert words in str(error.value)
 
 
@@ -336,13 +340,22 @@ def test_ours_that_the_published_layout_cannot_hold(how, words):
 def test_the_backbone_is_read_from_the_shapes(name):
     with torch.device("meta"):
         main = Network(name, 3, 5, 4, norm=True).state_dict()
-    found = published.networks({"state_dict": {f"main.{key}": value for key, value in main.items()}})
+    found = published_checkpoints.network_spec(
+        {"state_dict": {f"main.{key}": value for key, value in main.items()}}
+    )
     assert found == (name, 3, 5, 4, True, None)
 
 
 def test_what_the_layouts_tell_of_their_networks():
-    assert published.networks(contents(simmatch(), "SimMatch")) == ("resnet18_encoder", 3, 3, 16, False, 7)
-    assert published.networks(contents(simmatchv2(labelled=9), "x")) == (
+    assert published_checkpoints.network_spec(contents(simmatch(), "SimMatch")) == (
+        "resnet18_encoder",
+        3,
+        3,
+        16,
+        False,
+        7,
+    )
+    assert published_checkpoints.network_spec(contents(simmatchv2(labeled=9), "x")) == (
         "resnet18_encoder",
         3,
         3,
@@ -350,11 +363,18 @@ def test_what_the_layouts_tell_of_their_networks():
         True,
         9,
     )
-    assert published.networks(contents(fixmatch(), "resnet50")) == ("resnet18_encoder", 3, 3, 0, False, None)
+    assert published_checkpoints.network_spec(contents(fixmatch(), "resnet50")) == (
+        "resnet18_encoder",
+        3,
+        3,
+        0,
+        False,
+        None,
+    )
     cut = contents(fixmatch(), "x")
     cut["state_dict"] = {key: value for key, value in cut["state_dict"].items() if "layer3.1" not in key}
     with pytest.raises(UserError, match=r"layers of 2\+2\+1\+2 blocks"):
-        published.networks(cut)
+        published_checkpoints.network_spec(cut)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -362,7 +382,7 @@ def test_what_the_layouts_tell_of_their_networks():
 def test_moco_gives_backbone_and_head(arch, prefix, tmp_path):
     torch.manual_seed(0)
     moco = MoCo(arch).eval()
-    values = published.moco_backbone(contents(moco, arch, prefix=prefix))
+    values = published_checkpoints.moco_backbone(contents(moco, arch, prefix=prefix))
     net = Network(f"{arch}_encoder", 3, 5, 16).eval()
     fc = {key: value for key, value in net.state_dict().items() if key.startswith("fc.")}
     load_module(net, {**values, **fc}, tmp_path / "a.pth")
@@ -371,12 +391,12 @@ def test_moco_gives_backbone_and_head(arch, prefix, tmp_path):
 
 
 def test_moco_v1_has_no_head_and_other_heads_are_refused():
-    values = published.moco_backbone(contents(MoCo(layers=1), "resnet18"))
+    values = published_checkpoints.moco_backbone(contents(MoCo(layers=1), "resnet18"))
     names = torchvision.models.resnet18().state_dict()
     assert {f"backbone.{key}" for key in names if not key.startswith("fc.")} == set(values)
     with pytest.raises(UserError, match="encoder_q.fc.4.weight is unknown; encoder_q.fc.4.bias is unknown"):
-        published.moco_backbone(contents(MoCo(layers=3), "resnet18"))
+        published_checkpoints.moco_backbone(contents(MoCo(layers=3), "resnet18"))
     with pytest.raises(UserError, match="not a checkpoint of MoCo, but of FixMatch"):
-        published.moco_backbone(contents(fixmatch(), "FixMatch"))
+        published_checkpoints.moco_backbone(contents(fixmatch(), "FixMatch"))
     with pytest.raises(UserError, match="not a checkpoint of SimMatch, but of MoCo"):
-        published.to_ours(contents(MoCo(), "resnet18"))
+        published_checkpoints.to_method_state(contents(MoCo(), "resnet18"))
