@@ -112,7 +112,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 class Opened(NamedTuple):
     """A checkpoint of any layout, as evaluation uses it."""
 
-    kind: str  # as told by published.recognise
+    kind: str  # as told by published.recognize
     state: dict[str, Any]  # the file's content
     config: Config  # of a published file: what its tensors tell, and ImageNet
     what: str  # a line that says what it is

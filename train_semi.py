@@ -76,7 +76,7 @@ def main() -> None:
     images = (stream.n_x + stream.n_u) * ranks.processes
     if stream.steps_per_epoch == 0:
         raise UserError(
-            f"one step takes {stream.n_u * ranks.processes} unlabelled images, but there are {len(data.unlabeled)}: "
+            f"one step takes {stream.n_u * ranks.processes} unlabeled images, but there are {len(data.unlabeled)}: "
             "lower --batch-size or --mu"
         )
     total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
@@ -302,7 +302,7 @@ def describe(
     millions = sum(p.numel() for p in method.student.parameters()) / 1e6
     log.log_start(start, *data.split)
     log.print_line(
-        f"{config.method} on {data.split}: {len(data.labeled)} labelled, {len(data.unlabeled)} unlabelled, "
+        f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "
         f"{len(data.test_labels)} test images, {len(data.classes)} classes"
     )
     log.print_line(

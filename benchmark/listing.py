@@ -1,7 +1,7 @@
 """How long a start takes to know its images: python benchmark/listing.py [--images N] [--folder DIR]
 
 Makes a tree of 1,000 class folders with N names (no content), scans it, starts again with the cache, and
-looks up a labelled subset of a tenth of the images. The tree is made below --folder and removed afterwards.
+looks up a labeled subset of a tenth of the images. The tree is made below --folder and removed afterwards.
 Times are of this process, with the folders still in the operating system's memory; the first scan of a tree
 that is not waits for the disk or the file server.
 """
@@ -82,7 +82,7 @@ def measure(work: Path, images: int) -> None:
         assert np.array_equal(
             again.labels[np.sort(rows)], again.labels[splits.rows(split, again.names.array)]
         )
-    timed("the unlabelled rest", lambda: splits.complement(rows, images))
+    timed("the unlabeled rest", lambda: splits.complement(rows, images))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images a second and core of the two-view unlabelled path: python benchmark/loader.py [--photos A.jpg B.jpg]
+"""Images a second and core of the two-view unlabeled path: python benchmark/loader.py [--photos A.jpg B.jpg]
 [--images 2000]
 
 Three pipelines take turns over the same JPEG files in one process with one thread: torchvision's transforms
@@ -123,7 +123,7 @@ def stages(paths: list[str]) -> list[tuple[str, float]]:
             lambda: [stage.pil(i, p) for i, p in zip(pictures, params)],
         )
     clock(
-        "to tensor and normalise, torchvision",
+        "to tensor and normalize, torchvision",
         lambda: [T.functional.normalize(T.functional.to_tensor(i), *IMAGENET_NORM) for i in pictures],
     )
     return parts
@@ -143,7 +143,7 @@ def resident(pid: int) -> float:
 
 
 def memory(source: Files, count: int) -> None:
-    """Run the loader with two workers over `count` unlabelled images and print what each worker holds."""
+    """Run the loader with two workers over `count` unlabeled images and print what each worker holds."""
     n = len(source)
     views = [photo_view(pipeline(name), IMAGENET_NORM, on_device=True) for name in ("weak", "moco", "eval")]
     labels = np.zeros(n, np.int64)

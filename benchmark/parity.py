@@ -365,7 +365,7 @@ def main() -> None:
         )
     lines += [
         "",
-        f"n = {args.steps} steps a row, {args.backbone}, {SIDE} px, C = 10, K = {K}, D = 16, {B} labelled and {2 * B} unlabelled "
+        f"n = {args.steps} steps a row, {args.backbone}, {SIDE} px, C = 10, K = {K}, D = 16, {B} labeled and {2 * B} unlabeled "
         f"images a rank; 8 images a view. {machine()}.",
     ]
     print("\n".join(lines))

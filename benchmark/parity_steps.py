@@ -15,7 +15,7 @@ C, K, B, SIDE = (
     40,
     4,
     64,
-)  # classes; labelled images; of them in a rank's batch; pixels of an image's side
+)  # classes; labeled images; of them in a rank's batch; pixels of an image's side
 LABELS = torch.arange(K) % C  # of the bank             [K]
 
 

@@ -264,7 +264,7 @@ def main() -> None:
         default=[2],
         help="numbers of gloo ranks; see the memory that they took",
     )
-    parser.add_argument("--bank", nargs="+", type=int, default=[13_000, 128_000], help="labelled images (K)")
+    parser.add_argument("--bank", nargs="+", type=int, default=[13_000, 128_000], help="labeled images (K)")
     parser.add_argument("--teacher", nargs="+", choices=["ema", "eman"], default=["ema", "eman"])
     parser.add_argument("--steps", type=int, default=2, help="steps to count")
     parser.add_argument(

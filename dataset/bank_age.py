@@ -1,4 +1,4 @@
-"""How old the rows of the labelled bank are, from the order of the labelled images alone."""
+"""How old the rows of the labeled bank are, from the order of the labeled images alone."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from dataset.rng import ORDER_X, permutation
 
 
 def bank_row_ages(stream: Stream, done: int) -> np.ndarray:
-    """Steps since each labelled image was last seen, and its row written, after `done` steps: [K] int64, −1:
+    """Steps since each labeled image was last seen, and its row written, after `done` steps: [K] int64, −1:
     not yet.
 
     0 is the newest step. The order is a pure function of the step, so that nothing has to be kept. An image

@@ -29,17 +29,17 @@ from util.errors import Parser, UserError, cli_main
 PROBLEMS = {  # (how bad it is, what is said before the number of cases, what is said if there are none)
     "label": ("BAD", "labels that are not those of a class", "every label is that of a class"),
     "unreadable": ("BAD", "images that cannot be used (mend or remove them)", "every image can be decoded"),
-    "class without labelled": ("BAD", "classes without a labelled image that can be used", ""),
+    "class without labeled": ("BAD", "classes without a labeled image that can be used", ""),
     "class without test": ("note", "classes without a test image", ""),
-    "labelled in test": (
+    "labeled in test": (
         "BAD",
-        "labelled images to remove, being test images",
-        "no labelled image is a test image",
+        "labeled images to remove, being test images",
+        "no labeled image is a test image",
     ),
-    "unlabelled in test": (
+    "unlabeled in test": (
         "BAD",
-        "unlabelled images to remove, being test images",
-        "no unlabelled image is a test image",
+        "unlabeled images to remove, being test images",
+        "no unlabeled image is a test image",
     ),
     "labels differ": (
         "BAD",
@@ -51,9 +51,9 @@ PROBLEMS = {  # (how bad it is, what is said before the number of cases, what is
         "images with another label than their copies, where one of the labels is not used",
         "",
     ),
-    "labelled in unlabelled": ("note", "labelled images with copies among the unlabelled ones", ""),
+    "labeled in unlabeled": ("note", "labeled images with copies among the unlabeled ones", ""),
     "copy": ("note", "copies of other images in the same set", "no set holds an image twice"),
-    "one colour": ("note", "images of one colour all over", "no image is of one colour all over"),
+    "one color": ("note", "images of one color all over", "no image is of one color all over"),
     "tiny": ("note", "tiny images, the shorter side being below a quarter of image_size", ""),
     "huge": ("note", "huge images, above 25 megapixels, that hold up the worker which loads them", ""),
     "misnamed": ("note", "files of another format than their extension says (the content counts)", ""),
@@ -63,7 +63,7 @@ LABELED, REST, TEST = (
     1,
     2,
     3,
-)  # REST: unlabelled and not labelled, since for CIFAR the labelled images are both
+)  # REST: unlabeled and not labeled, since for CIFAR the labeled images are both
 MOUNTS = Path("/proc/self/mountinfo")
 NETWORK = tuple(
     "nfs cifs smb lustre gpfs beegfs ceph gluster afs 9p sshfs s3 gcs weka panfs pvfs orangefs".split()
@@ -78,7 +78,7 @@ LOOK = np.dtype(
         ("flat", "?"),
         ("misnamed", "?"),
     ]
-)  # what is kept of an image; kind: format and mode of its file; flat: of one colour
+)  # what is kept of an image; kind: format and mode of its file; flat: of one color
 
 
 class Images(Dataset):
@@ -186,13 +186,13 @@ def check(data: Data, config: Config, sample: int, findings: Findings) -> None:
     looks, folders, seconds = look_at(images, numbers, config.workers, findings)  # [n]
     usable = np.setdiff1d(np.flatnonzero(part == LABELED), numbers[~looks["good"]])
     for c in np.setdiff1d(np.arange(len(data.classes)), labels[usable]).tolist():
-        findings.case(data.classes[c], "class without labelled", f"label {c}")
+        findings.case(data.classes[c], "class without labeled", f"label {c}")
 
     numbers, looks = numbers[looks["good"]], looks[looks["good"]]  # [m], [m]
     duplicates(images, numbers, looks["digest"], part, labels, data.classes, findings)
     sides, is_file = looks["size"], isinstance(data.images, Files)  # [m, 2]
     for problem, those in (
-        ("one colour", looks["flat"]),
+        ("one color", looks["flat"]),
         ("misnamed", looks["misnamed"]),
         ("huge", sides.prod(1) > 25_000_000),
         ("tiny", is_file & (sides.min(1) * 4 < config.image_size)),
@@ -214,18 +214,18 @@ def count(data: Data, images: Images, findings: Findings) -> tuple[np.ndarray, n
         np.concatenate([data.labels, data.test_labels]),
     )
     part[data.unlabeled], part[n_train:] = REST, TEST
-    both = " (the labelled ones among them)" if (part[data.labeled] == REST).any() else ""
+    both = " (the labeled ones among them)" if (part[data.labeled] == REST).any() else ""
     part[data.labeled] = LABELED
     ok += [
         f"split {data.split.id}, sha256 {data.split.sha256}",
-        f"{len(data.labeled):,} labelled, {len(data.unlabeled):,} "
-        f"unlabelled{both}, {len(data.test_labels):,} test images; {n_classes:,} classes",
+        f"{len(data.labeled):,} labeled, {len(data.unlabeled):,} "
+        f"unlabeled{both}, {len(data.test_labels):,} test images; {n_classes:,} classes",
     ]
     wrong = (labels >= n_classes) | (labels < np.where(part == REST, -1, 0)) & (part > 0)
     for number in np.flatnonzero(wrong).tolist():
         findings.case(images.at(number)[2], "label", f"label {labels[number]}, of {n_classes} classes from 0")
     labels[wrong] = -1
-    for name, which in (("labelled", LABELED), ("test", TEST)):
+    for name, which in (("labeled", LABELED), ("test", TEST)):
         per_class = np.bincount(labels[(part == which) & (labels >= 0)], minlength=n_classes)  # [C]
         ok.append(f"each class has {per_class.min():,} to {per_class.max():,} {name} images")
     for c in np.flatnonzero(per_class == 0).tolist():
@@ -266,9 +266,9 @@ def duplicates(
     for copies in np.split(numbers[order[twice]], np.flatnonzero(new[:-1][twice])[1:]):
         labeled, rest, test = (copies[part[copies] == which] for which in (LABELED, REST, TEST))
         for problem, those, other in (
-            ("labelled in test", labeled, test),
-            ("unlabelled in test", rest, test),
-            ("labelled in unlabelled", labeled, rest),
+            ("labeled in test", labeled, test),
+            ("unlabeled in test", rest, test),
+            ("labeled in unlabeled", labeled, rest),
             ("copy", labeled[1:], labeled),
             ("copy", rest[1:], rest),
             ("copy", test[1:], test),

@@ -19,7 +19,7 @@ ROOT = "data"  # where the files are, or are put, without --data
 def build(
     name: str, data: str, labels_per_class: int, seed: int, weak: str, strong: str, on_device: bool
 ) -> Data:
-    """Labelled images drawn by seed; all training images are unlabelled images, the labelled ones too (METHOD
+    """Labeled images drawn by seed; all training images are unlabeled images, the labeled ones too (METHOD
     §2).
 
     name: cifar10 or cifar100. The files are downloaded if they are not in `data`.

@@ -1,4 +1,4 @@
-"""The colour stages of a view in batches on the training device, each image with its own parameters.
+"""The color stages of a view in batches on the training device, each image with its own parameters.
 
 They follow Pillow's 8-bit arithmetic, every op rounding to whole values of 0 to 255 as Pillow does, so that
 for the same parameters both paths give the same image to about one level. Images are [n, 3, h, w] float32
@@ -34,7 +34,7 @@ def crop_resize(image: Image.Image, box: Sequence[float], size: int) -> np.ndarr
 def finish(
     raw: tuple[Tensor, ...], stages: Sequence[str], mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """raw: pixels [n, h, w, 3] uint8, then the parameters [n, k] of each of `stages` -> normalised [n, 3, h,
+    """raw: pixels [n, h, w, 3] uint8, then the parameters [n, k] of each of `stages` -> normalized [n, 3, h,
     w] float32.
     """
     pixels, *params = raw
@@ -106,7 +106,7 @@ def luma(x: Tensor) -> Tensor:
 def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` turns [n, 1, 1, 1], through Pillow's HSV of 8 bits a channel.
 
-    float64 where Pillow's C code has doubles: a value rounded down to the level below would turn the colour
+    float64 where Pillow's C code has doubles: a value rounded down to the level below would turn the color
     by 1.4 degrees.
     """
     top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)  # [n, 1, h, w] each
@@ -159,7 +159,7 @@ def blur(x: Tensor, p: Tensor) -> Tensor:
 
 
 def box(x: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """Weighted mean over 2·reach + 1 neighbours along `dim` (2 or 3): x [m, 3, h, w], weight [m, 2·reach +
+    """Weighted mean over 2·reach + 1 neighbors along `dim` (2 or 3): x [m, 3, h, w], weight [m, 2·reach +
     1].
     """
     reach, length = weight.shape[1] // 2, x.shape[dim]

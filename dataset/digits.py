@@ -1,4 +1,4 @@
-"""1,797 handwritten digits, 8×8 grey (digits_SOURCE.md): real data that needs no network."""
+"""1,797 handwritten digits, 8×8 gray (digits_SOURCE.md): real data that needs no network."""
 
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -22,10 +22,10 @@ SIZE = (
 
 
 def build(labels_per_class: int, seed: int) -> Data:
-    """The digits with `labels_per_class` labelled images a class, drawn by `seed` from the 1,437 that are not
+    """The digits with `labels_per_class` labeled images a class, drawn by `seed` from the 1,437 that are not
     test images.
 
-    All 1,437 are unlabelled images, the labelled ones too. Raises UserError if there are too few images of a
+    All 1,437 are unlabeled images, the labeled ones too. Raises UserError if there are too few images of a
     class.
     """
     with np.load(FILE, allow_pickle=False) as file:
@@ -49,7 +49,7 @@ def build(labels_per_class: int, seed: int) -> Data:
 
 
 def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
-    """n images [8, 8] uint8, 0 to 16 -> normalised [n, 1, 16, 16] float32."""
+    """n images [8, 8] uint8, 0 to 16 -> normalized [n, 1, 16, 16] float32."""
     return _normalize(_affine(images, torch.zeros(len(images), 6), degrees=0, shift=0, stretch=0, shear=0))
 
 
@@ -98,7 +98,7 @@ def _signed(u: np.ndarray) -> Tensor:
 def _affine(
     images: Sequence[np.ndarray], a: Tensor, degrees: float, shift: float, stretch: float, shear: float
 ) -> Tensor:
-    """Make each of n [8, 8] upright, rotate, shift, stretch and shear it about its centre, and draw it anew,
+    """Make each of n [8, 8] upright, rotate, shift, stretch and shear it about its center, and draw it anew,
     bicubic, paper (0) from outside.
 
     a [n, 6] in [−1, 1): how far to go, of at most `degrees`; `shift` pixels of 8, along x and y; a factor
@@ -120,7 +120,7 @@ def _affine(
 
 @lru_cache(maxsize=2000)
 def _stance(image: bytes) -> Tensor:
-    """How the ink of an image [8, 8] stands, by its moments: the map from upright and centred to there, [2,
+    """How the ink of an image [8, 8] stands, by its moments: the map from upright and centerd to there, [2,
     3].
 
     Coordinates run from −1 to 1. Writers differ in slant, digits do not. Every image is seen hundreds of
@@ -139,7 +139,7 @@ def _stance(image: bytes) -> Tensor:
 
 
 def _cover(x: Tensor, center: Tensor, side: Tensor) -> Tensor:
-    """Put a square of paper (0), `side` [n] of the digit's 8 pixels wide, over `centre` [n, 2] of each x [n,
+    """Put a square of paper (0), `side` [n] of the digit's 8 pixels wide, over `center` [n, 2] of each x [n,
     1, SIZE, SIZE].
     """
     place = (torch.arange(SIZE) + 0.5) * 8 / SIZE  # [SIZE]

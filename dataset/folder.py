@@ -1,4 +1,4 @@
-"""Your own images: class folders, of which some or all images are labelled, and any further images without
+"""Your own images: class folders, of which some or all images are labeled, and any further images without
 labels.
 """
 
@@ -33,7 +33,7 @@ class Folder(Files):
 
 def build(
     data: str,
-    unlabelled: str,
+    unlabeled: str,
     val: str,
     val_share: float,
     split: str,
@@ -45,10 +45,10 @@ def build(
     image_size: int,
     on_device: bool,
 ) -> Data:
-    """One labelled folder and a pile of unlabelled images, or one folder of which a part is labelled.
+    """One labeled folder and a pile of unlabeled images, or one folder of which a part is labeled.
 
-    data: <class>/…/<image>, or such a tree in data/train/. unlabelled: a folder with images in any nesting;
-    with it, and no other choice of labelled images, all of data is labelled. val: <class>/…/<image>; else
+    data: <class>/…/<image>, or such a tree in data/train/. unlabeled: a folder with images in any nesting;
+    with it, and no other choice of labeled images, all of data is labeled. val: <class>/…/<image>; else
     data/val/; else `val_share` of each class of data, drawn by seed, is held out.
     """
     if not data:
@@ -72,7 +72,7 @@ def build(
         )
     for name, other in (
         ("--val", val_root),
-        ("--unlabelled", Path(unlabelled).expanduser() if unlabelled else None),
+        ("--unlabelled", Path(unlabeled).expanduser() if unlabeled else None),
     ):
         if other and other.resolve().is_relative_to(train_root.resolve()):
             raise UserError(
@@ -111,12 +111,12 @@ def build(
     if len(empty):
         raise UserError(f"class {train.classes[empty[0]]} has no image left to train on: lower --val-share")
     everything = Folder(train.root, train.names, train.labels, train.classes)
-    if unlabelled and not split and not labels_per_class:
+    if unlabeled and not split and not labels_per_class:
         chosen = splits.make(splits.by_class(train), percent=1.0, seed=seed)
     else:
         chosen = choose_split(everything, split, labels_per_class, anno_percent, seed, shares={})
-    if unlabelled:
-        everything = _with(everything, test, Path(unlabelled).expanduser())
+    if unlabeled:
+        everything = _with(everything, test, Path(unlabeled).expanduser())
     return assemble(everything, test, chosen, weak, strong, image_size, on_device)
 
 
@@ -128,7 +128,7 @@ def _with(train: Folder, test: Folder, folder: Path) -> Folder:
     whole = _whole(more.root, more.names)  # [n]
     for what, known in (
         ("test", _whole(test.root, test.names)),
-        ("labelled", _whole(train.root, train.names)),
+        ("labeled", _whole(train.root, train.names)),
     ):
         both = np.flatnonzero(np.isin(whole, known))
         if len(both):

@@ -1,4 +1,4 @@
-"""ImageNet-1k with a labelled share. Edit the path here; --data and the environment variable IMAGENET_ROOT
+"""ImageNet-1k with a labeled share. Edit the path here; --data and the environment variable IMAGENET_ROOT
 override it.
 """
 
@@ -53,7 +53,7 @@ class Imagenet(Files):
 
 
 class ImagenetPercentV2(Imagenet):
-    """The labelled part of train/, or all the rest of it; `rows` are its places among all images of train/.
+    """The labeled part of train/, or all the rest of it; `rows` are its places among all images of train/.
 
     len() and [row] are of that part alone.
     """
@@ -61,7 +61,7 @@ class ImagenetPercentV2(Imagenet):
     def __init__(
         self, percent: float, labeled: bool, root: Optional[Path] = None, split: str = "", seed: int = 0
     ):
-        """percent: labelled share (0.01 and 0.1: SimMatch's lists); split: any other list, by name or path."""
+        """percent: labeled share (0.01 and 0.1: SimMatch's lists); split: any other list, by name or path."""
         super().__init__(find_root("" if root is None else str(root)), "train")
         self.split = choose_split(self, split, 0, percent, seed)
         rows = splits.rows(self.split, self.names.array, str(self.root))  # [K]
@@ -82,7 +82,7 @@ def choose_split(
     seed: int,
     shares: dict[float, str] = SHARES,
 ) -> splits.Split:
-    """The labelled list: `split` by name or path; else a draw by number; else by share, where a known share
+    """The labeled list: `split` by name or path; else a draw by number; else by share, where a known share
     is a list.
     """
     if not split and not labels_per_class:
@@ -104,7 +104,7 @@ def build(
     image_size: int,
     on_device: bool,
 ) -> Data:
-    """ImageNet as the recipes use it: unlabelled is train minus labelled, test is val."""
+    """ImageNet as the recipes use it: unlabeled is train minus labeled, test is val."""
     root = find_root(data)
     train, val = Imagenet(root, "train"), Imagenet(root, "val")
     hint = "labels of a list count the sorted class folders from 0"
@@ -131,7 +131,7 @@ class Validation(NamedTuple):
 
 
 def validation(data: str, image_size: int, on_device: bool) -> Validation:
-    """ImageNet's val/ without its train/ and without a labelled list."""
+    """ImageNet's val/ without its train/ and without a labeled list."""
     val = Imagenet(find_root(data), "val")
     return Validation(
         val, val.labels, photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device), val.classes
@@ -141,9 +141,9 @@ def validation(data: str, image_size: int, on_device: bool) -> Validation:
 def assemble(
     train: Files, test: Files, chosen: splits.Split, weak: str, strong: str, image_size: int, on_device: bool
 ) -> Data:
-    """Data of image files with the labelled list `chosen`; train and test have labels and classes.
+    """Data of image files with the labeled list `chosen`; train and test have labels and classes.
 
-    Unlabelled is train minus labelled, in the order of the rows.
+    Unlabeled is train minus labeled, in the order of the rows.
     """
     labeled = splits.rows(chosen, train.names.array, str(train.root))  # [K]
     unlabeled = splits.complement(labeled, len(train))  # [U]
@@ -153,7 +153,7 @@ def assemble(
     missing = np.setdiff1d(np.arange(len(train.classes)), train.labels[labeled])
     if len(missing):
         raise UserError(
-            f"split {chosen.id}: class {train.classes[missing[0]]} has no labelled image"
+            f"split {chosen.id}: class {train.classes[missing[0]]} has no labeled image"
             + (f", nor have {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     views = [

@@ -267,7 +267,7 @@ def _mtimes(folder: bytes) -> tuple[int, int]:
 
 
 def _cache_file(root: bytes, recursive: bool, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
-    key = hashlib.sha256(b"format 1\0%d\0%s" % (recursive, root)).hexdigest()[:32]
+    key = hashlib.sha256(b"format 2\0%d\0%s" % (recursive, root)).hexdigest()[:32]
     try:
         return (
             Path(cache_dir or os.environ.get("SIMMATCH_CACHE") or "~/.cache/simmatch").expanduser()

@@ -37,11 +37,11 @@ class View(NamedTuple):
 
     num_uniforms: int
     cpu_transform: Callable[[Sequence, np.ndarray], HostTensors]  # images [n], uniforms [n, numbers] -> raw
-    device: Callable[[HostTensors], Tensor]  # raw -> normalised [n, c, h, w] float32
+    device: Callable[[HostTensors], Tensor]  # raw -> normalized [n, c, h, w] float32
 
 
 class SplitId(NamedTuple):
-    """Names the labelled subset: results on different subsets do not compare."""
+    """Names the labeled subset: results on different subsets do not compare."""
 
     id: str
     sha256: str
@@ -51,12 +51,12 @@ class SplitId(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A data set, its labelled subset and its views, as `build_data` returns them."""
+    """A data set, its labeled subset and its views, as `build_data` returns them."""
 
     # fmt: off
     images: Source                  # training images                                   [N]
     labels: np.ndarray              # their labels; −1 where there is none              [N] int64
-    labeled: np.ndarray            # rows whose labels may be used: the labelled list  [K] int64
+    labeled: np.ndarray            # rows whose labels may be used: the labeled list  [K] int64
     unlabeled: np.ndarray          # rows used without their labels                    [U] int64
     test_images: Source             # [M]
     test_labels: np.ndarray         # [M] int64
@@ -85,10 +85,10 @@ class HostBatch(NamedTuple):
     """What a worker makes of one step, for one rank."""
 
     # fmt: off
-    x: HostTensors                          # weak views of labelled images
+    x: HostTensors                          # weak views of labeled images
     y: Tensor                       # their labels                                      [B] int64
-    index: Tensor                   # their places in the labelled list                 [B] int64
-    u_weak: HostTensors                     # weak views of unlabelled images
+    index: Tensor                   # their places in the labeled list                 [B] int64
+    u_weak: HostTensors                     # weak views of unlabeled images
     u_strong: HostTensors                   # strong views of the same images
     true_labels: Optional[Tensor]        # the labels that nobody may use                    [muB] int64; None if unknown
     bad: list[tuple[str, str]]      # (name, cause) of images that others stand in for
@@ -98,10 +98,10 @@ class HostBatch(NamedTuple):
 class Stream(Dataset):
     """step -> Item, for one rank; without an end.
 
-    An epoch is one pass over the unlabelled images in random order, the incomplete last step dropped; or,
+    An epoch is one pass over the unlabeled images in random order, the incomplete last step dropped; or,
     with
-    `steps_per_epoch`, that many steps, the passes following each other. The labelled images follow each other
-    in random permutations without end. Ranks take neighbouring slices of the same order.
+    `steps_per_epoch`, that many steps, the passes following each other. The labeled images follow each other
+    in random permutations without end. Ranks take neighboring slices of the same order.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Stream(Dataset):
         world: int = 1,
         steps_per_epoch: int = 0,
     ):
-        """batch_size: labelled images a rank and step (B); mu: unlabelled ones for each of them."""
+        """batch_size: labeled images a rank and step (B); mu: unlabeled ones for each of them."""
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
         self.has_true_labels = bool(
@@ -125,7 +125,7 @@ class Stream(Dataset):
         self.pass_length = len(data.unlabeled) if steps_per_epoch else in_a_pass * self.n_u * world
 
     def bank_ready(self, step: int) -> bool:
-        """True from the first epoch on before which every labelled image has been seen."""
+        """True from the first epoch on before which every labeled image has been seen."""
         start = step // self.steps_per_epoch * self.steps_per_epoch  # of this epoch
         return start > 0 and start * self.n_x * self.world >= len(self.data.labeled)
 
@@ -208,7 +208,7 @@ class Stream(Dataset):
     ) -> tuple[object, int]:
         """(image, its place in `rows`). A bad image is put down in `bad`, and another one of the pool stands
         in for it,
-        always the same one: a labelled image for one of its class, an unlabelled image for any.
+        always the same one: a labeled image for one of its class, an unlabeled image for any.
         """
         source = self.data.images
         try:

@@ -71,7 +71,7 @@ class Files:
 def decode(path: Path) -> Image.Image:
     """The file as an RGB image, its pixels decoded; BadImage with the cause where that cannot be.
 
-    What the file holds counts, not its name. Grey, palette, CMYK, 16-bit and transparent images become RGB,
+    What the file holds counts, not its name. Gray, palette, CMYK, 16-bit and transparent images become RGB,
     transparency over white; of an animation the first frame. Pixels stay in the file's own orientation, as in
     torchvision's loader.
     """

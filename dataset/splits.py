@@ -1,4 +1,4 @@
-"""Labelled subsets by name: the published lists, any list file, and balanced draws.
+"""Labeled subsets by name: the published lists, any list file, and balanced draws.
 
 python -m dataset.splits list | make SOURCE (--per-class N | --percent P) | describe FILE_OR_ID…   (--help
 says more)
@@ -99,7 +99,7 @@ def make(
     if (per_class is None) == (percent is None):
         raise UserError("a draw needs either a number of images per class or a share (percent), not both")
     if per_class is not None and per_class < 1:
-        raise UserError(f"{per_class} images per class: every class needs at least 1 labelled image")
+        raise UserError(f"{per_class} images per class: every class needs at least 1 labeled image")
     if percent is not None and not 0 < percent <= 1:
         raise UserError(f"percent is {percent}, but it is a share, above 0 and at most 1: 0.01 is 1 %")
     drawn: list[bytes] = []
@@ -167,7 +167,7 @@ def rows(split: Split, names: np.ndarray, where: str = "the data set") -> np.nda
 
 
 def complement(rows: np.ndarray, n: int) -> np.ndarray:
-    """The rows among 0 … n − 1 that are not in `rows`, in order: the unlabelled images, unless told
+    """The rows among 0 … n − 1 that are not in `rows`, in order: the unlabeled images, unless told
     otherwise. int64.
     """
     rest = np.ones(n, bool)
@@ -285,7 +285,7 @@ def _describe(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = Parser("Labelled subsets by name: the published lists, any list file, and balanced draws.")
+    parser = Parser("Labeled subsets by name: the published lists, any list file, and balanced draws.")
     parser.prog = "python -m dataset.splits"
     commands = parser.add_subparsers(
         required=True, metavar="COMMAND", parser_class=lambda prog, **_: _named(prog)

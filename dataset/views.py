@@ -180,13 +180,13 @@ class Solarize(NamedTuple):
 
 
 class Cutout(NamedTuple):
-    """A grey (127) square of `side` pixels, its centre anywhere in the image."""
+    """A gray (127) square of `side` pixels, its center anywhere in the image."""
 
     side: int
     num_uniforms = 2
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """u [n, 2] -> the centre as shares of width and height [n, 2]."""
+        """u [n, 2] -> the center as shares of width and height [n, 2]."""
         return u
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
@@ -258,7 +258,7 @@ def pipeline(name: str, size: int = 224) -> tuple[Stage, ...]:
 def photo_view(
     stages: Sequence[Stage], norm: tuple[Sequence[float], Sequence[float]], on_device: bool
 ) -> View:
-    """A pipeline as a View over RGB PIL images, normalised by norm = (mean, std) of values from 0 to 1.
+    """A pipeline as a View over RGB PIL images, normalized by norm = (mean, std) of values from 0 to 1.
 
     on_device: leave the stages at the end that device_views has to the training device; otherwise PIL does
     all of them.

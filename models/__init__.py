@@ -52,7 +52,7 @@ def build_network(config: Any, channels: int) -> Network:
 
 def build_method(config: Any, channels: int, labels: Tensor) -> Method:
     """config: anything with the fields of util.config.Config; channels: of the images; labels [K]: of the
-    labelled list.
+    labeled list.
 
     Raises ValueError on an unknown method or backbone, naming the known ones.
     """

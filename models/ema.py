@@ -76,7 +76,7 @@ class Teacher(nn.Module):
 
 @contextmanager
 def freeze_bn_stats(network: nn.Module) -> Iterator[None]:
-    """Meanwhile BN in train mode normalises by its batch as ever, but collects no running statistics."""
+    """Meanwhile BN in train mode normalizes by its batch as ever, but collects no running statistics."""
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False

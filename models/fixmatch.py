@@ -10,7 +10,7 @@ from models.method import Batch, Method, StepOutput, at_least_fp32
 
 
 class FixMatch(Method):
-    """Hard pseudo-labels from weak views, learnt on strong views where they are confident.
+    """Hard pseudo-labels from weak views, learned on strong views where they are confident.
 
     eman=False: the student itself labels the weak views, in the same forward; its teacher is for evaluation
     only. eman=True: the teacher labels them.

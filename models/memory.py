@@ -1,4 +1,4 @@
-"""What SimMatch remembers between steps: the labelled bank and the prior of distribution alignment, all as
+"""What SimMatch remembers between steps: the labeled bank and the prior of distribution alignment, all as
 buffers.
 """
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class LabelBank(nn.Module):
-    """One embedding and one label for every labelled image (paper, section 3.4).
+    """One embedding and one label for every labeled image (paper, section 3.4).
 
-    z [K, D]: unit rows. labels [K]: known from the labelled list. A row's index is the image's place in that
+    z [K, D]: unit rows. labels [K]: known from the labeled list. A row's index is the image's place in that
     list.
     m: share of the old row that a write keeps. m = 0: a row is the newest embedding, random until written. m
     > 0: a temporal ensemble, zero until written, so that its first write is the embedding itself, and no
@@ -26,10 +26,10 @@ class LabelBank(nn.Module):
 
     @torch.no_grad()
     def write(self, index: Tensor, z: Tensor, y: Tensor) -> None:
-        """bank[index] = normalise(m·bank[index] + (1 − m)·z), labels[index] = y: index, y [n]; z [n, D], unit
+        """bank[index] = normalize(m·bank[index] + (1 − m)·z), labels[index] = y: index, y [n]; z [n, D], unit
         rows.
 
-        For the labelled images of all ranks. Where an index stands more than once, its last row wins, on
+        For the labeled images of all ranks. Where an index stands more than once, its last row wins, on
         every device and rank.
         """
         place = torch.arange(len(index), device=index.device)  # [n]
@@ -46,7 +46,7 @@ class DistributionAlignment(nn.Module):
     steps.
 
     ring [da_len, C]: one global-batch mean a row, zeros at the start. Zero rows only scale the mean of the
-    ring, and renormalising takes that out again.
+    ring, and renormalizing takes that out again.
     """
 
     def __init__(self, num_classes: int, length: int):
@@ -55,7 +55,7 @@ class DistributionAlignment(nn.Module):
         self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))  # [1]
 
     def forward(self, log_p: Tensor, mean: Tensor) -> Tensor:
-        """log p [n, C] -> log of p / prior, each row renormalised [n, C]. Writes nothing.
+        """log p [n, C] -> log of p / prior, each row renormalized [n, C]. Writes nothing.
 
         mean [C]: of p over the global batch; it counts in the prior as if it were in the ring already.
         """

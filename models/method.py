@@ -9,13 +9,13 @@ from models.ema import BNMode, Teacher
 
 
 class Batch(NamedTuple):
-    """What one rank sees in one step: B labelled images, and two views of mu·B unlabelled ones."""
+    """What one rank sees in one step: B labeled images, and two views of mu·B unlabeled ones."""
 
     # fmt: off
-    x: Tensor           # weak views of labelled images             [B, c, h, w], float
+    x: Tensor           # weak views of labeled images             [B, c, h, w], float
     y: Tensor           # their labels                              [B], int64
-    index: Tensor       # their places in the labelled list         [B], int64
-    u_weak: Tensor      # weak views of unlabelled images           [muB, c, h, w], float
+    index: Tensor       # their places in the labeled list         [B], int64
+    u_weak: Tensor      # weak views of unlabeled images           [muB, c, h, w], float
     u_strong: Tensor    # strong views of the same images           [muB, c, h, w], float
     # fmt: on
 
@@ -24,7 +24,7 @@ class StepOutput(NamedTuple):
     """What a step computed that `update` writes and the log reads; no gradient. A method fills what it has."""
 
     # fmt: off
-    z: Optional[Tensor] = None          # embedding of the labelled images, for the bank  [B, D]
+    z: Optional[Tensor] = None          # embedding of the labeled images, for the bank  [B, D]
     y: Optional[Tensor] = None          # their labels                                  [B]
     index: Optional[Tensor] = None      # their rows in the bank                        [B]
     prior: Optional[Tensor] = None      # mean of p over the global batch               [C]
@@ -68,7 +68,7 @@ class Method(nn.Module):
         """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or
         teacher.
 
-        bank_ready: False in the first epoch, which shows every labelled image.
+        bank_ready: False in the first epoch, which shows every labeled image.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""SimMatch (arXiv 2203.06915): pseudo-labels that agree by class and by similarity to labelled images."""
+"""SimMatch (arXiv 2203.06915): pseudo-labels that agree by class and by similarity to labeled images."""
 
 from typing import NamedTuple, Optional, Sequence
 
@@ -16,7 +16,7 @@ class StudentOutput(NamedTuple):
     """What the student says; gradients flow through it."""
 
     # fmt: off
-    logits_x: Tensor                    # of the labelled images        [B, C]
+    logits_x: Tensor                    # of the labeled images        [B, C]
     logits_us: Tensor                   # of the strong views           [muB, C]
     z_us: Tensor                        # their embeddings              [muB, D]
     # fmt: on
@@ -26,7 +26,7 @@ class TeacherOutput(NamedTuple):
     """What the teacher says; no gradient."""
 
     # fmt: off
-    z_x: Tensor                         # of the labelled images        [B, D]
+    z_x: Tensor                         # of the labeled images        [B, D]
     logits_uw: Tensor                   # of the weak views             [muB, C]
     z_uw: Tensor                        # their embeddings              [muB, D]
     student_output: Optional[StudentOutput] = None     # of the same forward, where student and teacher are one
@@ -67,7 +67,7 @@ class SimMatch(Method):
         ema_m: float,
         bn_mode: BNMode,
     ):
-        """labels [K]: of the labelled list, in its order."""
+        """labels [K]: of the labeled list, in its order."""
         super().__init__(network, ema_m, bn_mode)
         self.bank = LabelBank(labels, dim, bank_m)
         self.align = DistributionAlignment(num_classes, da_len) if DA else None
@@ -82,7 +82,7 @@ class SimMatch(Method):
         return [TeacherOutput(at_least_fp32(z[:n_x]), at_least_fp32(logits[n_x:]), at_least_fp32(z[n_x:])) for logits, z in out]
 
     def student_forward(self, batch: Batch, student: nn.Module) -> StudentOutput:
-        """The student on labelled images and strong views."""
+        """The student on labeled images and strong views."""
         n_x = len(batch.x)
         logits, z = map(at_least_fp32, student(torch.cat([batch.x, batch.u_strong])))         # [B+muB, C], [B+muB, D]
         return StudentOutput(logits[:n_x], logits[n_x:], z[n_x:])

@@ -1,4 +1,4 @@
-"""The labelled loss alone: what the labels are worth without any unlabelled image."""
+"""The labeled loss alone: what the labels are worth without any unlabeled image."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from models.method import Batch, Method, StepOutput, at_least_fp32
 
 
 class Supervised(Method):
-    """Cross-entropy on the labelled images; the teacher is for evaluation only."""
+    """Cross-entropy on the labeled images; the teacher is for evaluation only."""
 
     def __init__(self, network: nn.Module, *, ema_m: float):
         super().__init__(network, ema_m, "average")

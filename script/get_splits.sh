@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Put the four published lists of labelled ImageNet images into dataset/semi_files: fetched from their publishers, or taken
+# Put the four published lists of labeled ImageNet images into dataset/semi_files: fetched from their publishers, or taken
 # from a folder that has them under any name. Only files of the right SHA-256 arrive there; those that are there are kept.
 #   bash script/get_splits.sh [--from DIR]
 fail() { echo "error: get_splits: $*" >&2; exit 2; }

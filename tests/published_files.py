@@ -54,7 +54,7 @@ def unit(n, dim):
 
 def simmatch(arch="resnet18", classes=3, dim=16, labeled=7, DA=True):
     ring = {"DA_queue": torch.rand(256, classes), "DA_ptr": torch.tensor([5])} if DA else {}
-    return randomised(
+    return randomized(
         Published(
             Net(arch, classes, dim),
             Net(arch, classes, dim),
@@ -66,7 +66,7 @@ def simmatch(arch="resnet18", classes=3, dim=16, labeled=7, DA=True):
 
 
 def simmatchv2(arch="resnet18", classes=3, dim=16, labeled=7, norm=True):
-    return randomised(
+    return randomized(
         Published(
             Net(arch, classes, dim, norm),
             Net(arch, classes, dim, norm),
@@ -81,10 +81,10 @@ def simmatchv2(arch="resnet18", classes=3, dim=16, labeled=7, norm=True):
 
 
 def fixmatch(arch="resnet18", classes=3, eman=True):
-    return randomised(Published(Net(arch, classes), Net(arch, classes) if eman else None))
+    return randomized(Published(Net(arch, classes), Net(arch, classes) if eman else None))
 
 
-def randomised(model):
+def randomized(model):
     """`model` with running statistics away from their start."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):

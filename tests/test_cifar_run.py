@@ -50,7 +50,7 @@ def test_the_recipe_trains_evaluates_and_continues_exactly(tmp_path, monkeypatch
         )
 
     train(tmp_path / "a", "--workers", "0")
-    assert "40 labelled, 200 unlabelled, 20 test images" in capsys.readouterr().out
+    assert "40 labeled, 200 unlabeled, 20 test images" in capsys.readouterr().out
 
     monkeypatch.setattr(train_semi.checkpoint.Writer, "save", once(train_semi.checkpoint.Writer.save))
     with pytest.raises(KeyboardInterrupt):  # the second epoch's checkpoint is never written

@@ -40,7 +40,7 @@ def test_per_class_is_on_demand(finished, command):  # noqa: F811
             lambda s: s["method"].update({"student.fc.weight": torch.zeros(7, 64)}),
             ["a.pth", "student.fc.weight is [7, 64]"],
         ),
-        (lambda s: s["config"].update(colour="red"), ["a.pth", "'colour'"]),
+        (lambda s: s["config"].update(color="red"), ["a.pth", "'color'"]),
         (lambda s: s["config"].update(method="magic"), ["a.pth", "'magic'"]),
         (lambda s: s.update(split=("another", "0")), ["a.pth", "split", "another"]),
         (lambda s: s.pop("method"), ["a.pth", "was not written by train_semi.py", "'method'"]),

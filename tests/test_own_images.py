@@ -63,9 +63,7 @@ def train_photos(command, root):
 def test_train_evaluate_and_predict(train_photos, command, root, tmp_path):
     done = train_photos(tmp_path / "run", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert (
-        "6 labelled, 30 unlabelled, 12 test images, 3 classes" in done.stdout and "split" not in done.stderr
-    )
+    assert "6 labeled, 30 unlabeled, 12 test images, 3 classes" in done.stdout and "split" not in done.stderr
     done = command("eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--per-class")
     assert done.returncode == 0 and "class n00000002: " in done.stdout, done.stderr
 

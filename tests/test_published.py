@@ -87,7 +87,7 @@ def simmatch_file(photos, tmp_path_factory):
 
 def test_a_simmatch_file_needs_itself_and_val_alone(simmatch_file, val, evaluate):
     assert evaluate("--checkpoint", simmatch_file[0], "--data", val, "--per-class").splitlines() == [
-        "SimMatch as published, resnet18_encoder; epoch 400, 7 labelled images; 6 test images",
+        "SimMatch as published, resnet18_encoder; epoch 400, 7 labeled images; 6 test images",
         "class n00000000: 100.000",
         "class n00000001: 100.000",
         "class n00000002: 50.000",
@@ -106,7 +106,7 @@ def test_simmatchv2_with_its_layernorm(photos, val, evaluate, tmp_path):
     torch.save(contents(model, "SimMatchV2", 300, **more), tmp_path / "v2.pth")
     lines = evaluate("--checkpoint", tmp_path / "v2.pth", "--data", val).splitlines()
     assert (
-        lines[0] == "SimMatchV2 as published, resnet18_encoder; epoch 300, 12 labelled images; 6 test images"
+        lines[0] == "SimMatchV2 as published, resnet18_encoder; epoch 300, 12 labeled images; 6 test images"
     )
     assert lines[-2:] == ["teacher: top-1 33.333 %, top-5 100.000 %", "* Acc@1 66.667 Acc@5 100.000"]
 
@@ -134,10 +134,10 @@ def test_fixmatch_with_and_without_a_teacher(eman, prefix, photos, val, evaluate
         mistake(eval_script.main, flags, "holds no teacher")
 
 
-def test_the_number_of_labelled_images_tells_the_list():
+def test_the_number_of_labeled_images_tells_the_list():
     found = published_checkpoints.NetworkSpec("resnet50_encoder", 3, 1000, 128, False, 13000)
     assert published_checkpoints.describe({"epoch": 400}, "simmatch", found).endswith(
-        "13000 labelled images (as many as simmatch-1p)"
+        "13000 labeled images (as many as simmatch-1p)"
     )
 
 

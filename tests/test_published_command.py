@@ -1,4 +1,4 @@
-"""The ImageNet recipe through exactly the published command line, on the published list of labelled images.
+"""The ImageNet recipe through exactly the published command line, on the published list of labeled images.
 
 The images are made up and small, 15,000 names for a few files, and seen at 16 px; everything else is the
 recipe on one rank.
@@ -52,7 +52,7 @@ def repository(tmp_path_factory):
     for k, file in enumerate(files):
         picture(k, size=(64, 48)).save(file)
     classes = sorted({name.split("_")[0] for name in names})
-    names += [f"{wnid}_more{k}.JPEG" for wnid in classes for k in range(2)]  # the unlabelled ones
+    names += [f"{wnid}_more{k}.JPEG" for wnid in classes for k in range(2)]  # the unlabeled ones
     for k, (part, name) in enumerate(
         [("train", name) for name in names] + [("val", f"{wnid}_val.JPEG") for wnid in classes]
     ):
@@ -115,7 +115,7 @@ def test_two_hundred_steps_are_the_same_after_a_kill(repository):
             and "8 + 40 images a step, 50 steps an epoch, 400 epochs = 20000 steps" in out
         )
         assert (
-            "13000 labelled, 2000 unlabelled, 1000 test images, 1000 classes" in out
+            "13000 labeled, 2000 unlabeled, 1000 test images, 1000 classes" in out
             and "simmatch-1p (sha256 90c1450521fa)" in out
         )
         if name == "whole":

@@ -90,7 +90,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks") / "whole"
     (code, out, err), other = finish(start(folder))
     assert code == 0 and other[0] == 0, err
-    assert "2 ranks of 5 labelled images" in out and other[1] == ""
+    assert "2 ranks of 5 labeled images" in out and other[1] == ""
     return folder
 
 
@@ -121,7 +121,7 @@ def test_two_ranks_that_are_killed_go_on_to_the_same_bits(whole, tmp_path):
 
 def test_virtual_ranks_are_the_ranks_rounded_otherwise(whole, tmp_path):
     ((code, out, err),) = finish(start(tmp_path / "virtual", "--virtual-ranks", "2", processes=1))
-    assert code == 0 and "2 ranks of 5 labelled images, 2 on each of 1 processes" in out, err
+    assert code == 0 and "2 ranks of 5 labeled images, 2 on each of 1 processes" in out, err
     first, second = (
         [event for event in events(folder) if event["event"] == "train"]
         for folder in (whole, tmp_path / "virtual")
@@ -170,7 +170,7 @@ def test_ranks_grouped_anew_keep_the_images_of_a_step(whole, tmp_path):
     assert (
         code == 0
         and other[0] == 0
-        and "2 ranks of 5 labelled images (it had 1 of 10)" in out
+        and "2 ranks of 5 labeled images (it had 1 of 10)" in out
         and "BN's statistics" in out
     ), err
     assert weights(tmp_path / "run")["step"] == 60 and weights(tmp_path / "run")["batch_size"] == 5

@@ -50,7 +50,7 @@ REFUSED = {
     "an unknown node": [*ONE, "--nodelist=nosuch"],
     "an unknown feature": [*ONE, "--constraint=nosuch"],
     "an unknown reservation": [*ONE, "--reservation=nosuch"],
-    "a misspelt option": [*ONE, "--epochs=3"],
+    "a misspelled option": [*ONE, "--epochs=3"],
     "the script from another folder": ONE,
 }
 

@@ -1,4 +1,4 @@
-"""train_semi.py as a user runs it: what it writes, that seeds are honoured, that it continues, and what
+"""train_semi.py as a user runs it: what it writes, that seeds are honored, that it continues, and what
 mistakes print.
 """
 
@@ -118,7 +118,7 @@ def test_tensorboard_reads_the_same_values(finished):
 def test_plain_lines_when_the_output_is_a_file(finished):
     _, done = finished
     assert "\r" not in done.stdout and "\033" not in done.stdout
-    assert "ETA" in done.stdout and "10 labelled, 1437 unlabelled, 360 test images" in done.stdout
+    assert "ETA" in done.stdout and "10 labeled, 1437 unlabeled, 360 test images" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("done: best student top-1")
 
 

@@ -31,7 +31,7 @@ KEYS = {
     "scaler": dict,
     "meter": dict,
     "bad_images": list,
-}  # world: ranks of a step; batch_size: labelled images of a rank
+}  # world: ranks of a step; batch_size: labeled images of a rank
 # EMAN's files hold their best accuracy as a number of NumPy, whose module has had two names. It is made
 # without running code.
 NUMPY_NUMBERS = [

@@ -36,7 +36,7 @@ class Config:
     )
     checkpoint: str = arg("", "NAME: checkpoints/NAME stands for last.pth, and may be a published file")
     evaluate: bool = arg(False, "evaluate that checkpoint instead of training")
-    seed: int = arg(0, "decides the labelled draw, initial weights, order and views")
+    seed: int = arg(0, "decides the labeled draw, initial weights, order and views")
     device: str = arg("auto", "auto (a GPU if there is one), cpu or cuda")
     precision: str = arg(
         "fp32", "of the networks' forward and backward: fp32, bf16 or fp16; losses and weights stay in fp32"
@@ -65,20 +65,20 @@ class Config:
         0.0, "dataset folder without test images: the share of each class that is held out as such"
     )
     split: str = arg(
-        "", "the labelled images: a published list (python -m dataset.splits list) or any list file"
+        "", "the labeled images: a published list (python -m dataset.splits list) or any list file"
     )
-    labels_per_class: int = arg(0, "without split: labelled images of each class, drawn by seed")
+    labels_per_class: int = arg(0, "without split: labeled images of each class, drawn by seed")
     anno_percent: float = arg(
-        0.1, "without either: the share that is labelled; ImageNet's 0.01 and 0.1 are SimMatch's lists"
+        0.1, "without either: the share that is labeled; ImageNet's 0.01 and 0.1 are SimMatch's lists"
     )
-    weak: str = arg("weak", "view of labelled and weak unlabelled images: a name in dataset/views.py")
+    weak: str = arg("weak", "view of labeled and weak unlabeled images: a name in dataset/views.py")
     strong: str = arg(
-        "moco", "strong view of unlabelled images: a name in dataset/views.py (moco, rand, stack, ...)"
+        "moco", "strong view of unlabeled images: a name in dataset/views.py (moco, rand, stack, ...)"
     )
     image_size: int = arg(224, "pixels a side of the views of photographs; the recipes use 224")
     device_views: str = arg(
         "auto",
-        "where flips, colours, blur and normalisation are done: on (the training device), "
+        "where flips, colors, blur and normalization are done: on (the training device), "
         "off (PIL, in the workers), auto (on, for a GPU)",
     )
     on_bad_image: str = arg(
@@ -88,21 +88,21 @@ class Config:
         6,
         "processes that load training images, and as many again for test images; no effect on what is loaded",
     )
-    batch_size: int = arg(8, "labelled images a step and rank (B)")
-    mu: int = arg(5, "unlabelled images for each labelled one")
+    batch_size: int = arg(8, "labeled images a step and rank (B)")
+    mu: int = arg(5, "unlabeled images for each labeled one")
     # network
     backbone: str = arg("resnet50_encoder", "a name in models/network.py")
     cls: int = arg(1000, "number of classes (C); must agree with the data; 0: as many as these have")
     dim: int = arg(128, "length of the embedding z (D)")
-    norm: str = arg("None", "the backbone's normalisation: None or BN, both BN per rank")
+    norm: str = arg("None", "the backbone's normalization: None or BN, both BN per rank")
     moco_path: str = arg("", "a MoCo checkpoint that a new run's backbone and head start from")
-    # optimisation: SGD
-    epochs: int = arg(200, "how many; an epoch is a pass over the unlabelled images, or steps_per_epoch")
+    # optimization: SGD
+    epochs: int = arg(200, "how many; an epoch is a pass over the unlabeled images, or steps_per_epoch")
     start_epoch: int = arg(
         0,
         "of the published command line: a checkpoint says itself where it goes on, and without one only 0 will do",
     )
-    steps_per_epoch: int = arg(0, "steps that count as an epoch; 0: one pass over the unlabelled images")
+    steps_per_epoch: int = arg(0, "steps that count as an epoch; 0: one pass over the unlabeled images")
     lr: float = arg(0.1, "learning rate after warm-up")
     warmup_epoch: int = arg(0, "epochs of linear warm-up")
     cos: bool = arg(False, "cosine decay to 0, once an epoch; otherwise --schedule")
@@ -184,6 +184,7 @@ ALIASES = {
     "evaluate": ["-e"],
     "lr": ["--learning-rate"],
     "wd": ["--weight-decay"],
+    "unlabelled": ["--unlabeled"],
 }
 SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
 

@@ -149,7 +149,7 @@ def mask_at_1(run: Run) -> Optional[Finding]:
 
 
 def _threes(events: list[Event], key: str) -> list[float]:
-    """Means over every three neighbouring events."""
+    """Means over every three neighboring events."""
     values = [e[key] for e in events]
     return [fmean(values[i : i + 3]) for i in range(len(values) - 2)] if None not in values else []
 

@@ -58,8 +58,8 @@ def diagnostics(
 ) -> dict[str, Any]:
     """The values of the event, the same on every rank; all ranks must call it.
 
-    labels_per_step: labelled images of all ranks in a step. looked: what models.diagnose gave, on this rank.
-    counts: Meter.take_counts(). labels [K]: of the labelled list. classes [C]: their names. ages [K]: of its
+    labels_per_step: labeled images of all ranks in a step. looked: what models.diagnose gave, on this rank.
+    counts: Meter.take_counts(). labels [K]: of the labeled list. classes [C]: their names. ages [K]: of its
     rows (dataset/bank_age.py).
     """
     values = {name: dist_utils.all_mean(value.float()).tolist() for name, value in diag.items()}
@@ -88,7 +88,7 @@ def diagnostics(
 
 
 def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """How pseudo-labels are shared among the classes, against the labelled images' shares `reference` [C].
+    """How pseudo-labels are shared among the classes, against the labeled images' shares `reference` [C].
 
     counts [2 or 4, C]: rows of Meter.take_counts.
     """
@@ -115,7 +115,7 @@ def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) 
 
 
 def kl(p: np.ndarray, reference: np.ndarray) -> float:
-    """KL(p ‖ reference) in nats; p [C] is made to sum to 1. A class of which no image is labelled counts as a
+    """KL(p ‖ reference) in nats; p [C] is made to sum to 1. A class of which no image is labeled counts as a
     share of 1e-12.
     """
     p = p / p.sum()

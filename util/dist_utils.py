@@ -226,7 +226,7 @@ def broadcast_buffers(module: nn.Module) -> None:
 class Shuffle:
     """One random regrouping of all ranks' rows, for shuffle-BN (MoCo, arXiv 1911.05722, section 3.3).
 
-    `scatter` sends every row to the rank that the permutation gives it, each row travelling once; `gather`
+    `scatter` sends every row to the rank that the permutation gives it, each row traveling once; `gather`
     brings the results home, in the order in which the rows stood. One rank alone keeps its rows: its
     statistics are the same in any order.
     """

@@ -41,7 +41,7 @@ def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[s
 
 @torch.no_grad()
 def onnx(network: nn.Module, channels: int, size: int) -> tuple[bytes, str]:
-    """(an ONNX file's content, how it was checked): x [n, channels, size, size], normalised -> logits [n, C],
+    """(an ONNX file's content, how it was checked): x [n, channels, size, size], normalized -> logits [n, C],
     z [n, D].
 
     network: in eval mode, on the CPU. Where onnxruntime is there, its outputs are compared with the

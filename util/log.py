@@ -87,7 +87,7 @@ class Logger:
             print(f"\r\033[K{line}" if self.terminal else line, flush=True)
 
     def log_start(self, step: int, split: str, sha256: str) -> None:
-        """split, sha256: of the labelled images; util.report refuses to compare runs on different ones."""
+        """split, sha256: of the labeled images; util.report refuses to compare runs on different ones."""
         if self.active and self.empty:
             self.write("start", step, {"split": split, "sha256": sha256})
 

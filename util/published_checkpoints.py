@@ -157,7 +157,7 @@ def _resnet(backbone: dict[str, Tensor], where: str) -> str:
 
 def describe(state: dict[str, Any], kind: str, found: NetworkSpec) -> str:
     """A line on a published file."""
-    labeled = f", {found.labeled} labelled images" if found.labeled else ""
+    labeled = f", {found.labeled} labeled images" if found.labeled else ""
     if found.labeled in SPLITS:
         labeled += f" (as many as {SPLITS[found.labeled]})"
     return f"{PROGRAMS[kind]} as published, {found.backbone}; epoch {state.get('epoch')}{labeled}"

@@ -8,7 +8,7 @@ from util.errors import UserError
 
 
 class RankLayout(NamedTuple):
-    """A rank is a group of images with BN statistics of its own. `batch_size` labelled images (B) make one."""
+    """A rank is a group of images with BN statistics of its own. `batch_size` labeled images (B) make one."""
 
     total: int  # of a global step
     processes: int  # that share them
@@ -20,7 +20,7 @@ class RankLayout(NamedTuple):
         return self.total // self.processes
 
     def __str__(self) -> str:
-        return f"{self.total} rank{'s' * (self.total > 1)} of {self.batch_size} labelled images" + (
+        return f"{self.total} rank{'s' * (self.total > 1)} of {self.batch_size} labeled images" + (
             f", {self.virtual_ranks_per_process} on each of {self.processes} processes"
             if self.virtual_ranks_per_process > 1
             else ""
@@ -65,7 +65,7 @@ def plan_ranks_on_resume(
             asked = asked._replace(total=before.total)
         elif images % asked.total:
             raise UserError(
-                f"the {images} labelled images of a step cannot be shared evenly by {asked.total} ranks: choose another "
+                f"the {images} labeled images of a step cannot be shared evenly by {asked.total} ranks: choose another "
                 "number of processes, or --virtual-ranks"
             )
         else:

@@ -17,7 +17,7 @@ COLORS = (
     "#cc79a7",
     "#e69f00",
     "#56b4e9",
-)  # distinct to colour-blind readers too
+)  # distinct to color-blind readers too
 
 
 class Run(NamedTuple):
@@ -25,7 +25,7 @@ class Run(NamedTuple):
     config: Config
     trains: list[dict[str, Any]]  # train events
     evals: list[dict[str, Any]]  # eval events, at least one
-    split: str  # id and SHA-256 of the labelled images
+    split: str  # id and SHA-256 of the labeled images
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def read(folder: Path) -> Run:
 
 
 def check_same_split(runs: list[Run]) -> None:
-    """Raise UserError unless all runs had the same labelled images: otherwise their accuracies do not
+    """Raise UserError unless all runs had the same labeled images: otherwise their accuracies do not
     compare.
     """
     for r in runs:

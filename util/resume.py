@@ -52,11 +52,11 @@ def resume(
     method: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Continue from `state`, our checkpoint at `path`. split, fingerprint: of the labelled images, and of
+    """Continue from `state`, our checkpoint at `path`. split, fingerprint: of the labeled images, and of
     all, as they are now.
 
     1. The same command continues; nothing has to be said.
-    2. What the run computes must be the same: every field but FREE, the labelled split and the names of all
+    2. What the run computes must be the same: every field but FREE, the labeled split and the names of all
     images. Anything
        else is refused. The number of ranks, which decides what a step is, is util/ranks.py's business.
     3. Everything is restored from the one file: weights, bank, prior, teacher and optimizer here; the best

@@ -15,7 +15,7 @@ class Rule(NamedTuple):
     advice: str
 
 
-# C: classes; K: labelled images. "Settled" is after the first epoch and the warm-up, before which much is
+# C: classes; K: labeled images. "Settled" is after the first epoch and the warm-up, before which much is
 # allowed to look odd.
 RULES = (
     Rule(
@@ -95,9 +95,9 @@ RULES = (
     ),
     Rule(
         "q_w flat",
-        "q_entropy above 0.999 ln K in the last 3 settled diagnostics: all labelled images look alike",
+        "q_entropy above 0.999 ln K in the last 3 settled diagnostics: all labeled images look alike",
         detectors.q_w_flat,
-        "a lower --tt, a larger --dim, or a backbone that has learnt something (--moco-path)",
+        "a lower --tt, a larger --dim, or a backbone that has learned something (--moco-path)",
     ),
     Rule(
         "lr off schedule",

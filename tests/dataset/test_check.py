@@ -95,8 +95,8 @@ def test_a_sound_tree_is_good(doctor, tree):
     )
     assert said["ok"][:5] == [
         f"split split, sha256 {sha256}",
-        "4 labelled, 6 unlabelled, 4 test images; 2 classes",
-        "each class has 2 to 2 labelled images",
+        "4 labeled, 6 unlabeled, 4 test images; 2 classes",
+        "each class has 2 to 2 labeled images",
         "each class has 2 to 2 test images",
         "formats: JPEG RGB 14",
     ]
@@ -145,16 +145,16 @@ FAULTS = {  # what is done: what is said of it, (verdict, problem, image, words 
         [
             ("BAD", "unreadable", "train/b/0.jpg", "empty"),
             ("BAD", "unreadable", "train/b/1.jpg", "empty"),
-            ("BAD", "class without labelled", "b", "label 1"),
+            ("BAD", "class without labeled", "b", "label 1"),
         ],
     ),
-    "labelled in test": (
+    "labeled in test": (
         same("train/a/1.jpg", "val/a/1.jpg"),
-        [("BAD", "labelled in test", "train/a/1.jpg", "/val/a/1.jpg")],
+        [("BAD", "labeled in test", "train/a/1.jpg", "/val/a/1.jpg")],
     ),
-    "unlabelled in test": (
+    "unlabeled in test": (
         same("train/a/4.jpg", "val/a/1.jpg"),
-        [("BAD", "unlabelled in test", "train/a/4.jpg", "/val/a/1.jpg")],
+        [("BAD", "unlabeled in test", "train/a/4.jpg", "/val/a/1.jpg")],
     ),
     "labels differ": (
         same("train/a/0.jpg", "train/b/1.jpg"),
@@ -166,7 +166,7 @@ FAULTS = {  # what is done: what is said of it, (verdict, problem, image, words 
     "labels differ in test": (
         same("train/a/0.jpg", "val/b/1.jpg"),
         [
-            ("BAD", "labelled in test", "train/a/0.jpg", "/val/b/1.jpg"),
+            ("BAD", "labeled in test", "train/a/0.jpg", "/val/b/1.jpg"),
             ("BAD", "labels differ", "val/b/1.jpg", "b, but a as /"),
         ],
     ),
@@ -180,7 +180,7 @@ FAULTS = {  # what is done: what is said of it, (verdict, problem, image, words 
     "one label hidden": (
         same("train/a/0.jpg", "train/b/4.jpg"),
         [
-            ("note", "labelled in unlabelled", "train/a/0.jpg", "/train/b/4.jpg"),
+            ("note", "labeled in unlabeled", "train/a/0.jpg", "/train/b/4.jpg"),
             ("note", "hidden labels differ", "train/b/4.jpg", "b, but a as /"),
         ],
     ),
@@ -197,13 +197,13 @@ FAULTS = {  # what is done: what is said of it, (verdict, problem, image, words 
             ("note", "copy", "val/a/1.jpg", "/val/a/0.jpg"),
         ],
     ),
-    "one colour": (
+    "one color": (
         all_of(
             save(Image.new("RGB", (48, 40), "teal"), "train/a/2.png"),
             save(ramp(40, 1, 1), "train/a/3.png"),
             save(ramp(1, 40, 1), "train/a/4.png"),
         ),
-        [("note", "one colour", "train/a/2.png", "PNG RGB 48 x 40 pixels")],
+        [("note", "one color", "train/a/2.png", "PNG RGB 48 x 40 pixels")],
     ),
     "tiny": (
         all_of(save(photo(50, (200, 7)), "train/a/2.jpg"), save(photo(51, (8, 8)), "train/a/3.jpg")),
@@ -255,7 +255,7 @@ def test_nothing_can_be_decoded(doctor, tree):
     write(b"", *NAMES)(tree)
     _, rows = doctor()
     assert len(rows) == 16 and rows[14:] == [
-        (c, "class without labelled", f"label {k}") for k, c in enumerate("ab")
+        (c, "class without labeled", f"label {k}") for k, c in enumerate("ab")
     ]
 
 
@@ -263,7 +263,7 @@ def test_balance_is_that_of_the_smallest_and_the_largest_class(doctor, tree):
     (tree.parent / "split.txt").write_text(SPLIT + "b/2.jpg\n")
     (tree / "val/a/1.jpg").unlink()
     said, _ = doctor()
-    assert said["ok"][2:4] == ["each class has 2 to 3 labelled images", "each class has 1 to 2 test images"]
+    assert said["ok"][2:4] == ["each class has 2 to 3 labeled images", "each class has 1 to 2 test images"]
 
 
 def test_formats_and_modes_are_counted(doctor, tree):
@@ -296,13 +296,13 @@ def test_labels_out_of_range(doctor, monkeypatch):
             -2,
             1,
             1,
-        ]  # rows 0, 1, 5 and 6 are labelled; −1 is right for the others
+        ]  # rows 0, 1, 5 and 6 are labeled; −1 is right for the others
         data.test_labels[0] = -1
         return data
 
     monkeypatch.setattr(check, "build_data", broken)
     said, rows = doctor()
-    assert said["ok"][2:4] == ["each class has 1 to 2 labelled images", "each class has 1 to 2 test images"]
+    assert said["ok"][2:4] == ["each class has 1 to 2 labeled images", "each class has 1 to 2 test images"]
     wrong = {"train/a/1.jpg": 7, "train/b/2.jpg": -2, "val/a/0.jpg": -1}
     assert one(said["BAD"], "of a class: 3")
     assert rows == [(name, "label", f"label {label}, of 2 classes from 0") for name, label in wrong.items()]
@@ -324,8 +324,8 @@ def test_images_without_labels_elsewhere(doctor, tree):
     photo(99).save(pile / "deep/x.jpg")
     shutil.copyfile(tree / "val/a/0.jpg", pile / "leak.jpg")
     said, rows = doctor("--unlabelled", pile)
-    assert said["ok"][1].startswith("4 labelled, 8 unlabelled, 4 test images")
-    assert rows == [(str(pile / "leak.jpg"), "unlabelled in test", f"the same as {tree}/val/a/0.jpg")]
+    assert said["ok"][1].startswith("4 labeled, 8 unlabeled, 4 test images")
+    assert rows == [(str(pile / "leak.jpg"), "unlabeled in test", f"the same as {tree}/val/a/0.jpg")]
 
 
 def test_a_list_with_files_that_are_not_there(doctor, tree):
@@ -364,7 +364,7 @@ def test_a_sample_says_so_and_follows_the_seed(doctor, tree):
     assert not doctor("--sample", 14)[0]["note"]
 
 
-def test_labelled_images_outside_of_a_sample_do_not_count_as_lost(doctor):
+def test_labeled_images_outside_of_a_sample_do_not_count_as_lost(doctor):
     assert not doctor("--sample", 1)[1]
 
 
@@ -377,7 +377,7 @@ def test_images_in_memory(doctor, monkeypatch):
     )
     assert (
         said["ok"][1]
-        == "10 labelled, 1,437 unlabelled (the labelled ones among them), 360 test images; 10 classes"
+        == "10 labeled, 1,437 unlabeled (the labeled ones among them), 360 test images; 10 classes"
     )
 
     def broken(*args, **how):
@@ -389,9 +389,9 @@ def test_images_in_memory(doctor, monkeypatch):
     monkeypatch.setattr(check, "build_data", broken)
     rows = doctor(file=DIGITS)[1]
     assert [row[1:] for row in rows] == [
-        ("labelled in test", "the same as test image 3"),
+        ("labeled in test", "the same as test image 3"),
         ("labels differ", rows[1][2]),
-        ("one colour", "8 x 8 pixels"),
+        ("one color", "8 x 8 pixels"),
     ]
 
 
@@ -406,7 +406,7 @@ def test_mistakes(mistake, tree, tmp_path):
     mistake(check.main, [own, "--split", "none"], "none", "published")
     mistake(check.main, [own, "--data", tmp_path / "nowhere"], "nowhere", "does not exist")
     (tree.parent / "split.txt").write_text("a/0.jpg\n")
-    mistake(check.main, [own], "class b has no labelled image")
+    mistake(check.main, [own], "class b has no labeled image")
 
 
 def start(*flags, **how):

@@ -1,4 +1,4 @@
-"""The embedded digits: their split, the labelled draw, and their views."""
+"""The embedded digits: their split, the labeled draw, and their views."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_the_file_is_the_published_set():
         assert (file["images"].min(), file["images"].max()) == (0, 16)
 
 
-def test_the_labelled_draw_is_balanced_seeded_and_nested():
+def test_the_labeled_draw_is_balanced_seeded_and_nested():
     data = [digits.build(labels_per_class=n, seed=s) for n, s in ((1, 0), (1, 0), (4, 0), (1, 1))]
     assert np.bincount(data[2].labels[data[2].labeled]).tolist() == [4] * 10
     assert data[0].labeled.tolist() == data[1].labeled.tolist()
@@ -108,7 +108,7 @@ def test_a_shift_moves_the_ink():
 
 def test_the_patch_is_paper_and_the_ink_only_fades():
     images = [np.full((8, 8), 16, np.uint8)]
-    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])  # faintest ink, a patch of 4.5 pixels about the centre
+    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])  # faintest ink, a patch of 4.5 pixels about the center
     ink = strong(images, u)[0, 0] * STD + MEAN
     assert ink[4:12, 4:12].abs().max() < 1e-5
     around = ink[3:13, 3:13].clone()

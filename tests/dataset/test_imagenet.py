@@ -45,7 +45,7 @@ def test_both_layouts_give_the_same_data(tmp_path, flat_val):
     data = build(imagenet(tmp_path / "in", flat_val=flat_val))
     assert len(data.images) == 24 and len(data.labeled) == 6 and len(data.unlabeled) == 18
     assert np.bincount(data.labels[data.labeled]).tolist() == [2, 2, 2]
-    assert not set(data.labeled) & set(data.unlabeled)  # unlabelled is train minus labelled
+    assert not set(data.labeled) & set(data.unlabeled)  # unlabeled is train minus labeled
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
     expected = [np.asarray(picture(1000 * c + 10 * k + 1)) for c in range(3) for k in range(2)]
     for row, pixels in enumerate(expected):
@@ -85,7 +85,7 @@ def test_the_path_comes_from_flag_environment_or_source(tmp_path, monkeypatch):
     assert imagenet_module.find_root(str(c)) == c
 
 
-def test_the_labelled_and_the_unlabelled_part(tmp_path):
+def test_the_labeled_and_the_unlabeled_part(tmp_path):
     root = imagenet(tmp_path / "in")
     labeled, rest = (ImagenetPercentV2(0.25, labeled, root) for labeled in (True, False))
     assert len(labeled) == 6 and len(rest) == 18 and labeled[0].mode == "RGB"
@@ -165,7 +165,7 @@ def test_one_folder_with_a_held_out_share(tmp_path):
     assert np.bincount(data.test_labels).tolist() == [2, 2, 2]
 
 
-def test_a_labelled_folder_and_a_pile(tmp_path):
+def test_a_labeled_folder_and_a_pile(tmp_path):
     root, pile = imagenet(tmp_path / "in"), tmp_path / "pile"
     for k, place in enumerate(("x.png", "deep/er/y.jpg", "deep/z.webp")):
         (pile / place).parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def test_a_labelled_folder_and_a_pile(tmp_path):
     assert len(part.labeled) == 6 and len(part.unlabeled) == 24 - 6 + 3
 
 
-def test_a_list_file_of_paths_says_what_is_labelled(tmp_path):
+def test_a_list_file_of_paths_says_what_is_labeled(tmp_path):
     root = imagenet(tmp_path / "in")
     (tmp_path / "mine.txt").write_text(
         "n00000002/n00000002_1.JPEG\nn00000000/n00000000_5.JPEG\nn00000001/n00000001_0.JPEG\n"
@@ -212,7 +212,7 @@ def test_a_list_file_of_paths_says_what_is_labelled(tmp_path):
         (
             lambda r: (imagenet(r), (r / "list.txt").write_text("n00000000_0.JPEG\n")),
             {"split": "list.txt"},
-            "class n00000001 has no labelled image",
+            "class n00000001 has no labeled image",
         ),
     ],
 )

@@ -285,7 +285,7 @@ def a_list(tmp_path, data):
         (
             b"n02/my cat.png 2\nn01/1.png 0\nn01/2.png 0",
             (["n01", "1", "n02"], IMAGES, [2, 0, 0]),
-        ),  # nothing labelled 1
+        ),  # nothing labeled 1
         (b"2.png 2\n1.png 0\n", (["0", "1", "2"], ["2.png", "1.png"], [2, 0])),  # no folders
         (b"1.png 0", (["0"], ["1.png"], [0])),
         (b"n01/1.png 0\nn01/2.png 1", (["0", "1"], IMAGES[1:], [0, 1])),

@@ -107,7 +107,7 @@ def test_another_seed_is_another_stream():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_an_epoch_covers_the_unlabelled_images_once_over_all_ranks(world):
+def test_an_epoch_covers_the_unlabeled_images_once_over_all_ranks(world):
     data = numbered(7, 65)
     streams = [Stream(data, 2, 3, seed=0, rank=r, world=world) for r in range(world)]
     steps = streams[0].steps_per_epoch
@@ -129,7 +129,7 @@ def test_an_epoch_covers_the_unlabelled_images_once_over_all_ranks(world):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_labelled_images_come_in_permutations_without_end(world):
+def test_labeled_images_come_in_permutations_without_end(world):
     data = numbered(7, 100)
     streams = [Stream(data, 3, 2, seed=0, rank=r, world=world) for r in range(world)]
     seen = []
@@ -199,7 +199,7 @@ def test_every_test_image_is_in_one_share(world, workers):
 # Images that cannot be read.
 
 
-def test_a_bad_unlabelled_image_is_replaced_by_the_same_other_one_and_listed():
+def test_a_bad_unlabeled_image_is_replaced_by_the_same_other_one_and_listed():
     good, bad = (Stream(numbered(6, 30, bad=broken), 2, 3, seed=0) for broken in ((), (10, 20)))
     stand_in = {}
     for step in range(15):  # three epochs of five steps
@@ -216,7 +216,7 @@ def test_a_bad_unlabelled_image_is_replaced_by_the_same_other_one_and_listed():
     assert {10, 20} <= set(stand_in)
 
 
-def test_a_bad_labelled_image_is_replaced_by_one_of_its_class():
+def test_a_bad_labeled_image_is_replaced_by_one_of_its_class():
     stream = Stream(numbered(9, 60, bad=(4,)), 3, 3, seed=0)
     replaced = 0
     for step in range(12):

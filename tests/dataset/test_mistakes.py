@@ -27,7 +27,7 @@ def row(name):
     return add
 
 
-def labelled_list(root, *names):
+def labeled_list(root, *names):
     (root / "mine.txt").write_text("".join(name + "\n" for name in names))
     return ["--split", root / "mine.txt", "--labels-per-class", "0"]
 
@@ -108,17 +108,17 @@ def _(root, monkeypatch):
 
 @row("a list with an image that is not there")
 def _(root, monkeypatch):
-    return labelled_list(root, "n00000000_0.JPEG", "n00000001_77.JPEG", "n00000002_0.JPEG")
+    return labeled_list(root, "n00000000_0.JPEG", "n00000001_77.JPEG", "n00000002_0.JPEG")
 
 
 @row("a list without images of a class")
 def _(root, monkeypatch):
-    return labelled_list(root, "n00000000_0.JPEG")
+    return labeled_list(root, "n00000000_0.JPEG")
 
 
 @row("an image twice in a list")
 def _(root, monkeypatch):
-    return labelled_list(root, "n00000000_0.JPEG", "n00000000_0.JPEG")
+    return labeled_list(root, "n00000000_0.JPEG", "n00000000_0.JPEG")
 
 
 @row("more labels than images")
@@ -157,7 +157,7 @@ def _(root, monkeypatch):
     return everywhere(root, "val", b"")
 
 
-@row("`--on-bad-image skip`, and no labelled image of a class can be read")
+@row("`--on-bad-image skip`, and no labeled image of a class can be read")
 def _(root, monkeypatch):
     return [
         *everywhere(root, "train/n00000001", b""),
@@ -243,7 +243,7 @@ def _(root, monkeypatch):
 @row("going on after images were removed")
 def _(root, monkeypatch):
     monkeypatch.setattr(
-        "sys.argv", ["train_semi.py", *map(str, [*flags(root), *labelled_list(root, *CHOSEN)])]
+        "sys.argv", ["train_semi.py", *map(str, [*flags(root), *labeled_list(root, *CHOSEN)])]
     )
     train_semi.main()
     (root / "train" / "n00000001" / "n00000001_6.JPEG").unlink()

@@ -22,11 +22,11 @@ Y, X = np.mgrid[:H, :W, :1][:2]  # [H, W, 1] each
 RGB = np.concatenate([X * 3 + 20, Y * 4 + 40, 220 - X - 2 * Y], -1).astype(
     np.uint8
 )  # smooth, so that JPEG keeps it
-GREY = (X * 2 + Y).astype(np.uint8)  # [H, W, 1]
-DEEP = np.where(Y == 0, 65535, GREY * 257.0 + 200).astype(np.uint16)[..., 0]  # [H, W]
+GRAY = (X * 2 + Y).astype(np.uint8)  # [H, W, 1]
+DEEP = np.where(Y == 0, 65535, GRAY * 257.0 + 200).astype(np.uint16)[..., 0]  # [H, W]
 LEFT = X < W // 2  # [H, W, 1]
 ALPHA = np.where(LEFT, 0, 255).astype(np.uint8)  # [H, W, 1]
-IMAGE, GREY_IMAGE = Image.fromarray(RGB), Image.fromarray(GREY[..., 0])
+IMAGE, GRAY_IMAGE = Image.fromarray(RGB), Image.fromarray(GRAY[..., 0])
 FRAMES = [Image.new("RGB", (W, H), color) for color in ("red", "lime", "blue")]
 
 
@@ -46,7 +46,7 @@ def chunk(name, payload):
     return struct.pack(">I", len(payload)) + name + payload + struct.pack(">I", zlib.crc32(name + payload))
 
 
-def deep_colour():
+def deep_color():
     """A PNG of 16 bits a channel, which Pillow reads and does not write."""
     lines = b"".join(b"\0" + line.tobytes() for line in RGB.astype(">u2") * 257)
     return b"\x89PNG\r\n\x1a\n" + (
@@ -76,7 +76,7 @@ def ycck():
 
 
 def adobe(jpeg, before, after):
-    """The JPEG with another kind of colours in its marker: 0 is CMYK, 2 is YCCK."""
+    """The JPEG with another kind of colors in its marker: 0 is CMYK, 2 is YCCK."""
     at = jpeg.index(b"Adobe") + 11
     assert jpeg[at] == before
     return jpeg[:at] + bytes([after]) + jpeg[at + 1 :]
@@ -89,7 +89,7 @@ def with_exif(payload):
 
 
 def indexed():
-    """A palette image whose left half has colour 0, and its colours [H, W, 3]."""
+    """A palette image whose left half has color 0, and its colors [H, W, 3]."""
     index = Image.fromarray(np.where(LEFT, 0, 1 + X % 4).astype(np.uint8)[..., 0], "P")
     index.putpalette([9, 9, 9, 250, 0, 0, 0, 250, 0, 0, 0, 250, 80, 80, 80])
     return index, np.asarray(index.convert("RGB"))
@@ -102,7 +102,7 @@ GOOD = {  # the file, what it shows [H, W, 1 or 3], and how many levels it may b
     **{kind: (encoded(IMAGE, kind), RGB, 0) for kind in ("PNG", "BMP", "TIFF", "PPM")},
     **{kind: (encoded(IMAGE, kind, quality=95), RGB, 3) for kind in ("JPEG", "WEBP")},
     "progressive JPEG": (encoded(IMAGE, "JPEG", quality=95, progressive=True), RGB, 2),
-    "grey JPEG": (encoded(GREY_IMAGE, "JPEG", quality=95), GREY, 2),
+    "gray JPEG": (encoded(GRAY_IMAGE, "JPEG", quality=95), GRAY, 2),
     "CMYK JPEG": (adobe(encoded(Image.fromarray(inks(), "CMYK"), "JPEG", quality=95), 0, 0), RGB, 3),
     "YCCK JPEG": (ycck(), RGB, 3),
     "turned by EXIF": (encoded(IMAGE, "JPEG", quality=95, exif=TURNED), RGB, 2),
@@ -110,18 +110,18 @@ GOOD = {  # the file, what it shows [H, W, 1 or 3], and how many levels it may b
         f"broken EXIF {payload[:6]!r}": (with_exif(b"Exif\0\0" + payload), RGB, 2)
         for payload in (b"", b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff" + bytes(40))
     },
-    "grey PNG": (encoded(GREY_IMAGE, "PNG"), GREY, 0),
+    "gray PNG": (encoded(GRAY_IMAGE, "PNG"), GRAY, 0),
     "palette": (encoded(INDEX, "PNG"), COLORS, 0),
-    "palette, a colour transparent": (encoded(INDEX, "PNG", transparency=0), np.where(LEFT, 255, COLORS), 0),
-    "palette, a colour half transparent": (
+    "palette, a color transparent": (encoded(INDEX, "PNG", transparency=0), np.where(LEFT, 255, COLORS), 0),
+    "palette, a color half transparent": (
         encoded(INDEX, "PNG", transparency=bytes([0, 255, 255, 255, 128])),
         np.where(LEFT, 255, np.where(X % 4 == 3, 167, COLORS)),
         1,
     ),
     "RGBA": (encoded(joined(RGB, ALPHA), "PNG"), np.where(LEFT, 255, RGB), 0),
     "RGBA, half transparent": (encoded(joined(RGB, np.full_like(ALPHA, 102)), "PNG"), 153 + RGB * 0.4, 1),
-    "LA": (encoded(joined(GREY, ALPHA), "PNG"), np.where(LEFT, 255, GREY), 0),
-    "RGB, a colour transparent": (
+    "LA": (encoded(joined(GRAY, ALPHA), "PNG"), np.where(LEFT, 255, GRAY), 0),
+    "RGB, a color transparent": (
         encoded(Image.fromarray(np.where(LEFT, np.uint8([1, 2, 3]), RGB)), "PNG", transparency=(1, 2, 3)),
         np.where(LEFT, 255, RGB),
         0,
@@ -135,7 +135,7 @@ GOOD = {  # the file, what it shows [H, W, 1 or 3], and how many levels it may b
         np.round(DEEP / 257)[..., None],
         0,
     ),
-    "16-bit RGB": (deep_colour(), RGB, 0),
+    "16-bit RGB": (deep_color(), RGB, 0),
     "real numbers": (
         encoded(Image.fromarray((Y / (H - 1) * 1000).astype(np.float32)[..., 0]), "TIFF"),
         Y / (H - 1) * 255,
@@ -186,7 +186,7 @@ DAMAGED = {
     "JPEG's header": (JPEG[:200], "cut short"),
     "progressive JPEG": (half(encoded(PHOTO, "JPEG", progressive=True)), "cut short"),
     "CMYK JPEG": (half(encoded(PHOTO.convert("CMYK"), "JPEG")), "cut short"),
-    "grey JPEG": (half(encoded(PHOTO.convert("L"), "JPEG")), "cut short"),
+    "gray JPEG": (half(encoded(PHOTO.convert("L"), "JPEG")), "cut short"),
     "PNG": (half(PNG), "cut short"),
     "PNG with alpha": (half(encoded(PHOTO.convert("RGBA"), "PNG")), "cut short"),
     "PNG with a palette": (half(encoded(PHOTO.quantize(64), "PNG")), "cut short"),
@@ -296,7 +296,7 @@ class Means(Dataset):
 
 @pytest.fixture
 def files(tmp_path):
-    """40 grey images, of which number 7 is empty."""
+    """40 gray images, of which number 7 is empty."""
     for k in range(40):
         Image.new("L", (8, 8), 5 * k).save(tmp_path / f"{k}.png")
     (tmp_path / "7.png").write_bytes(b"")

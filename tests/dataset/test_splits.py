@@ -1,4 +1,4 @@
-"""Labelled subsets: the published lists and the script that gets them, list files, draws, and rows in a data
+"""Labeled subsets: the published lists and the script that gets them, list files, draws, and rows in a data
 set.
 
 With the environment variable SIMMATCH_SPLITS naming a folder that has the published lists, their contents are
@@ -266,9 +266,7 @@ def test_a_draw_depends_on_names_and_seed_only():
     assert set(make(CLASSES, 2, seed=7).names) < set(drawn.names) < set(make(CLASSES, 9, seed=7).names)
     assert make(CLASSES, per_class=3, seed=8).names.tolist() != drawn.names.tolist()
     assert drawn.sha256 == sha256(b"".join(name + b"\n" for name in drawn.names.tolist())).hexdigest()
-    assert drawn.sha256[:16] == "a10a10a76fe6e318", (
-        "this would change the labelled subset of everybody's runs"
-    )
+    assert drawn.sha256[:16] == "a10a10a76fe6e318", "this would change the labeled subset of everybody's runs"
 
 
 def test_a_share_of_each_class():

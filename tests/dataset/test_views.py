@@ -36,7 +36,7 @@ SIZES = np.tile([500.0, 375.0], (N, 1))
 
 
 def photo(width=120, height=90, seed=0):
-    """Smooth colours with some noise and saturated parts, as photographs have."""
+    """Smooth colors with some noise and saturated parts, as photographs have."""
     rng = np.random.default_rng(seed)
     rough = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -271,7 +271,7 @@ def test_crop_pad_and_cutout():
     assert (whole[8:24, 8:24] == 127).all() and (whole == 127).sum() == 16 * 16 * 3
 
 
-def test_evaluation_is_resize_and_centre_crop():
+def test_evaluation_is_resize_and_center_crop():
     image = photo(500, 375)
     expected = T.CenterCrop(224)(T.Resize(256)(image))
     view = photo_view(pipeline("eval"), IMAGENET_NORM, on_device=False)
@@ -341,7 +341,7 @@ def in_levels(name, u, images):
     ids=str,
 )
 def test_a_batched_stage_equals_pil(stage, device):
-    """Colour ops within one level, on photographs and on noise, whose every pixel is another colour."""
+    """Color ops within one level, on photographs and on noise, whose every pixel is another color."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     images = [photo(seed=k) for k in range(12)] + [noise] * 12
     p = draws(stage, np.tile([120.0, 90.0], (24, 1))).astype(np.float32)
@@ -362,7 +362,7 @@ def test_both_paths_make_the_same_view(name):
     u = np.random.default_rng(2).random((6, sum(stage.num_uniforms for stage in PIPELINES[name])))
     exact, fast = in_levels(name, u, images)
     difference = (exact - fast).abs()
-    # A crop that differs by one level (the resize's rounding) differs by a few more after the colour ops, at
+    # A crop that differs by one level (the resize's rounding) differs by a few more after the color ops, at
     # few pixels.
     assert (difference > 1.5).float().mean() < 0.01 and difference.mean() < 0.1
     assert difference.max() < (1e-2 if name in ("rand", "stack", "eval") else 40)

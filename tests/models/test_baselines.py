@@ -34,7 +34,7 @@ def test_fixmatch_equals_the_loop(eman):
     assert set(terms) == {"loss_x", "loss_u"}
 
 
-def test_supervised_is_the_labelled_cross_entropy():
+def test_supervised_is_the_labeled_cross_entropy():
     method, batch = Supervised(small.network(), ema_m=0.9).double().train(), small.batch(0)
     logits, _ = small.network().train()(batch.x)
     expected = sum(-torch.log(reference.softmax(row)[int(y)]) for row, y in zip(logits, batch.y)) / small.B

@@ -54,7 +54,7 @@ def test_ema_runs_on_batch_statistics_and_collects_its_own():
     assert teacher.net.training and bn.num_batches_tracked == 1
     ((alone, _),) = teacher([small.batch(0).u_weak[:1]], step=0)
     ((among, _),) = teacher([small.batch(0).u_weak], step=0)
-    assert not torch.allclose(alone[0], among[0])  # an image's output depends on its neighbours
+    assert not torch.allclose(alone[0], among[0])  # an image's output depends on its neighbors
 
 
 def test_copy_averages_parameters_and_takes_buffers_as_they_are():

@@ -34,7 +34,7 @@ def test_the_last_of_duplicate_rows_wins():
 
 
 def test_an_ensemble_keeps_a_share_of_the_old_row():
-    """bank[i] <- normalise(0.7·bank[i] + 0.3·z), where of a repeated index the last row counts, and once."""
+    """bank[i] <- normalize(0.7·bank[i] + 0.3·z), where of a repeated index the last row counts, and once."""
     bank, rows = LabelBank(torch.zeros(7), dim=3, m=0.7).double(), [torch.zeros(3, dtype=torch.float64)] * 7
     for step in range(6):
         g = torch.Generator().manual_seed(step)

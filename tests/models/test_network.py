@@ -20,8 +20,8 @@ def test_published_parameter_names_and_unit_embeddings():
     assert rest == {"fc.weight", "fc.bias", "head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
 
 
-def test_a_normalised_feature_and_no_head():
-    """SimMatchV2's norm_feat: fc and head both read the normalised feature. FixMatch has no head."""
+def test_a_normalized_feature_and_no_head():
+    """SimMatchV2's norm_feat: fc and head both read the normalized feature. FixMatch has no head."""
     torch.manual_seed(0)
     net, x = Network("small_encoder", 1, num_classes=3, dim=4, norm=True).eval(), torch.randn(2, 1, 8, 8)
     nn.init.uniform_(net.norm.weight)
@@ -62,7 +62,7 @@ def test_backbone_sizes(name, millions):
 
 @pytest.mark.parametrize("name", ["small_encoder", "resnet18_encoder", "wrn_28_2"])
 @pytest.mark.parametrize("side", [8, 28, 32])
-def test_grey_images(name, side):
+def test_gray_images(name, side):
     logits, z = Network(name, channels=1, num_classes=10, dim=8).eval()(torch.randn(2, 1, side, side))
     assert logits.shape == (2, 10) and z.shape == (2, 8)
 

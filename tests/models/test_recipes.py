@@ -224,7 +224,7 @@ def test_published_flags_that_are_refused(flags, words):
     "config, labeled, steps", [("imagenet_1p", 13_000, 3_963), ("imagenet_10p", 128_000, 3_603)]
 )
 def test_steps_of_an_epoch(config, labeled, steps):
-    """64 + 320 images a step over 8 ranks; unlabelled is train minus the labelled images; the last incomplete
+    """64 + 320 images a step over 8 ranks; unlabeled is train minus the labeled images; the last incomplete
     step is dropped.
     """
     config, images = parse(["--config", str(ROOT / "configs" / f"{config}.yaml")], ""), 1_281_167

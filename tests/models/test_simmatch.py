@@ -75,7 +75,7 @@ def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
     seen = []
     for step in range(6):
         batch = small.batch(step)
-        if step % 2:  # the first labelled image comes a second time, in another view
+        if step % 2:  # the first labeled image comes a second time, in another view
             batch.index[2], batch.y[2] = batch.index[0], batch.y[0]
         terms, output = train_step(method, method.student, optimizer, [batch], step=step, bank_ready=step > 1)
         expected, pseudo, mask = slow.step([batch], step, first_epoch=step <= 1)

@@ -13,7 +13,7 @@ from util.log import Logger
 from util.metrics import Meter
 
 NAMES = ["a", "b", "c", "d"]
-LABELS = np.array([0, 1, 1, 2, 3, 3, 3, 3])  # of the labelled list: shares 1/8, 2/8, 1/8, 4/8
+LABELS = np.array([0, 1, 1, 2, 3, 3, 3, 3])  # of the labeled list: shares 1/8, 2/8, 1/8, 4/8
 
 
 def batch(seed, known=True):

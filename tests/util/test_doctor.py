@@ -329,7 +329,7 @@ def test_real_healthy_runs(method, train, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_run_that_loses_a_class(train, tmp_path):
-    """FixMatch on one label a class, without alignment: hardly any image is labelled a 3."""
+    """FixMatch on one label a class, without alignment: hardly any image is labeled a 3."""
     assert train(tmp_path, "--method", "fixmatch", "--epochs", "20").returncode == 0
     run, _ = doctor.read(tmp_path)
     (finding,) = [f for f in doctor.examine(run) if f["rule"] == "collapsed classes"]

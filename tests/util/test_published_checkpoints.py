@@ -18,7 +18,7 @@ from util.errors import UserError
 
 @pytest.fixture(scope="module")
 def theirs():
-    """(module, its SGD, the file's content) of a SimMatch training with 7 labelled images, 3 classes, D = 16."""
+    """(module, its SGD, the file's content) of a SimMatch training with 7 labeled images, 3 classes, D = 16."""
     torch.manual_seed(0)
     model = simmatch()
     optimizer = sgd(model)

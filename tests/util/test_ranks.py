@@ -52,7 +52,5 @@ def test_otherwise_the_same_images_are_grouped_anew(asked, virtual, expected):
 
 
 def test_images_that_cannot_be_shared():
-    with pytest.raises(
-        UserError, match="the 64 labelled images of a step cannot be shared evenly by 3 ranks"
-    ):
+    with pytest.raises(UserError, match="the 64 labeled images of a step cannot be shared evenly by 3 ranks"):
         plan_ranks_on_resume(plan_ranks(8, 0, 3), 0, "continue", saved(8, 8, 8))
