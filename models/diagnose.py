@@ -1,8 +1,7 @@
-"""A step looked at without taking it: its loss terms, the length of each one's gradient, and what the method
-says of itself.
-"""
+"""Diagnostics of a step, without side effects: losses, gradient norms, and the method's own indicators."""
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,41 +13,35 @@ from models.method import Batch, Method
 def diagnose(
     method: Method, batches: Sequence[Batch], *, step: int, bank_ready: bool, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """Of the step that `train_step` takes next with these batches. Nothing changes: no weight, gradient,
-    statistic or bank.
+    """Examine the step that `train_step` would take with these batches. Nothing changes.
 
-    batches, step, bank_ready: as for `train_step`; the losses are those of the first of the batches. scale:
-    of the loss in the backward, for fp16. Every process must call it: the ranks meet as in a step. Returns,
-    for each term, `loss_*`, the weighted value, and, if it has one, `grad_*`, the L2 norm of its gradient
-    over all parameters; and what `method.signs` gives.
+    batches, step, bank_ready: as for `train_step`; only the losses of the first batch are computed. scale:
+    the loss scale of the backward, for fp16. Every process must call it, because ranks communicate as in a
+    step. Return, for each loss term, `loss_*`, its weighted value, and, if it has one, `grad_*`, the L2 norm
+    of its gradient over all parameters; and whatever `method.diagnostics` returns.
     """
     values: dict[str, Tensor] = {}
     with freeze_bn_stats(method):
-        target, terms = _look(method, batches, step, bank_ready)
-        values |= {name: term.detach() for name, term in terms.items()} | method.diagnostics(
-            batches[0], target, bank_ready=bank_ready
-        )
-        for i, name in enumerate(terms):
-            if i:  # a forward for each: a compiled one has a graph that serves one backward
-                _, terms = _look(method, batches, step, bank_ready)
-            if terms[name].requires_grad:
-                values[name.replace("loss_", "grad_")] = _gradient_norm(terms[name] * scale, method) / scale
+        targets, losses = _first_batch_losses(method, batches, step, bank_ready)
+        values |= {name: loss.detach() for name, loss in losses.items()}
+        values |= method.diagnostics(batches[0], targets, bank_ready=bank_ready)
+        for i, name in enumerate(losses):
+            if i:  # One forward for each term: the graph of a compiled forward serves a single backward.
+                _, losses = _first_batch_losses(method, batches, step, bank_ready)
+            if losses[name].requires_grad:
+                values[name.replace("loss_", "grad_")] = _gradient_norm(losses[name] * scale, method) / scale
     return values
 
 
-def _look(
+def _first_batch_losses(
     method: Method, batches: Sequence[Batch], step: int, bank_ready: bool
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Target and terms of the first batch. On the student without its data-parallel wrapper, whose backward
-    is for training.
-    """
-    target = method.targets(batches, method.student, step=step)[0]
-    return target, method.losses(batches[0], target, method.student, bank_ready=bank_ready)[0]
+    """Targets and losses of the first batch, on the bare student: DDP's backward would average gradients."""
+    targets = method.targets(batches, method.student, step=step)[0]
+    return targets, method.losses(batches[0], targets, method.student, bank_ready=bank_ready)[0]
 
 
 def _gradient_norm(loss: Tensor, method: Method) -> Tensor:
-    """L2 norm over all parameters of the student; what the loss does not reach counts as 0. Leaves every
-    .grad alone.
-    """
+    """L2 norm over all parameters of the student; unused parameters count as 0. No .grad changes."""
     gradients = torch.autograd.grad(loss, list(method.student.parameters()), allow_unused=True)
     return torch.stack([g.norm() for g in gradients if g is not None]).norm()

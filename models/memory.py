@@ -1,6 +1,4 @@
-"""What SimMatch remembers between steps: the labeled bank and the prior of distribution alignment, all as
-buffers.
-"""
+"""What SimMatch keeps between steps, in buffers: the labeled bank and the prior of distribution alignment."""
 
 import torch
 import torch.nn.functional as F
@@ -10,30 +8,30 @@ from torch import Tensor, nn
 class LabelBank(nn.Module):
     """One embedding and one label for every labeled image (paper, section 3.4).
 
-    z [K, D]: unit rows. labels [K]: known from the labeled list. A row's index is the image's place in that
-    list.
-    m: share of the old row that a write keeps. m = 0: a row is the newest embedding, random until written. m
-    > 0: a temporal ensemble, zero until written, so that its first write is the embedding itself, and no
-    noise lingers in it.
+    z [K, D]: unit rows. labels [K]: known from the labeled list. Row i belongs to image i of that list.
+    m: the share of the old row that a write keeps. With m = 0 a row holds the newest embedding, and a random
+    unit vector before its first write. With m > 0 it is a temporal ensemble that starts at zero, so that the
+    first write sets it to the embedding itself, without a remainder of noise.
     """
 
     def __init__(self, labels: Tensor, dim: int, m: float = 0.0):
         super().__init__()
         z = torch.zeros(len(labels), dim) if m > 0 else F.normalize(torch.randn(len(labels), dim), dim=1)
+        self.z: Tensor
+        self.labels: Tensor
         self.register_buffer("z", z)  # [K, D]
         self.register_buffer("labels", labels.clone().long())  # [K]
         self.m = m
 
     @torch.no_grad()
     def write(self, index: Tensor, z: Tensor, y: Tensor) -> None:
-        """bank[index] = normalize(m·bank[index] + (1 − m)·z), labels[index] = y: index, y [n]; z [n, D], unit
-        rows.
+        """bank[index] ← normalize(m·bank[index] + (1 − m)·z), labels[index] ← y.
 
-        For the labeled images of all ranks. Where an index stands more than once, its last row wins, on
-        every device and rank.
+        index, y [n], z [n, D], unit rows: those of all ranks. If an index occurs more than once, its last row
+        wins, on every device and rank.
         """
-        place = torch.arange(len(index), device=index.device)  # [n]
-        last = ((index[:, None] == index) * place).amax(dim=1)  # [n]
+        position = torch.arange(len(index), device=index.device)  # [n]
+        last = ((index[:, None] == index) * position).amax(dim=1)  # [n]
         rows = z[last].to(self.z.dtype)  # [n, D]
         if self.m > 0:
             rows = F.normalize(self.m * self.z[index] + (1 - self.m) * rows, dim=1)  # [n, D]
@@ -42,39 +40,40 @@ class LabelBank(nn.Module):
 
 
 class DistributionAlignment(nn.Module):
-    """Divides predictions on weak views by their recent mean (ReMixMatch, arXiv 1911.09785), over a ring of
-    steps.
+    """Divides predictions on weak views by their recent mean, the prior (ReMixMatch, arXiv 1911.09785).
 
-    ring [da_len, C]: one global-batch mean a row, zeros at the start. Zero rows only scale the mean of the
-    ring, and renormalizing takes that out again.
+    ring [da_len, C]: a ring buffer with one global-batch mean in each row; it starts as zeros. Zero rows only
+    scale the mean of the ring, and the renormalization cancels that.
     """
 
     def __init__(self, num_classes: int, length: int):
         super().__init__()
+        self.ring: Tensor
+        self.ptr: Tensor
         self.register_buffer("ring", torch.zeros(length, num_classes))  # [da_len, C]
         self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))  # [1]
 
     def forward(self, log_p: Tensor, mean: Tensor) -> Tensor:
-        """log p [n, C] -> log of p / prior, each row renormalized [n, C]. Writes nothing.
+        """log p [n, C] -> log of the renormalized p / prior [n, C]. Writes nothing.
 
-        mean [C]: of p over the global batch; it counts in the prior as if it were in the ring already.
+        mean [C]: of p over the global batch of this step; the prior includes it, as if it were already in the
+        ring.
         """
         prior = self.prior(mean)  # [C]
-        tiny = torch.finfo(
-            prior.dtype
-        ).tiny  # a class that p underflows on has a prior of 0: keep its log finite
+        # p can underflow on a class, whose prior is then 0: keep its log finite.
+        tiny = torch.finfo(prior.dtype).tiny
         return torch.log_softmax(log_p - prior.clamp_min(tiny).log(), dim=1)  # [n, C]
 
     def prior(self, mean: Tensor) -> Tensor:
-        """Mean of the ring [C] with this step's mean of p in it; it sums to 1 once the ring is full."""
+        """Mean of the ring with this step's `mean` in it: [C]. It sums to 1 once the ring is full."""
         return self._ring_with(mean).mean(dim=0)
 
     @torch.no_grad()
     def write(self, mean: Tensor) -> None:
-        """Put this step's mean of p over the global batch, [C], into the ring."""
+        """Write this step's mean of p over the global batch, [C], into the ring."""
         self.ring.copy_(self._ring_with(mean))
         self.ptr.copy_((self.ptr + 1) % len(self.ring))
 
     def _ring_with(self, mean: Tensor) -> Tensor:
-        here = torch.arange(len(self.ring), device=self.ptr.device) == self.ptr  # [da_len]
-        return torch.where(here[:, None], mean.to(self.ring.dtype), self.ring)  # [da_len, C]
+        is_current = torch.arange(len(self.ring), device=self.ptr.device) == self.ptr  # [da_len]
+        return torch.where(is_current[:, None], mean.to(self.ring.dtype), self.ring)  # [da_len, C]

@@ -1,83 +1,83 @@
-"""The contract between the one step (models/step.py) and every method."""
+"""The contract between the training step (models/step.py) and every method."""
 
-from typing import Any, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.ema import BNMode, Teacher
+from models.network import Network
 
 
 class Batch(NamedTuple):
-    """What one rank sees in one step: B labeled images, and two views of mu·B unlabeled ones."""
+    """What one rank sees in one step: B labeled images, and two views of each of mu·B unlabeled images."""
 
     # fmt: off
-    x: Tensor           # weak views of labeled images             [B, c, h, w], float
+    x: Tensor           # weak views of the labeled images          [B, c, h, w], float
     y: Tensor           # their labels                              [B], int64
-    index: Tensor       # their places in the labeled list         [B], int64
-    u_weak: Tensor      # weak views of unlabeled images           [muB, c, h, w], float
+    index: Tensor       # type: ignore[assignment]  # their indices in the labeled list     [B], int64
+    u_weak: Tensor      # weak views of the unlabeled images        [muB, c, h, w], float
     u_strong: Tensor    # strong views of the same images           [muB, c, h, w], float
     # fmt: on
 
 
 class StepOutput(NamedTuple):
-    """What a step computed that `update` writes and the log reads; no gradient. A method fills what it has."""
+    """What a step leaves to `update` and to the log, without gradient. A method fills the fields it has."""
 
     # fmt: off
-    z: Optional[Tensor] = None          # embedding of the labeled images, for the bank  [B, D]
-    y: Optional[Tensor] = None          # their labels                                  [B]
-    index: Optional[Tensor] = None      # their rows in the bank                        [B]
-    prior: Optional[Tensor] = None      # mean of p over the global batch               [C]
-    pseudo_label: Optional[Tensor] = None     # pseudo-labels                                 [muB, C]
-    mask: Optional[Tensor] = None       # 1 where a pseudo-label is confident, else 0   [muB]
+    z: Tensor | None = None             # embeddings of the labeled images, for the bank    [B, D]
+    y: Tensor | None = None             # their labels                                      [B]
+    index: Tensor | None = None         # type: ignore[assignment]  # their rows in the bank    [B]
+    prior: Tensor | None = None         # mean of p over the global batch                   [C]
+    pseudo_label: Tensor | None = None  # class probabilities                               [muB, C]
+    mask: Tensor | None = None          # 1 where the pseudo-label is confident, else 0     [muB]
     # fmt: on
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in float32 at least: probabilities are summed over a thousand classes, for which bf16 and fp16 are
-    too coarse.
-    """
+    """Cast bf16 and fp16 to float32: they are too coarse for probabilities summed over a thousand classes."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 class Method(nn.Module):
-    """A student, its teacher, and what a method keeps besides. One state_dict is the whole truth.
+    """A student, its teacher, and the method's own state: its state_dict is all that a resume needs of it.
 
-    A step is one call of `targets` for all ranks that this process plays, one of `losses` for each of them,
-    and one of
-    `update`. Between the first two lies all that ranks have to tell each other before there is a loss, so
-    that the student's forward and backward run for one rank at a time, and need the memory of one.
+    A step calls `targets` once for all virtual ranks of the process, `losses` once for each of them, and
+    `update` once. All communication needed before the loss happens in `targets`; `losses` is local, so
+    virtual ranks run one at a time and need the memory of one.
     """
 
-    def __init__(self, network: nn.Module, ema_m: float, bn_mode: BNMode):
+    def __init__(self, network: Network, ema_m: float, bn_mode: BNMode):
         super().__init__()
         self.student = network
         self.teacher = Teacher(network, ema_m, bn_mode)
 
     def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Any]:
-        """What the weak views of each batch say, for `losses` of the same batch.
+        """Compute the targets of each batch, which `losses` compares the student with. Ranks may communicate.
 
-        student: self.student, or its data-parallel wrapper: the forward that gradients flow through.
-        step: from 0, over the whole training.
+        student: self.student or its DDP wrapper; gradients flow through this forward.
+        step: the global step, from 0.
         """
         return [None] * len(batches)
 
     def losses(
         self, batch: Batch, targets: Any, student: nn.Module, *, bank_ready: bool
     ) -> tuple[dict[str, Tensor], StepOutput]:
-        """Named, weighted terms whose sum is the loss, and what `update` needs. Writes no bank, prior or
-        teacher.
+        """Return the weighted loss terms by name, whose sum is the loss, and what `update` needs.
 
-        bank_ready: False in the first epoch, which shows every labeled image.
+        It writes no state: no bank, no prior, no teacher.
+        bank_ready: False until every labeled image has been seen once, that is, in the first epoch.
         """
         raise NotImplementedError
 
     def diagnostics(self, batch: Batch, targets: Any, *, bank_ready: bool) -> dict[str, Tensor]:
-        """What only this method can tell of its health, for the diagnostics (docs/DOCTOR.md). Changes
-        nothing.
-        """
+        """Return the method's own health indicators for the diagnostics event (docs/DOCTOR.md)."""
         return {}
 
     def update(self, output: StepOutput) -> None:
-        """The one writer, called once after the optimizer step. fresh: of all ranks that this process plays."""
+        """Write bank, prior and teacher; called once, after the optimizer step.
+
+        output: that of all virtual ranks of this process, concatenated.
+        """
         self.teacher.update(self.student)

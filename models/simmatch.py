@@ -1,6 +1,7 @@
-"""SimMatch (arXiv 2203.06915): pseudo-labels that agree by class and by similarity to labeled images."""
+"""SimMatch (arXiv 2203.06915): consistency of class predictions and of similarities to labeled images."""
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,48 +10,49 @@ from torch import Tensor, nn
 from models.ema import BNMode
 from models.memory import DistributionAlignment, LabelBank
 from models.method import Batch, Method, StepOutput, at_least_fp32
+from models.network import Network
 from util import dist_utils
 
 
 class StudentOutput(NamedTuple):
-    """What the student says; gradients flow through it."""
+    """The student's forward; gradients flow through it."""
 
     # fmt: off
-    logits_x: Tensor                    # of the labeled images        [B, C]
+    logits_x: Tensor                    # of the labeled images         [B, C]
     logits_us: Tensor                   # of the strong views           [muB, C]
-    z_us: Tensor                        # their embeddings              [muB, D]
+    z_us: Tensor                        # embeddings of the same        [muB, D]
     # fmt: on
 
 
 class TeacherOutput(NamedTuple):
-    """What the teacher says; no gradient."""
+    """The teacher's forward; no gradient."""
 
     # fmt: off
-    z_x: Tensor                         # of the labeled images        [B, D]
+    z_x: Tensor                         # embeddings of the labeled images  [B, D]
     logits_uw: Tensor                   # of the weak views             [muB, C]
-    z_uw: Tensor                        # their embeddings              [muB, D]
-    student_output: Optional[StudentOutput] = None     # of the same forward, where student and teacher are one
+    z_uw: Tensor                        # embeddings of the same        [muB, D]
+    student_output: StudentOutput | None = None     # of the same forward, in the single-network form
     # fmt: on
 
 
 class Targets(NamedTuple):
-    """The same after all ranks have met: what a loss compares the student with."""
+    """Teacher outputs after cross-rank distribution alignment, with which `losses` compares the student."""
 
     # fmt: off
-    z_x: Tensor                         # for the bank                  [B, D]
-    log_p: Tensor                       # aligned predictions           [muB, C]
-    z_uw: Tensor                        #                               [muB, D]
-    prior: Optional[Tensor]             # mean of p over the global batch, without DA none    [C]
-    student_output: Optional[StudentOutput]
+    z_x: Tensor                         # embeddings for the bank       [B, D]
+    log_p: Tensor                       # aligned class predictions     [muB, C]
+    z_uw: Tensor                        # embeddings of the weak views  [muB, D]
+    prior: Tensor | None                # mean of p over the global batch; None without DA      [C]
+    student_output: StudentOutput | None
     # fmt: on
 
 
 class SimMatch(Method):
-    """Section 3 of the paper, in its order and symbols."""
+    """Section 3 of the paper, in its order and with its symbols."""
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         labels: Tensor,
         num_classes: int,
         dim: int,
@@ -67,7 +69,7 @@ class SimMatch(Method):
         ema_m: float,
         bn_mode: BNMode,
     ):
-        """labels [K]: of the labeled list, in its order."""
+        """labels [K]: of the labeled list, in its order. The other arguments: see util/config.py."""
         super().__init__(network, ema_m, bn_mode)
         self.bank = LabelBank(labels, dim, bank_m)
         self.align = DistributionAlignment(num_classes, da_len) if DA else None
@@ -76,60 +78,68 @@ class SimMatch(Method):
 
     # fmt: off
     def teacher_forward(self, batches: Sequence[Batch], student: nn.Module, step: int) -> list[TeacherOutput]:
-        """What the teacher makes of the weak views of each batch."""
+        """Run the teacher on the weak views of every batch."""
         n_x = len(batches[0].x)
-        out = self.teacher([torch.cat([batch.x, batch.u_weak]) for batch in batches], step)     # [B+muB, C], [B+muB, D] of each
-        return [TeacherOutput(at_least_fp32(z[:n_x]), at_least_fp32(logits[n_x:]), at_least_fp32(z[n_x:])) for logits, z in out]
+        outputs = []
+        for logits, z in self.teacher([torch.cat([batch.x, batch.u_weak]) for batch in batches], step):
+            logits, z = at_least_fp32(logits), at_least_fp32(z)             # [B+muB, C], [B+muB, D]
+            outputs.append(TeacherOutput(z[:n_x], logits[n_x:], z[n_x:]))
+        return outputs
 
     def student_forward(self, batch: Batch, student: nn.Module) -> StudentOutput:
-        """The student on labeled images and strong views."""
+        """Run the student on the labeled images and the strong views."""
         n_x = len(batch.x)
-        logits, z = map(at_least_fp32, student(torch.cat([batch.x, batch.u_strong])))         # [B+muB, C], [B+muB, D]
+        images = torch.cat([batch.x, batch.u_strong])                       # [B+muB, c, h, w]
+        logits, z = map(at_least_fp32, student(images))                     # [B+muB, C], [B+muB, D]
         return StudentOutput(logits[:n_x], logits[n_x:], z[n_x:])
 
     def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Targets]:
         teacher_outputs = self.teacher_forward(batches, student, step)
         with torch.no_grad():
-            log_p = [torch.log_softmax(t.logits_uw, dim=1) for t in teacher_outputs]             # [muB, C] of each
+            log_ps = [torch.log_softmax(t.logits_uw, dim=1) for t in teacher_outputs]   # [muB, C] of each
             prior = None
             if self.align is not None:
-                prior = dist_utils.all_mean(torch.stack([each.exp().mean(dim=0) for each in log_p]).mean(dim=0))     # [C]
-                log_p = [self.align(each, prior) for each in log_p]                     # [muB, C] of each
-        return [Targets(t.z_x, each, t.z_uw, prior, t.student_output) for t, each in zip(teacher_outputs, log_p)]
+                local_mean = torch.stack([log_p.exp().mean(dim=0) for log_p in log_ps]).mean(dim=0)     # [C]
+                prior = dist_utils.all_mean(local_mean)                                 # [C]
+                log_ps = [self.align(log_p, prior) for log_p in log_ps]                 # [muB, C] of each
+        pairs = zip(teacher_outputs, log_ps)
+        return [Targets(t.z_x, log_p, t.z_uw, prior, t.student_output) for t, log_p in pairs]
 
-    def losses(self, batch: Batch, targets: Targets, student: nn.Module, *, bank_ready: bool) -> tuple[dict[str, Tensor], StepOutput]:
+    def losses(
+        self, batch: Batch, targets: Targets, student: nn.Module, *, bank_ready: bool
+    ) -> tuple[dict[str, Tensor], StepOutput]:
         z_x, log_p, z_uw, prior, student_output = targets
         logits_x, logits_us, z_us = student_output or self.student_forward(batch, student)
-        p = log_p.exp()                                                     # [muB, C]
+        pseudo_label = p = log_p.exp()                                      # [muB, C]
         loss_in = z_us.new_zeros(())
         if bank_ready:
             labels = self.bank.labels                                       # [K]
             with torch.no_grad():
                 log_q_w = self.similarities(z_uw, self.tt)                  # [muB, K]
                 q_hat = unfold(log_q_w, log_p, labels).exp()                # [muB, K]
-                p = self.c_smooth * p + (1 - self.c_smooth) * aggregate(log_q_w, labels, p.shape[1])    # [muB, C]
+                a = aggregate(log_q_w, labels, p.shape[1])                  # [muB, C]
+                pseudo_label = self.c_smooth * p + (1 - self.c_smooth) * a  # [muB, C]
             log_q_s = self.similarities(z_us, self.st)                      # [muB, K]
             loss_in = cross_entropy(q_hat, log_q_s).mean()
 
-        mask = (p.amax(dim=1) >= self.threshold).to(p.dtype)                # [muB]
-        loss_u = (mask * cross_entropy(p, torch.log_softmax(logits_us, dim=1))).mean()
-        terms = {"loss_x": F.cross_entropy(logits_x, batch.y),
-                 "loss_u": self.lambda_u * loss_u,
-                 "loss_in": self.lambda_in * loss_in}
-        return terms, StepOutput(z_x, batch.y, batch.index, prior, p, mask)
-
+        mask = (pseudo_label.amax(dim=1) >= self.threshold).to(p.dtype)     # [muB]
+        loss_u = (mask * cross_entropy(pseudo_label, torch.log_softmax(logits_us, dim=1))).mean()
+        losses = {"loss_x": F.cross_entropy(logits_x, batch.y),
+                  "loss_u": self.lambda_u * loss_u,
+                  "loss_in": self.lambda_in * loss_in}
+        return losses, StepOutput(z_x, batch.y, batch.index, prior, pseudo_label, mask)
     # fmt: on
+
     def similarities(self, z: Tensor, t: float) -> Tensor:
-        """log q, the similarities of embeddings z [n, D] to the bank at temperature t, each row a
-        distribution -> [n, K].
-        """
+        """Embeddings z [n, D] -> log q [n, K]: how similar each is to the bank's rows, at temperature t."""
         return torch.log_softmax(z @ self.bank.z.T / t, dim=1)
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch, targets: Targets, *, bank_ready: bool) -> dict[str, Tensor]:
-        """bank_rows, K; from the second epoch on q_entropy, the mean entropy of q_w in nats, and bank_drift,
-        1 − the mean cosine of the rows to be written and what they are written over; with DA the `prior` [C],
-        this step's included.
+        """Return `bank_rows`, which is K, and with DA the `prior` [C], this step's mean included.
+
+        From the second epoch on also `q_entropy`, the mean entropy of q_w in nats, and `bank_drift`, 1 − the
+        mean cosine between the rows to be written and the rows that they replace.
         """
         out = {"bank_rows": torch.tensor(len(self.bank.labels), device=self.bank.z.device)}
         if bank_ready:
@@ -137,20 +147,22 @@ class SimMatch(Method):
             out["q_entropy"] = cross_entropy(log_q_w.exp(), log_q_w).mean()
             out["bank_drift"] = 1 - F.cosine_similarity(targets.z_x, self.bank.z[batch.index]).mean()
         if self.align is not None:
+            assert targets.prior is not None  # `targets` computes it with DA
             out["prior"] = self.align.prior(targets.prior)
         return out
 
     def update(self, output: StepOutput) -> None:
-        gather = dist_utils.all_gather
-        self.bank.write(gather(output.index), gather(output.z), gather(output.y))
+        index, z, y, prior = output.index, output.z, output.y, output.prior
+        assert index is not None and z is not None and y is not None  # `losses` fills them
+        self.bank.write(*(dist_utils.all_gather(rows) for rows in (index, z, y)))
         if self.align is not None:
-            self.align.write(output.prior)
+            assert prior is not None
+            self.align.write(prior)
         super().update(output)
 
 
 def unfold(log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
-    """Calibrate instance similarities by class predictions (section 3.3): q̂_ij ∝ q_ij · p_i[label_j], in
-    logs.
+    """Calibrate instance similarities by class predictions (section 3.3): q̂_ij ∝ q_ij · p_i[label_j].
 
     log_q [n, K], log_p [n, C], labels [K] -> [n, K], each row the log of a distribution.
     """

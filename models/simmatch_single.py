@@ -1,44 +1,45 @@
-"""SimMatch in its single-network form, the paper's for CIFAR: the student is its own teacher."""
+"""SimMatch in its single-network form, which the paper uses for CIFAR: the student is its own teacher."""
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.ema import freeze_bn_stats
 from models.method import Batch, at_least_fp32
+from models.network import Network
 from models.simmatch import SimMatch, StudentOutput, TeacherOutput
 
 
 class SimMatchSingle(SimMatch):
-    """One forward of the student on all views; what it gives for weak views, without gradient, stands for the
-    teacher's.
+    """One forward of the student on all views; its outputs on weak views, detached, replace the teacher's.
 
-    The teacher is an average for evaluation only, with the student's BN statistics.
+    The EMA network serves for evaluation only, with the student's BN statistics.
     """
 
-    def __init__(self, network: nn.Module, labels: Tensor, num_classes: int, dim: int, **settings: Any):
-        """settings: SimMatch's, without `bn`."""
+    def __init__(self, network: Network, labels: Tensor, num_classes: int, dim: int, **settings: Any):
+        """settings: SimMatch's, without `bn_mode`."""
         super().__init__(network, labels, num_classes, dim, **settings, bn_mode="copy")
 
     def teacher_forward(self, batches: Sequence[Batch], student: nn.Module, step: int) -> list[TeacherOutput]:
         if len(batches) == 1:
-            return [self.forward_once(batches[0], student)]
-        # The prior needs all ranks' predictions before any loss: a second forward costs less than keeping all
-        # graphs.
+            return [self.joint_forward(batches[0], student)[1]]
+        # The prior needs the predictions of all virtual ranks before any loss. A second forward, in
+        # student_forward, costs less than keeping the graphs of all of them.
         with torch.no_grad(), freeze_bn_stats(self.student):
-            return [self.forward_once(batch, self.student)._replace(student_output=None) for batch in batches]
+            outputs = [self.joint_forward(batch, self.student)[1] for batch in batches]
+        return [output._replace(student_output=None) for output in outputs]
 
     def student_forward(self, batch: Batch, student: nn.Module) -> StudentOutput:
-        return self.forward_once(batch, student).student_output
+        return self.joint_forward(batch, student)[0]
 
-    def forward_once(self, batch: Batch, student: nn.Module) -> TeacherOutput:
+    def joint_forward(self, batch: Batch, student: nn.Module) -> tuple[StudentOutput, TeacherOutput]:
+        """Run the student on the labeled images and both views. The teacher's part is detached."""
         sizes = len(batch.x), len(batch.u_weak), len(batch.u_strong)
-        logits, z = map(
-            at_least_fp32, student(torch.cat([batch.x, batch.u_weak, batch.u_strong]))
-        )  # [B+2muB, C], [B+2muB, D]
+        images = torch.cat([batch.x, batch.u_weak, batch.u_strong])  # [B+2muB, c, h, w]
+        logits, z = map(at_least_fp32, student(images))  # [B+2muB, C], [B+2muB, D]
         logits_x, logits_uw, logits_us = logits.split(sizes)  # [B, C], [muB, C], [muB, C]
         z_x, z_uw, z_us = z.split(sizes)  # [B, D], [muB, D], [muB, D]
-        return TeacherOutput(
-            z_x.detach(), logits_uw.detach(), z_uw.detach(), StudentOutput(logits_x, logits_us, z_us)
-        )
+        student_output = StudentOutput(logits_x, logits_us, z_us)
+        return student_output, TeacherOutput(z_x.detach(), logits_uw.detach(), z_uw.detach(), student_output)

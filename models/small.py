@@ -5,18 +5,15 @@ from torch import nn
 
 
 def small_encoder(channels: int, width: int = 32) -> tuple[nn.Module, int]:
-    """(encoder, d): [n, channels, h, w] -> [n, d], four 3×3 convolutions, three of them strided, then the
-    mean over space.
+    """Return (encoder, d): [n, channels, h, w] -> [n, d], by four 3×3 convolutions, three of them strided,
+    and average pooling.
     """
     widths, strides = [width, 2 * width, 2 * width, 4 * width], [2, 2, 1, 2]
     layers: list[nn.Module] = []
     for w, stride in zip(widths, strides):
-        layers += [
-            nn.Conv2d(channels, w, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(w),
-            nn.ReLU(inplace=True),
-        ]
-        nn.init.kaiming_normal_(layers[-3].weight, mode="fan_out", nonlinearity="relu")
+        conv = nn.Conv2d(channels, w, 3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        layers += [conv, nn.BatchNorm2d(w), nn.ReLU(inplace=True)]
         channels = w
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return net.to(memory_format=torch.channels_last), channels  # the layout in which a CPU convolves faster
+    return net.to(memory_format=torch.channels_last), channels  # faster on a CPU

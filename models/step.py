@@ -1,7 +1,8 @@
 """One global training step, the same for every method, on any number of processes."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Optional, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -19,62 +20,68 @@ def train_step(
     *,
     step: int,
     bank_ready: bool,
-    scaler: Optional[torch.amp.GradScaler] = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[dict[str, Tensor], StepOutput]:
-    """Losses → backward → optimizer step → bank, prior, teacher. Returns the terms (means over `batches`) and
-    what was fresh.
+    """Compute losses, backward, optimizer step, then update bank, prior and teacher.
 
-    batches: one for each rank that this process plays; more than one where virtual ranks share it. These take
-    turns, each with BN statistics of its own batch, and their gradients are averaged, as between processes:
-    the step of r ranks is the same on 1 to r processes, to rounding. Running statistics are those of the
-    first.
-    student: method.student, or its data-parallel wrapper. step: from 0. bank_ready: False in the first epoch.
-    scaler: for fp16, whose small gradients would be 0; a step whose gradients overflow leaves the weights as
-    they are.
+    Return the loss terms (means over `batches`) and the output of all of them.
+
+    batches: one for each virtual rank of this process. They run one after the other, each with the BN
+    statistics of its own batch, and their gradients are averaged, as DDP averages them over processes. So a
+    step of r ranks is the same on 1 to r processes, up to rounding. BN's running statistics come from the
+    first virtual rank.
+    student: method.student, or its DDP wrapper. step: the global step, from 0. bank_ready: see Method.losses.
+    scaler: for fp16, where small gradients would underflow; if the scaled gradients overflow, the weights
+    stay unchanged.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    parts: list[tuple[dict[str, Tensor], StepOutput]] = []
+    results: list[tuple[dict[str, Tensor], StepOutput]] = []
     targets = method.targets(batches, student, step=step)
     optimizer.zero_grad()
     for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         first, last = i == 0, i == len(batches) - 1
-        with (
-            nullcontext() if first else freeze_bn_stats(method.student),
-            dist_utils.sync_gradients(student, last),
-        ):
-            terms, output = method.losses(batch, target, student, bank_ready=bank_ready)
-            scaler.scale(sum(terms.values()) / len(batches)).backward()
-        parts.append(({name: term.detach() for name, term in terms.items()}, output))
+        bn_stats = nullcontext() if first else freeze_bn_stats(method.student)
+        with bn_stats, dist_utils.sync_gradients(student, last):
+            losses, output = method.losses(batch, target, student, bank_ready=bank_ready)
+            scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()
+        results.append(({name: loss.detach() for name, loss in losses.items()}, output))
     scaler.step(optimizer)
     scaler.update()
-    terms, output = _join(parts)
+    losses, output = _join_virtual_ranks(results)
     method.update(output)
-    return terms, output
+    return losses, output
 
 
 def split_virtual_ranks(batch: Batch, ranks: int) -> list[Batch]:
-    """What `ranks` ranks see, one after the other in one batch -> a batch of each."""
+    """Split the batch of a process, in which its virtual ranks are concatenated, into one for each."""
     return [Batch(*fields) for fields in zip(*(field.chunk(ranks) for field in batch), strict=True)]
 
 
-def _join(parts: list[tuple[dict[str, Tensor], StepOutput]]) -> tuple[dict[str, Tensor], StepOutput]:
-    """Terms as means, what was fresh one after the other; the prior is the same for all."""
-    if len(parts) == 1:
-        return parts[0]
-    terms = {name: torch.stack([part[name] for part, _ in parts]).mean(dim=0) for name in parts[0][0]}
-    fields = zip(*(output._replace(prior=None) for _, output in parts))
+def _join_virtual_ranks(
+    results: list[tuple[dict[str, Tensor], StepOutput]],
+) -> tuple[dict[str, Tensor], StepOutput]:
+    """Average the losses and concatenate the outputs; the prior is already the same for all."""
+    if len(results) == 1:
+        return results[0]
+    losses = {
+        name: torch.stack([result[name] for result, _ in results]).mean(dim=0) for name in results[0][0]
+    }
+    fields = zip(*(output._replace(prior=None) for _, output in results))
     output = StepOutput(*(None if values[0] is None else torch.cat(values) for values in fields))
-    return terms, output._replace(prior=parts[0][1].prior)
+    return losses, output._replace(prior=results[0][1].prior)
 
 
 def configure_execution(method: Method, precision: str, channels_last: bool, compiled: bool) -> None:
-    """How fast the networks of `method` run, not what they compute: to rounding the step stays the same.
+    """Set autocast dtype, memory format and compilation of both networks.
 
-    precision: fp32, bf16 or fp16. Keys of the state_dict stay as they are.
+    The step stays the same up to rounding.
+    precision: fp32, bf16 or fp16. The keys of the state_dict do not change.
     """
     for network in (method.student, method.teacher.net):
         network.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         if channels_last:
             network.to(memory_format=torch.channels_last)
         if compiled:
-            network.backbone.compile()  # the backbone alone: a compiled head that no loss uses would get a gradient of 0, not none
+            # Not the whole network: a compiled head that no loss uses would get a gradient of zero instead of
+            # none, and SGD would then apply weight decay to it.
+            network.backbone.compile()

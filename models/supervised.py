@@ -1,15 +1,16 @@
-"""The labeled loss alone: what the labels are worth without any unlabeled image."""
+"""The supervised baseline: the labeled loss alone, without any unlabeled image."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.method import Batch, Method, StepOutput, at_least_fp32
+from models.network import Network
 
 
 class Supervised(Method):
-    """Cross-entropy on the labeled images; the teacher is for evaluation only."""
+    """Cross-entropy on the labeled images; the teacher serves for evaluation only."""
 
-    def __init__(self, network: nn.Module, *, ema_m: float):
+    def __init__(self, network: Network, *, ema_m: float):
         super().__init__(network, ema_m, "average")
 
     def losses(

@@ -1,27 +1,27 @@
-"""Wide ResNets (arXiv 1605.07146) for 32×32 images, in FixMatch's form: WRN-28-2 for CIFAR-10, WRN-28-8 for
-CIFAR-100.
+"""Wide ResNets (arXiv 1605.07146) for 32×32 images, as FixMatch uses them: WRN-28-2 for CIFAR-10, WRN-28-8
+for CIFAR-100.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLOPE = 0.1  # of LeakyReLU below zero
+LEAKY_RELU_SLOPE = 0.1
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """FixMatch's: statistics move by a thousandth a step, and eps is TensorFlow's."""
+    """BN as in FixMatch: its momentum in PyTorch's convention, and TensorFlow's eps."""
     return nn.BatchNorm2d(channels, eps=0.001, momentum=0.001)
 
 
 def activate(bn: nn.Module, x: Tensor) -> Tensor:
-    return F.leaky_relu(bn(x), SLOPE, inplace=True)
+    return F.leaky_relu(bn(x), LEAKY_RELU_SLOPE, inplace=True)
 
 
 class Block(nn.Module):
-    """Pre-activation block: x + conv(act(conv(act(x)))), the sum over a 1×1 convolution of x where the width
-    changes.
+    """Pre-activation block: shortcut + conv(act(conv(act(x)))).
 
-    activate_first: the shortcut too starts from act(x); otherwise from x as it is.
+    The shortcut is x, or a 1×1 convolution of x where the width changes.
+    activate_first: the shortcut takes act(x) instead of x.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, activate_first: bool):
@@ -44,8 +44,9 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """[n, channels, h, w] -> [n, 64·widen]. No convolution has a bias: the BN that every path meets later
-    would take it out.
+    """[n, channels, h, w] -> [n, 64·widen].
+
+    No convolution has a bias, because every path passes through a later BN, which would cancel it.
     """
 
     def __init__(self, depth: int, widen: int, channels: int):
@@ -55,9 +56,9 @@ class WideResNet(nn.Module):
         for stage, stride in enumerate((1, 2, 2)):
             c_out = 16 * widen << stage
             blocks = []
-            for i in range(
-                (depth - 4) // 6
-            ):  # two convolutions a block, three stages; a stem and three shortcuts besides
+            # Each of the three stages has (depth − 4) / 6 blocks of two convolutions; the stem and three
+            # shortcuts are the other four.
+            for i in range((depth - 4) // 6):
                 blocks.append(Block(c_in, c_out, stride if i == 0 else 1, activate_first=stage == i == 0))
                 c_in = c_out
             stages.append(nn.Sequential(*blocks))
@@ -73,5 +74,5 @@ class WideResNet(nn.Module):
 
 
 def wide_resnet(depth: int, widen: int, channels: int) -> tuple[nn.Module, int]:
-    """(encoder, d): [n, channels, h, w] -> [n, d]."""
+    """Return (encoder, d): [n, channels, h, w] -> [n, d]."""
     return WideResNet(depth, widen, channels), 64 * widen

@@ -1,15 +1,14 @@
-"""Ranks: the only file that talks to torch.distributed. Alone (world size 1) every function is the obvious
-identity.
-"""
+"""The only file that calls torch.distributed. With one process every function is the identity."""
 
 import inspect
 import os
 import socket
 import threading
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, ContextManager, Optional, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,109 +17,107 @@ from torch import Tensor, nn
 from util.errors import UserError
 from util.rendezvous import find_rendezvous
 
-# Ranks talk twice: about tensors, over NCCL between GPUs; and about what to do next, over gloo, whose timeout
-# leaves time to say which rank did not answer. CONTROL is the group of the latter, STORE the board where the
-# ranks met, HOSTS their machines.
-GLOO_GROUP: Optional[dist.ProcessGroup] = None
-STORE: Optional[dist.Store] = None
-HOSTNAMES: list[str] = []
-ROLL_CALL_SECONDS = 10  # s in which ranks that still live put their names on the board after one was lost
+# Two groups: the default one for tensors (NCCL between GPUs), and gloo for control messages, whose timeout
+# lets us name the lost rank.
+GLOO_GROUP: Any = None
+STORE: dist.Store | None = None  # the key-value store of the rendezvous, on rank 0
+HOSTNAMES: list[str] = []  # by rank
+LIVENESS_SECONDS = 10  # how long the ranks that lost another one wait for each other's sign of life
 
 
 def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
-    """Join the other ranks, if there are any, and choose this rank's device: NCCL between GPUs, gloo between
-    CPUs.
+    """Join the other ranks, if there are any, and choose this rank's device.
 
     device: auto, cpu or cuda. timeout_minutes: how long a rank waits for another one, now and in any step.
-    port: for `place`.
+    port: see util/rendezvous.py. Raises UserError if there is no such device, or if the ranks do not meet.
     """
     global GLOO_GROUP, STORE
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU here; use cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
-    here = find_rendezvous(os.environ, port)
+    meeting = find_rendezvous(os.environ, port)
     if cuda:
-        # A scheduler that shows every task its own GPU alone calls that one 0.
-        torch.cuda.set_device(here.local_rank if torch.cuda.device_count() > 1 else 0)
-    if here.world > 1 and not dist.is_initialized():
+        # Where a scheduler shows each task only its own GPU, that GPU has index 0.
+        torch.cuda.set_device(meeting.local_rank if torch.cuda.device_count() > 1 else 0)
+    if meeting.world > 1 and not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
+        # torchrun runs a store of its own; otherwise rank 0 does.
+        runs_store = meeting.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            # NCCL's own timeout ends a process without naming the rank it waited for, so it is to come
-            # second.
-            hosts_it = (
-                here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            )  # torchrun has its own
-            STORE = dist.TCPStore(here.host, here.port, here.world, hosts_it, timeout)
+            STORE = dist.TCPStore(meeting.host, meeting.port, meeting.world, runs_store, timeout)
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
                 store=dist.PrefixStore("group", STORE),
-                rank=here.rank,
-                world_size=here.world,
+                rank=meeting.rank,
+                world_size=meeting.world,
+                # NCCL's timeout ends the process without naming the lost rank, so gloo's must come first.
                 timeout=2 * timeout if cuda else timeout,
             )
             GLOO_GROUP = dist.new_group(backend="gloo", timeout=timeout)
             HOSTNAMES[:] = all_gather_object(socket.gethostname())
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"rank {here.rank} of {here.world}, on {socket.gethostname()}, did not meet the others at {here.host}:"
-                f"{here.port} within {timeout_minutes:g} minutes ({str(error).splitlines()[0][:200]}): look for the "
-                "rank that ended or never started, and whether that port is open between the nodes"
+                f"rank {meeting.rank} of {meeting.world}, on {socket.gethostname()}, did not meet the others "
+                f"at {meeting.host}:{meeting.port} within {timeout_minutes:g} minutes "
+                f"({str(error).splitlines()[0][:200]}): look for the rank that ended or never started, and "
+                "whether that port is open between the nodes"
             ) from None
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def describe_lost_ranks(error: RuntimeError) -> Optional[str]:
-    """A line that names the ranks that were lost, if `error` is of one that waited for them in vain; else
+def describe_lost_ranks(error: RuntimeError) -> str | None:
+    """If `error` says that communication with other ranks failed, a line that names the lost ranks; else
     None.
     """
     text = str(error)
-    if STORE is None or not any(
-        sign in text for sign in ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")
-    ):
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")
+    if STORE is None or not any(sign in text for sign in signs):
         return None
-    me, missing = (
-        f"rank {rank()} on {HOSTNAMES[rank()]}",
-        [0],
-    )  # if the board does not answer: the rank that keeps it
-    call = threading.Thread(target=_roll_call, args=(missing,), daemon=True)
-    call.start()
-    call.join(ROLL_CALL_SECONDS + 5)
+    this_rank = f"rank {rank()} on {HOSTNAMES[rank()]}"
+    missing = [0]  # rank 0 runs the store: if that does not answer, rank 0 is the lost one
+    check = threading.Thread(target=_find_missing_ranks, args=(STORE, missing), daemon=True)
+    check.start()
+    check.join(LIVENESS_SECONDS + 5)
     if not missing:
-        return f"{me} lost contact with the others, which still live ({text.splitlines()[0][:200]}): look at the network between them"
+        return (
+            f"{this_rank} lost the connection to the other ranks, which are still alive "
+            f"({text.splitlines()[0][:200]}): check the network between them"
+        )
     lost = ", ".join(f"rank {r} on {HOSTNAMES[r]}" for r in missing)
     return (
-        f"{me} waited in vain for {lost}: it hangs or has ended; see what it said last, and its machine. The same command "
-        "continues from the last checkpoint"
+        f"{this_rank} timed out waiting for {lost}, which hangs or has ended: look at its last output and at "
+        "its machine. The same command continues from the last checkpoint"
     )
 
 
-def _roll_call(missing: list[int]) -> None:
-    """Put this rank's name on the board; the ranks that do not, within ROLL_CALL seconds, are `missing`."""
-    end, silent = time.monotonic() + ROLL_CALL_SECONDS, list(range(world_size()))
-    with suppress(RuntimeError):  # a board that is gone
-        STORE.set(f"lives/{rank()}", "")
+def _find_missing_ranks(store: dist.Store, missing: list[int]) -> None:
+    """Set `missing` to the ranks that give no sign of life in the store within LIVENESS_SECONDS."""
+    end, silent = time.monotonic() + LIVENESS_SECONDS, list(range(world_size()))
+    with suppress(RuntimeError):  # the store is gone
+        store.set(f"lives/{rank()}", "")
         while silent and time.monotonic() < end:
-            silent = [r for r in silent if not STORE.check([f"lives/{r}"])]
+            silent = [r for r in silent if not store.check([f"lives/{r}"])]
             time.sleep(0.1)
         missing[:] = silent
         if rank() == 0:
-            time.sleep(3)  # others are reading still: the board goes with this process
+            time.sleep(3)  # the store ends with this process, and the other ranks may still be reading it
 
 
 def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """Raise UserError, on all ranks, if one differs from rank 0 in what all must share for a step to be one."""
+    """Raise UserError, on all ranks, if any rank differs from rank 0 in one of `facts`."""
     first, *others = all_gather_object(facts)
     for number, other in enumerate(others, 1):
         for key in first:
             if other[key] != first[key]:
                 raise UserError(
-                    f"rank {number} on {HOSTNAMES[number]} has {key} {str(other[key])[:80]!r}, but rank 0 on {HOSTNAMES[0]} has "
-                    f"{str(first[key])[:80]!r}: all ranks need the same command, data and output directory"
+                    f"rank {number} on {HOSTNAMES[number]} has {key} {str(other[key])[:80]!r}, but rank 0 on "
+                    f"{HOSTNAMES[0]} has {str(first[key])[:80]!r}: all ranks need the same command, data and "
+                    "output directory"
                 )
 
 
 def dist_end() -> None:
-    """Part when all ranks are here: none ends before rank 0 has written its last checkpoint."""
+    """Barrier, then destroy the process group: no rank ends before rank 0 has written its last checkpoint."""
     if dist.is_initialized():
         all_gather_object(None)
         dist.destroy_process_group()
@@ -135,25 +132,26 @@ def world_size() -> int:
 
 
 def wrap_ddp(module: nn.Module) -> nn.Module:
-    """`module` with gradients averaged over ranks. BN stays per rank; `broadcast_buffers` makes its
-    statistics rank 0's.
+    """Wrap `module` in DDP, which averages gradients over ranks. BN statistics stay per rank.
 
-    Parameters that a step does not use (the head, in the first epoch) keep no gradient, as when alone.
+    Parameters that a step does not use (the head, in the first epoch) get no gradient, as with one process.
     """
     if world_size() == 1:
         return module
     ddp = nn.parallel.DistributedDataParallel
-    new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # what newer PyTorch calls it
-    return ddp(
-        module, find_unused_parameters=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
-    )
+    # Newer PyTorch has another name for the argument.
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    no_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return ddp(module, find_unused_parameters=True, **no_buffers)
 
 
-def sync_gradients(student: nn.Module, yes: bool) -> ContextManager[None]:
-    """Whether a backward in this context ends with averaging the gradients over processes, those of earlier
-    ones included.
+def sync_gradients(student: nn.Module, yes: bool) -> AbstractContextManager[None]:
+    """A context in which a backward ends with averaging the accumulated gradients over processes, or does
+    not.
     """
-    return nullcontext() if yes or world_size() == 1 else student.no_sync()
+    if yes or not isinstance(student, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return student.no_sync()
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -175,7 +173,7 @@ def all_gather_object(x: Any) -> list[Any]:
 
 
 def any_rank(yes: bool) -> bool:
-    """Whether it is so on any rank; the same answer on all. It waits for no GPU."""
+    """Whether `yes` holds on any rank; the same answer on all ranks. Does not synchronize with the GPU."""
     if world_size() == 1:
         return yes
     answer = torch.tensor(int(yes))
@@ -184,7 +182,7 @@ def any_rank(yes: bool) -> bool:
 
 
 def sum_on_cpu(x: Tensor) -> Tensor:
-    """Sum over ranks of a count, [...] on the CPU."""
+    """Sum of `x` over ranks, same shape, on the CPU."""
     x = x.cpu()
     if world_size() > 1:
         dist.all_reduce(x, group=GLOO_GROUP)
@@ -192,7 +190,7 @@ def sum_on_cpu(x: Tensor) -> Tensor:
 
 
 def from_rank_0(yes: bool) -> bool:
-    """Rank 0's answer, on every rank."""
+    """Rank 0's `yes`, on every rank."""
     return all_gather_object(yes)[0]
 
 
@@ -211,7 +209,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every rank rank 0's buffers (BN statistics), in place, in one message for each type of number."""
+    """Copy rank 0's buffers (BN statistics) to every rank, in place, in one message for each dtype."""
     if world_size() == 1:
         return
     buffers = list(module.buffers())
@@ -224,51 +222,47 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 class Shuffle:
-    """One random regrouping of all ranks' rows, for shuffle-BN (MoCo, arXiv 1911.05722, section 3.3).
+    """A random permutation of the global batch for shuffle-BN (MoCo, arXiv 1911.05722, section 3.3).
 
-    `scatter` sends every row to the rank that the permutation gives it, each row traveling once; `gather`
-    brings the results home, in the order in which the rows stood. One rank alone keeps its rows: its
-    statistics are the same in any order.
+    `scatter` sends every row to the virtual rank that the permutation assigns it to, each row once; `gather`
+    returns the results to the rows' own ranks, in their original order. With a single rank in all, both are
+    the identity, because BN's batch statistics do not depend on the order of the rows.
     """
 
-    def __init__(self, rows: int, groups: int, seed: int):
-        """rows: of a rank, the same for all; groups: ranks that this process plays; seed: the same on all
-        processes, another one for every step.
+    def __init__(self, rows: int, virtual_ranks: int, seed: int):
+        """rows: per virtual rank, the same on all. virtual_ranks: of this process.
+
+        seed: the same on all processes, and another one in every step.
         """
-        self.rows, self.alone = rows, world_size() * groups == 1
-        if self.alone:
+        self.rows, self.is_identity = rows, world_size() * virtual_ranks == 1
+        if self.is_identity:
             return
-        here = groups * rows  # rows of a process
+        # Row i of the global batch moves to slot[i]; a process holds n = virtual_ranks · rows rows and slots.
+        n = virtual_ranks * rows
         generator = torch.Generator().manual_seed(seed)
-        slot = torch.randperm(
-            world_size() * here, generator=generator
-        )  # slot[i]: new place of global row i   [world·here]
-        mine = slice(rank() * here, (rank() + 1) * here)
-        home = torch.argsort(slot)[mine] // here  # where the rows of the new places stand [here]
-        self.order = torch.argsort(slot[mine])  # own rows by new place                [here]
-        self.sent = torch.bincount(
-            slot[mine] // here, minlength=world_size()
-        ).tolist()  # to each process    [world]
-        self.received = torch.bincount(home, minlength=world_size()).tolist()  # from each          [world]
-        self.arrival = torch.argsort(home, stable=True)  # new places in the order of arrival   [here]
+        slot = torch.randperm(world_size() * n, generator=generator)  # [world·n]
+        own = slice(rank() * n, (rank() + 1) * n)
+        source = torch.argsort(slot)[own] // n  # the process that each own slot's row comes from [n]
+        self.send_order = torch.argsort(slot[own])  # own rows in the order of their slots [n]
+        self.receive_order = torch.argsort(source, stable=True)  # own slots in the order of arrival [n]
+        self.sent = torch.bincount(slot[own] // n, minlength=world_size()).tolist()  # rows to each process
+        self.received = torch.bincount(source, minlength=world_size()).tolist()  # rows from each process
 
-    def scatter(self, groups: Sequence[Tensor]) -> Sequence[Tensor]:
-        """[n, ...] of each rank that this process plays -> [n, ...] of the new groups in the same places."""
-        if self.alone:
-            return groups
-        x = torch.cat(list(groups))  # [here, ...]
-        return _inverse(
-            self._exchange(x[self.order.to(x.device)], self.received, self.sent), self.arrival
-        ).split(self.rows)
+    def scatter(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """[rows, ...] of each virtual rank of this process -> [rows, ...] of each after the permutation."""
+        if self.is_identity:
+            return batches
+        x = torch.cat(list(batches))  # [n, ...]
+        x = self._exchange(x[self.send_order.to(x.device)], self.received, self.sent)  # [n, ...]
+        return _undo_order(x, self.receive_order).split(self.rows)
 
-    def gather(self, groups: Sequence[Tensor]) -> Sequence[Tensor]:
-        """[n, ...] of each new group -> [n, ...] of each rank's own rows."""
-        if self.alone:
-            return groups
-        x = torch.cat(list(groups))  # [here, ...]
-        return _inverse(
-            self._exchange(x[self.arrival.to(x.device)], self.sent, self.received), self.order
-        ).split(self.rows)
+    def gather(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Undo `scatter`: [rows, ...] of each virtual rank -> [rows, ...] of each, in the original order."""
+        if self.is_identity:
+            return batches
+        x = torch.cat(list(batches))  # [n, ...]
+        x = self._exchange(x[self.receive_order.to(x.device)], self.sent, self.received)  # [n, ...]
+        return _undo_order(x, self.send_order).split(self.rows)
 
     @staticmethod
     def _exchange(x: Tensor, received: list[int], sent: list[int]) -> Tensor:
@@ -279,8 +273,8 @@ class Shuffle:
         return out
 
 
-def _inverse(x: Tensor, order: Tensor) -> Tensor:
-    """y with y[order] = x, row by row."""
+def _undo_order(x: Tensor, order: Tensor) -> Tensor:
+    """Return y with y[order] = x, row by row."""
     out = torch.empty_like(x)
     out[order.to(x.device)] = x
     return out
