@@ -1,69 +1,75 @@
-"""Processes that load images: the items of a dataset, made ahead of time."""
+"""Worker processes that load the items of a dataset ahead of time."""
 
 import multiprocessing
 import os
+import sys
 import threading
+from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from util import preempt
 from util.errors import UserError
 
-# What takes long to import; the repository's own files, imported in milliseconds, come with the dataset.
-PRELOADED = ["numpy", "PIL.Image", "torch", "torchvision", "torch.utils.tensorboard"]
+# Modules that take long to import. The helper process imports those that this process has imported, once for
+# all workers; the repository's own files are imported quickly, when the dataset is unpickled.
+PRELOADED = ("numpy", "PIL.Image", "torch", "torchvision")
 
 
 class PrefetchLoader:
-    """The items of `dataset` in `order`, made by `workers` processes; the same ones for every pass.
+    """A DataLoader over `dataset` in `order` whose worker processes start once and serve every pass.
 
-    They are copies of a helper process (Python's "forkserver"), never of this one. A fork copies locks as
-    they are at that moment, held by threads that the copy does not have: of gloo, NCCL, a checkpoint on its
-    way to the disk. A worker that then asks for one waits forever, and all ranks with it. (Seen with CPython
-    3.11: its list of threads was locked.) They start now, and not at the first pass, so that source files
-    which are edited while a run trains change nothing in it.
+    The workers are forked from a helper process (Python's "forkserver"), never from this one. A fork copies
+    locks in their present state, including those held by threads that the copy does not have, such as gloo's,
+    NCCL's, or the one that writes a checkpoint. A worker that needs such a lock waits forever, and all ranks
+    with it. (This happened with CPython 3.11, on the lock of its list of threads.) The workers start in the
+    constructor and not at the first pass, so that editing a source file during a run does not change the run.
     """
 
     def __init__(self, dataset: Dataset, order: Sequence[Any], workers: int, pin_memory: bool):
-        """dataset: is sent to the workers, so it can be pickled. workers: with 0 the items are made here."""
+        """dataset: must be picklable. order: of the items. workers: with 0, this process loads the items
+        itself.
+        """
         if workers:
             _start_helper()
-        self.order, self.pass_ = order, ResettableSampler()
+        self.order, self.sampler = order, ResettableSampler()
         self.loader = DataLoader(
             dataset,
             batch_size=None,
-            sampler=self.pass_,
+            sampler=self.sampler,
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=_init_worker,
             multiprocessing_context="forkserver" if workers else None,
         )
         if workers:
             with preempt.interrupt_deferred():
-                iter(self.loader)  # a pass over nothing
+                iter(self.loader)  # an empty pass, which starts the workers
 
     def __iter__(self) -> Iterator[Any]:
         """Raises UserError when a worker has ended."""
-        self.pass_.order = self.order
+        self.sampler.order = self.order
         try:
             yield from self.loader
         except (RuntimeError, ConnectionError) as error:
             ended = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
-            # A tensor on its way from a process that is no more; what a worker raises itself begins with
-            # "Caught".
+            # The connection to an ended worker breaks while a tensor is received. Errors that a worker itself
+            # raised begin with "Caught".
             cut_off = isinstance(error, ConnectionError) and not str(error).startswith("Caught")
             if not ended and not cut_off:
                 raise
             raise UserError(
-                "a process that loads images has ended: see above why, or, if nothing is there, it was killed, most likely "
-                "for want of memory (lower --workers or --batch-size); the same command continues"
+                "a worker process that loads images has ended: the lines above say why; if there are none, "
+                "it was killed, most likely out of memory (lower --workers or --batch-size). The same "
+                "command continues"
             ) from None
 
 
 class ResettableSampler:
-    """A sampler: what the next pass goes over."""
+    """The order of the next pass. Persistent workers need one sampler for all passes."""
 
     def __init__(self) -> None:
         self.order: Sequence[Any] = ()
@@ -73,27 +79,26 @@ class ResettableSampler:
 
 
 def _start_helper() -> None:
-    """The process that workers are copied from; it runs until this one ends.
+    """Start the process that workers are forked from; it runs until this process ends.
 
-    Slurm sends its signals to every process of a job. The helper would die of them, and its end is that of
-    the workers; Python's resource tracker would die of SIGUSR1, and say so. So both start with the signals
-    blocked; workers open themselves to them.
+    Slurm sends its signals to every process of a job. They would end the helper, and the workers with it, and
+    Python's resource tracker, with a message. So both start with the signals blocked; `_init_worker` unblocks
+    them in workers.
     """
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    for start in (
-        resource_tracker.ensure_running,
-        forkserver.ensure_running,
-    ):  # the former unblocks SIGTERM when it is done
+    multiprocessing.set_forkserver_preload([name for name in PRELOADED if name in sys.modules])
+    # Each start in a context of its own, because the resource tracker unblocks SIGTERM when it has started.
+    for start in (resource_tracker.ensure_running, forkserver.ensure_running):
         with preempt.signals_blocked():
             start()
 
 
-def _start_worker(_: int) -> None:
+def _init_worker(_: int) -> None:
     preempt.ignore_signals()
-    # PyTorch's workers end with their parent, which here is the helper, which ends with the last of them.
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    # PyTorch's workers watch their parent, which here is the helper, and the helper waits for the workers. So
+    # each worker also watches the training process.
+    threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_with(process: Any) -> None:
+def _exit_with(process: Any) -> None:
     process.join()
     os._exit(1)

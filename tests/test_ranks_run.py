@@ -196,7 +196,7 @@ def test_a_lost_rank_ends_the_run_with_its_name(how, victim, tmp_path):
         assert code == 1 and "Traceback" not in err, err
         line = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(line) == 1 and re.search(
-            rf"waited in vain for rank {victim} on \S+: it hangs or has ended", line[0]
+            rf"timed out waiting for rank {victim} on \S+, which hangs or has ended", line[0]
         ), err
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"] > 0
 

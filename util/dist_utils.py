@@ -1,5 +1,6 @@
 """The only file that calls torch.distributed. With one process every function is the identity."""
 
+import atexit
 import inspect
 import os
 import socket
@@ -54,6 +55,7 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
                 timeout=2 * timeout if cuda else timeout,
             )
             GLOO_GROUP = dist.new_group(backend="gloo", timeout=timeout)
+            atexit.register(_close_gloo)
             HOSTNAMES[:] = all_gather_object(socket.gethostname())
         except (RuntimeError, ValueError) as error:
             raise UserError(
@@ -65,12 +67,18 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
+def _close_gloo() -> None:
+    """End gloo's threads before Python exits after an error; a living thread would abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group(GLOO_GROUP if dist.get_backend() == "nccl" else None)
+
+
 def describe_lost_ranks(error: RuntimeError) -> str | None:
     """If `error` says that communication with other ranks failed, a line that names the lost ranks; else
     None.
     """
     text = str(error)
-    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "pair closure")
     if STORE is None or not any(sign in text for sign in signs):
         return None
     this_rank = f"rank {rank()} on {HOSTNAMES[rank()]}"

@@ -1,4 +1,4 @@
-"""Mistakes a user can mend end in one line on stderr and exit code 2, never in a traceback."""
+"""Errors that a user can fix end in one line on stderr and exit code 2, never in a traceback."""
 
 import argparse
 import multiprocessing.util
@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import traceback
-from typing import Callable, NoReturn, Optional
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -14,7 +15,7 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are UserErrors, and whose flags are never abbreviated."""
+    """A command line whose errors are UserErrors, and whose flags cannot be abbreviated."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
@@ -26,44 +27,47 @@ class Parser(argparse.ArgumentParser):
 def cli_main(
     main: Callable[[], None],
     interrupted: str = "interrupted",
-    describe_error: Callable[[RuntimeError], Optional[str]] = lambda error: None,
+    describe_error: Callable[[RuntimeError], str | None] = lambda error: None,
 ) -> None:
-    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code
+    """Call `main`. A UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code
     130.
 
-    describe_error: a line for a RuntimeError that is nobody's mistake in this process, such as another one that was
-    lost; exit code 1.
+    describe_error: returns a line for a RuntimeError whose cause lies in another process, such as a lost rank
+    (exit code 1), and None for any other error, which gets its traceback.
     """
+    error: BaseException
     try:
         main()
         return
-    except UserError as error:  # from a worker process, PyTorch hands it on with the traceback before it
-        message = str(error).rpartition("util.errors.UserError: ")[2].strip()
-        end, code = error, _print_last_line(f"error: {message}", 2)
-    except KeyboardInterrupt as error:
-        end, code = error, _print_last_line(interrupted, 130)
-    except Exception as error:
-        line = describe_error(error) if isinstance(error, RuntimeError) else None
+    except UserError as e:
+        # PyTorch re-raises the UserError of a worker process with the worker's traceback before its message.
+        message = str(e).rpartition("util.errors.UserError: ")[2].strip()
+        _print_last_line(f"error: {message}")
+        error, code = e, 2
+    except KeyboardInterrupt as e:
+        _print_last_line(interrupted)
+        error, code = e, 130
+    except Exception as e:  # not swallowed: described in a line or printed with its traceback
+        line = describe_error(e) if isinstance(e, RuntimeError) else None
         if line is not None:
-            _exit_now(line)
+            _print_last_line(f"error: {line}")
+            _exit_without_joining()
         traceback.print_exc()
-        end, code = error, 1
-    traceback.clear_frames(
-        end.__traceback__
-    )  # ends workers that a frame still holds; asked by Python's exit, they take long
+        error, code = e, 1
+    # The frames hold the data loader: freeing it now ends its workers at once, while at Python's exit it
+    # takes long.
+    traceback.clear_frames(error.__traceback__)
     sys.exit(code)
 
 
-def _exit_now(line: str) -> NoReturn:
-    """End, exit code 1, without what still waits for a lost rank, which would not let the process end."""
-    _print_last_line(f"error: {line}", 1)
+def _exit_without_joining() -> NoReturn:
+    """Exit with code 1, without joining the threads and groups that wait for a lost rank."""
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
-            thread.join()  # a checkpoint on its way to the disk
-    multiprocessing.util._run_finalizers()  # files of the workers' queues
+            thread.join()  # a checkpoint that is being written
+    multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]  # removes the files of the workers' queues
     os._exit(1)
 
 
-def _print_last_line(line: str, code: int) -> int:
+def _print_last_line(line: str) -> None:
     print(f"\n{line}" if sys.stdout.isatty() else line, file=sys.stderr, flush=True)
-    return code

@@ -1,41 +1,42 @@
-"""A polite end: a signal before a time limit or a preemption, after which all ranks stop at the same step.
+"""Stopping on a signal before a time limit or a preemption: all ranks save and stop after the same step.
 
-It imports no PyTorch, so that train_semi.py can listen before the seconds which that takes.
+This file imports no PyTorch, so that train_semi.py can catch signals during the seconds which that import
+takes.
 """
 
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 REQUEUE_EXIT_CODE = (
-    75  # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL): script/train.sh requeues it
+    75  # EX_TEMPFAIL: the run was asked to stop and can resume; script/train.sh requeues its job
 )
-WORKER_GRACE_SECONDS = 30  # s
+WORKER_GRACE_SECONDS = 30
 _received: list[int] = []
 
 
 def catch_signals() -> None:
-    """From now on SIGUSR1 and SIGTERM do not end this process, but are remembered."""
+    """From now on SIGUSR1 and SIGTERM do not end this process; `stop_requested` reports them."""
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: _received.append(number))
 
 
 def restore_default_handlers() -> None:
-    """They end this process again, which nobody will ask."""
+    """Let the signals end the process again, where `stop_requested` is not polled."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def stop_requested() -> bool:
-    """Whether one has come."""
+    """Whether one of the signals has arrived."""
     return bool(_received)
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes started here never notice these signals and Ctrl-C, unless they ask for them. This one gets
-    them afterwards.
+    """Block these signals and Ctrl-C; child processes started in the context inherit that. Here they arrive
+    after it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGINT))
     try:
@@ -46,20 +47,22 @@ def signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def interrupt_deferred() -> Iterator[None]:
-    """Ctrl-C is heard when this is over: what is half begun could not be ended without a noise."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    """Defer Ctrl-C until the block ends, because interrupting the start of workers leaves tracebacks."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
+    if received:
         raise KeyboardInterrupt
 
 
 def ignore_signals() -> None:
-    """In a worker process: a signal is meant for the process that trains, which needs its images until the
-    ranks have agreed on a last step. SIGTERM ends the worker all the same, after GRACE seconds.
+    """Ignore the signals in a worker process: the training process needs its images until the ranks have
+    stopped.
+
+    SIGTERM still ends the worker, after WORKER_GRACE_SECONDS.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

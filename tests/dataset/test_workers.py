@@ -79,7 +79,7 @@ def test_signals_of_a_scheduler_reach_the_workers_and_not_the_helpers():
 def test_a_worker_that_is_killed_is_named():
     items = iter(PrefetchLoader(Processes(), range(1000), 1, pin_memory=False))
     os.kill(next(items)["pid"], signal.SIGKILL)
-    with pytest.raises(UserError, match="a process that loads images has ended.*was killed.*--workers"):
+    with pytest.raises(UserError, match="a worker process that loads images has ended.*was killed.*--workers"):
         list(items)
 
 
