@@ -93,7 +93,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     bad = BadImages(config.on_bad_image)
     networks = [net.to(device) for net in (opened.student, opened.teacher) if net is not None]
     tests = EvalLoader(data, rank, world, config.workers, device)
-    results = evaluate(networks, tests.read(bad), len(data.classes), device)
+    results = evaluate(networks, tests.batches(bad), len(data.classes), device)
     left_out = sum(dist_utils.all_gather_object(bad.take()), [])
     dist_utils.dist_end()
     if rank > 0:
@@ -263,7 +263,7 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
             opened.config.workers,
             device,
         )
-        for x, rows in found.read(bad):
+        for x, rows in found.batches(bad):
             p = torch.softmax(network(x)[0].float(), dim=1)  # [n, C]
             best = p.topk(min(5, len(classes)), dim=1)  # [n, 5] each
             for row, values, places in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):

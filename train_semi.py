@@ -208,7 +208,7 @@ def main() -> None:
             clock, clock_step = time.monotonic(), done
         if evaluate_now:
             left_out = BadImages(config.on_bad_image)
-            scores = accuracies(method, tests.read(left_out), config.cls, device)
+            scores = accuracies(method, tests.batches(left_out), config.cls, device)
             log.eval(done, epoch, scores)
             log.bad_images(
                 done, sum(dist_utils.all_gather_object(left_out.take()), []), "left out of testing"

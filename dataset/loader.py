@@ -1,12 +1,14 @@
-"""What every step sees, as a pure function of (seed, step, rank, world size): no worker, prefetch or restart
-changes it.
+"""What every step loads, as a pure function of (seed, step, rank, world size): workers and restarts change
+nothing.
 
-A view is made in two halves: `host`, in the worker that loads the image, and `device`, in batches where the
-network runs. What travels between them is small: uint8 pixels, and the numbers that the second half needs.
+A view has two parts: `cpu_transform` runs in the worker that loads the image, `device_transform` on batches
+on the training device. What travels between them is small: uint8 pixels and the parameters of the second
+part.
 """
 
 import hashlib
-from typing import Callable, Iterator, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,19 +31,23 @@ from dataset.source import BadImage, Files, Source
 from dataset.workers import PrefetchLoader
 from util.errors import UserError
 
-HostTensors = tuple[Tensor, ...]  # what `host` hands to `device`; the first has n lines, one an image
+# What cpu_transform returns and device_transform takes: pixels [n, ...], then the parameters of the stages
+# left.
+HostTensors = tuple[Tensor, ...]
 
 
 class View(NamedTuple):
-    """A random view: `numbers` uniform numbers in [0, 1) an image decide everything that is random in it."""
+    """A random view of an image; `num_uniforms` uniform numbers in [0, 1) decide everything that is random in
+    it.
+    """
 
     num_uniforms: int
-    cpu_transform: Callable[[Sequence, np.ndarray], HostTensors]  # images [n], uniforms [n, numbers] -> raw
-    device: Callable[[HostTensors], Tensor]  # raw -> normalized [n, c, h, w] float32
+    cpu_transform: Callable[[Sequence, np.ndarray], HostTensors]  # n images, uniforms [n, num_uniforms]
+    device_transform: Callable[[HostTensors], Tensor]  # -> normalized [n, c, h, w] float32
 
 
 class SplitId(NamedTuple):
-    """Names the labeled subset: results on different subsets do not compare."""
+    """Identifies the labeled subset; results on different subsets are not comparable."""
 
     id: str
     sha256: str
@@ -51,57 +57,55 @@ class SplitId(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A data set, its labeled subset and its views, as `build_data` returns them."""
+    """A data set with its labeled subset and its views, as `build_data` returns it."""
 
     # fmt: off
     images: Source                  # training images                                   [N]
     labels: np.ndarray              # their labels; −1 where there is none              [N] int64
-    labeled: np.ndarray            # rows whose labels may be used: the labeled list  [K] int64
-    unlabeled: np.ndarray          # rows used without their labels                    [U] int64
-    test_images: Source             # [M]
-    test_labels: np.ndarray         # [M] int64
+    labeled: np.ndarray             # the labeled list: rows whose labels may be used   [K] int64
+    unlabeled: np.ndarray           # rows used without their labels                    [U] int64
+    test_images: Source             #                                                   [M]
+    test_labels: np.ndarray         #                                                   [M] int64
     weak_view: View
     strong_view: View
-    eval_view: View                     # the view for evaluation; it draws nothing
+    eval_view: View                 # draws no random numbers
     classes: list[str]              # names, in the order of the labels                 [C]
     channels: int                   # of a view
     split: SplitId
     # fmt: on
 
     def fingerprint(self) -> str:
-        """SHA-256 of which images are where, by their names without folders: the same wherever the data are
-        kept.
+        """SHA-256 of the images' order and names without folders; it does not depend on where the data are
+        stored.
         """
-        total = hashlib.sha256(
-            f"{len(self.images)} {len(self.unlabeled)} {len(self.test_images)} {self.classes}".encode()
-        )
+        sizes = f"{len(self.images)} {len(self.unlabeled)} {len(self.test_images)}"
+        digest = hashlib.sha256(f"{sizes} {self.classes}".encode())
         for source in (self.images, self.test_images):
             if isinstance(source, Files):
-                total.update(b"\0".join(name.rpartition(b"/")[2] for name in source.names.array.tolist()))
-        return total.hexdigest()
+                digest.update(b"\0".join(name.rpartition(b"/")[2] for name in source.names.array.tolist()))
+        return digest.hexdigest()
 
 
 class HostBatch(NamedTuple):
-    """What a worker makes of one step, for one rank."""
+    """The images of one step for one rank, as a worker returns them."""
 
     # fmt: off
-    x: HostTensors                          # weak views of labeled images
+    x: HostTensors                  # weak views of labeled images
     y: Tensor                       # their labels                                      [B] int64
-    index: Tensor                   # their places in the labeled list                 [B] int64
-    u_weak: HostTensors                     # weak views of unlabeled images
-    u_strong: HostTensors                   # strong views of the same images
-    true_labels: Optional[Tensor]        # the labels that nobody may use                    [muB] int64; None if unknown
-    bad: list[tuple[str, str]]      # (name, cause) of images that others stand in for
+    index: Tensor                   # type: ignore[assignment]  # indices in the labeled list   [B] int64
+    u_weak: HostTensors             # weak views of unlabeled images
+    u_strong: HostTensors           # strong views of the same images
+    true_labels: Tensor | None      # of the unlabeled images, for the log; None if unknown [muB] int64
+    bad: list[tuple[str, str]]      # (name, cause) of unreadable images that were replaced by others
     # fmt: on
 
 
 class Stream(Dataset):
-    """step -> Item, for one rank; without an end.
+    """step -> HostBatch of one rank; endless.
 
-    An epoch is one pass over the unlabeled images in random order, the incomplete last step dropped; or,
-    with
-    `steps_per_epoch`, that many steps, the passes following each other. The labeled images follow each other
-    in random permutations without end. Ranks take neighboring slices of the same order.
+    An epoch is one pass over the unlabeled images in random order, without the incomplete last step; or, with
+    `steps_per_epoch`, that many steps, while passes follow one another. The labeled images follow one another
+    in random permutations, across epochs. Ranks take adjacent slices of the same order.
     """
 
     def __init__(
@@ -114,120 +118,116 @@ class Stream(Dataset):
         world: int = 1,
         steps_per_epoch: int = 0,
     ):
-        """batch_size: labeled images a rank and step (B); mu: unlabeled ones for each of them."""
+        """batch_size: labeled images per step and rank (B); mu: unlabeled images for each of them."""
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
-        self.has_true_labels = bool(
-            (data.labels[data.unlabeled] >= 0).all()
-        )  # whether hidden labels exist, for all
-        in_a_pass = len(data.unlabeled) // (self.n_u * world)
-        self.steps_per_epoch = steps_per_epoch or in_a_pass
-        self.pass_length = len(data.unlabeled) if steps_per_epoch else in_a_pass * self.n_u * world
+        self.has_true_labels = bool((data.labels[data.unlabeled] >= 0).all())
+        steps_per_pass = len(data.unlabeled) // (self.n_u * world)
+        self.steps_per_epoch = steps_per_epoch or steps_per_pass
+        self.pass_length = len(data.unlabeled) if steps_per_epoch else steps_per_pass * self.n_u * world
 
     def bank_ready(self, step: int) -> bool:
-        """True from the first epoch on before which every labeled image has been seen."""
-        start = step // self.steps_per_epoch * self.steps_per_epoch  # of this epoch
-        return start > 0 and start * self.n_x * self.world >= len(self.data.labeled)
+        """True from the first epoch that begins after every labeled image has been seen."""
+        epoch_start = step // self.steps_per_epoch * self.steps_per_epoch
+        return epoch_start > 0 and epoch_start * self.n_x * self.world >= len(self.data.labeled)
 
+    # fmt: off
     def __getitem__(self, step: int) -> HostBatch:
         data, bad = self.data, []
-        index, passes = self._order(step, self.n_x, len(data.labeled), len(data.labeled), ORDER_X)  # [B], [B]
-        (x,), index = self._views(
-            [(data.weak_view, VIEW_X)], data.labeled, index, passes, self._same_class, REPLACE_X, bad
-        )
-        order, passes = self._order(
-            step, self.n_u, len(data.unlabeled), self.pass_length, ORDER_U
-        )  # [muB], [muB]
-        two = [(data.weak_view, VIEW_WEAK), (data.strong_view, VIEW_STRONG)]
-        (u_weak, u_strong), order = self._views(two, data.unlabeled, order, passes, None, REPLACE_U, bad)
-        true_labels = (
-            torch.from_numpy(data.labels[data.unlabeled[order]]) if self.has_true_labels else None
-        )  # [muB]
-        return HostBatch(
-            x,
-            torch.from_numpy(data.labels[data.labeled[index]]),
-            torch.from_numpy(index),
-            u_weak,
-            u_strong,
-            true_labels,
-            bad,
-        )
+        K, U = len(data.labeled), len(data.unlabeled)
+        index, passes = self._order(step, self.n_x, K, K, ORDER_X)                      # [B], [B]
+        views = [(data.weak_view, VIEW_X)]
+        (x,), index = self._views(views, data.labeled, index, passes, self._same_class, REPLACE_X, bad)
+        y = torch.from_numpy(data.labels[data.labeled[index]])                          # [B]
+
+        u_index, passes = self._order(step, self.n_u, U, self.pass_length, ORDER_U)     # [muB], [muB]
+        views = [(data.weak_view, VIEW_WEAK), (data.strong_view, VIEW_STRONG)]
+        u_views, u_index = self._views(views, data.unlabeled, u_index, passes, None, REPLACE_U, bad)
+        u_weak, u_strong = u_views
+        true_labels = None
+        if self.has_true_labels:
+            true_labels = torch.from_numpy(data.labels[data.unlabeled[u_index]])        # [muB]
+        return HostBatch(x, y, torch.from_numpy(index), u_weak, u_strong, true_labels, bad)
+    # fmt: on
 
     def _order(
         self, step: int, n: int, total: int, pass_length: int, stream_id: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Places, and numbers of the pass they belong to, of this rank's n images of the step: [n], [n].
+        """Indices of this rank's n images of the step, in a list of `total`, and the pass of each: [n], [n].
 
-        Of each permutation of `total` images the first `pass_length` are used.
+        A pass uses the first `pass_length` images of a permutation of its own.
         """
-        passes, place = np.divmod(np.arange(n) + (step * self.world + self.rank) * n, pass_length)  # [n], [n]
-        out = np.empty(n, np.int64)
+        position = np.arange(n) + (step * self.world + self.rank) * n  # in the endless order of all ranks [n]
+        passes, position = np.divmod(position, pass_length)  # [n], [n]
+        index = np.empty(n, np.int64)
         for number in np.unique(passes).tolist():
-            here = passes == number
-            out[here] = permutation(total, self.seed, stream_id, number)[place[here]]
-        return out, passes
+            in_pass = passes == number  # [n]
+            index[in_pass] = permutation(total, self.seed, stream_id, number)[position[in_pass]]
+        return index, passes
 
     def _views(
         self,
         views: list[tuple[View, int]],
         rows: np.ndarray,
-        places: np.ndarray,
+        index: np.ndarray,
         passes: np.ndarray,
-        pool: Optional[Callable[[int], np.ndarray]],
+        candidates: Callable[[int], np.ndarray] | None,
         stream_id: int,
         bad: list[tuple[str, str]],
     ) -> tuple[list[HostTensors], np.ndarray]:
-        """Each of the views (view, what its numbers are for) of the images rows[places], few of which are
-        held at a time; and the places of the images that were really used.
-        """
-        parts, places = [[] for _ in views], places.copy()
-        for here in np.split(
-            np.arange(len(places)),
-            range(self.data.images.max_decoded, len(places), self.data.images.max_decoded),
-        ):
-            images = []
-            for i in here.tolist():
-                image, places[i] = self._load(int(places[i]), rows, pool, stream_id, bad)
-                images.append(image)
-            for part, (view, number) in zip(parts, views):
-                u = uniforms(rows[places[here]], view.num_uniforms, self.seed, number, passes[here])
-                part.append(view.cpu_transform(images, u))
-        return [join(part) for part in parts], places
+        """Apply each view to images[rows[index]], at most `max_decoded` at a time.
 
-    def _same_class(self, place: int) -> np.ndarray:
+        Also return the indices that were used after replacing unreadable images.
+        views: (view, stream id of its random numbers). candidates, stream_id, bad: see `_load`.
+        """
+        parts: list[list[HostTensors]] = [[] for _ in views]
+        index = index.copy()
+        n, at_most = len(index), self.data.images.max_decoded
+        for chunk in np.split(np.arange(n), range(at_most, n, at_most)):
+            images = []
+            for i in chunk.tolist():
+                image, index[i] = self._load(int(index[i]), rows, candidates, stream_id, bad)
+                images.append(image)
+            for part, (view, view_stream_id) in zip(parts, views):
+                u = uniforms(rows[index[chunk]], view.num_uniforms, self.seed, view_stream_id, passes[chunk])
+                part.append(view.cpu_transform(images, u))
+        return [concatenate(part) for part in parts], index
+
+    def _same_class(self, index: int) -> np.ndarray:
         labels = self.data.labels[self.data.labeled]  # [K]
-        return np.flatnonzero(labels == labels[place])
+        return np.flatnonzero(labels == labels[index])
 
     def _load(
         self,
-        place: int,
+        index: int,
         rows: np.ndarray,
-        pool: Optional[Callable[[int], np.ndarray]],
+        candidates: Callable[[int], np.ndarray] | None,
         stream_id: int,
         bad: list[tuple[str, str]],
     ) -> tuple[object, int]:
-        """(image, its place in `rows`). A bad image is put down in `bad`, and another one of the pool stands
-        in for it,
-        always the same one: a labeled image for one of its class, an unlabeled image for any.
+        """Load images[rows[index]]; return it with its index.
+
+        An unreadable image is appended to `bad` and replaced by another one, always the same: one of
+        `candidates(index)`, or, if that is None, of all. Raises UserError if none of these can be read.
         """
         source = self.data.images
         try:
-            return source[int(rows[place])], place
+            return source[int(rows[index])], index
         except BadImage as error:
-            bad.append((source.name(int(rows[place])), str(error)))
-        places = pool(place) if pool else np.arange(len(rows))
-        for other in places[shuffled(len(places), self.seed, stream_id, place)][:1000].tolist():
+            bad.append((source.name(int(rows[index])), str(error)))
+        others = candidates(index) if candidates else np.arange(len(rows))
+        for other in others[shuffled(len(others), self.seed, stream_id, index)][:1000].tolist():
             try:
                 return source[int(rows[other])], other
             except BadImage:
-                pass  # it is put down when its own turn comes
-        raise UserError(f"{bad[-1][0]}: {bad[-1][1]}; mend or remove it: no image could stand in for it")
+                pass  # it is reported when it is drawn itself
+        raise UserError(f"{bad[-1][0]}: {bad[-1][1]}; fix or remove it: no other image could replace it")
 
 
 class ImageChunks(Dataset):
-    """chunk -> (raw, rows [n], bad): images of a source as they are seen in evaluation, `size` at a time.
+    """chunk -> (tensors, rows [n], bad): images of a source in the view of an evaluation, `size` at a time.
 
-    A bad image is left out of its chunk: nothing stands in for an image that is to be judged.
+    Unreadable images are left out, because a replacement would count in the accuracy.
     """
 
     def __init__(self, source: Source, view: View, rows: np.ndarray, size: int = 256):
@@ -239,10 +239,10 @@ class ImageChunks(Dataset):
 
     def __getitem__(self, chunk: int) -> tuple[HostTensors, Tensor, list[tuple[str, str]]]:
         parts, rows, bad = [], [], []
-        everything, few = self.chunks[chunk], self.source.max_decoded
-        for here in np.split(everything, range(few, len(everything), few)):
+        wanted, at_most = self.chunks[chunk], self.source.max_decoded
+        for part in np.split(wanted, range(at_most, len(wanted), at_most)):
             images = []
-            for row in here.tolist():
+            for row in part.tolist():
                 try:
                     images.append(self.source[row])
                     rows.append(row)
@@ -250,13 +250,11 @@ class ImageChunks(Dataset):
                     bad.append((self.source.name(row), str(error)))
             if images:
                 parts.append(self.view.cpu_transform(images, np.empty((len(images), 0))))
-        return join(parts), torch.tensor(rows, dtype=torch.long), bad
+        return concatenate(parts), torch.tensor(rows, dtype=torch.long), bad
 
 
 class BadImages:
-    """What becomes of images that cannot be used: the run stops, or they are kept on a list that is shown to
-    people.
-    """
+    """The policy for unreadable images: stop the run, or collect them for the log."""
 
     def __init__(self, on_bad_image: str):
         """on_bad_image: stop or skip."""
@@ -264,58 +262,60 @@ class BadImages:
         self.seen: list[tuple[str, str]] = []
 
     def add(self, bad: Sequence[tuple[str, str]]) -> None:
-        """bad: (name, cause) of each. Raises UserError about the first, if the run is to stop."""
+        """bad: (name, cause) of each. Raises UserError about the first if the run is to stop."""
         for name, cause in bad:
             if self.stop:
                 raise UserError(
-                    f"{name}: {cause}; mend or remove it, or use --on-bad-image skip (python -m dataset.check "
-                    "finds all of them)"
+                    f"{name}: {cause}; fix or remove it, or use --on-bad-image skip (python -m dataset.check "
+                    "lists all such images)"
                 )
         self.seen += [(name, cause) for name, cause in bad]
 
     def take(self) -> list[tuple[str, str]]:
-        """Those since the last call."""
+        """Return those since the last call."""
         seen, self.seen = self.seen, []
         return seen
 
 
-def join(parts: Sequence[HostTensors]) -> HostTensors:
-    """Raws one after the other -> one raw."""
+def concatenate(parts: Sequence[HostTensors]) -> HostTensors:
+    """Concatenate each tensor over the parts."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
 
 
 class ImageLoader:
-    """The given rows of a source as a view shows them, in order, as often as they are read."""
+    """The given rows of a source, in order, in one view; it can be iterated any number of times."""
 
     def __init__(self, source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device):
         chunks = ImageChunks(source, view, rows)
         self.view, self.device = view, device
         self.chunks = PrefetchLoader(chunks, range(len(chunks)), workers, pin_memory=device.type == "cuda")
 
-    def read(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x [n, c, h, w] on the device, rows [n]). Bad images are left out, and told to `bad`."""
-        for raw, got, unusable in self.chunks:
-            bad.add(unusable)
-            if len(got):
-                yield to_device(self.view, raw, self.device), got
+    def batches(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (x [n, c, h, w] on the device, rows [n]). Unreadable images go to `bad` instead."""
+        for tensors, rows, unreadable in self.chunks:
+            bad.add(unreadable)
+            if len(rows):
+                yield to_device(self.view, tensors, self.device), rows
 
 
 class EvalLoader:
     """A rank's share of the test images; every image is in exactly one share."""
 
     def __init__(self, data: Data, rank: int, world: int, workers: int, device: torch.device):
+        """data: a Data, or anything with its test_images, test_labels and eval_view."""
         share = np.arange(rank, len(data.test_labels), world)  # [m]
         self.images = ImageLoader(data.test_images, data.eval_view, share, workers, device)
         self.labels = torch.from_numpy(data.test_labels)  # [M]
 
-    def read(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x [n, c, h, w], y [n]) on the device."""
-        for x, rows in self.images.read(bad):
+    def batches(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (x [n, c, h, w], y [n]) on the device. Unreadable images go to `bad` instead."""
+        for x, rows in self.images.batches(bad):
             yield x, self.labels[rows].to(x.device, non_blocking=True)
 
 
-def to_device(view: View, raw: HostTensors, device: torch.device) -> Tensor:
-    """The second half of a view, where the network is: -> [n, c, h, w]."""
-    return view.device(
-        (raw[0].to(device, non_blocking=True), *raw[1:])
-    )  # pixels; parameters stay (dataset/device_views.py)
+def to_device(view: View, tensors: HostTensors, device: torch.device) -> Tensor:
+    """Copy the pixels to the device and apply the second part of the view: -> [n, c, h, w].
+
+    The parameters stay on the CPU; dataset/device_views.py says why.
+    """
+    return view.device_transform((tensors[0].to(device, non_blocking=True), *tensors[1:]))

@@ -187,7 +187,7 @@ def test_with_a_number_of_steps_an_epoch_no_image_is_dropped():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_test_image_is_in_one_share(world, workers):
     data = digits.build(labels_per_class=1, seed=0)
-    shares = [list(EvalLoader(data, r, world, workers, CPU).read(BadImages("stop"))) for r in range(world)]
+    shares = [list(EvalLoader(data, r, world, workers, CPU).batches(BadImages("stop"))) for r in range(world)]
     x = torch.cat([x for share in shares for x, _ in share])
     y = torch.cat([y for share in shares for _, y in share])
     assert len(x) == 360
@@ -229,7 +229,7 @@ def test_a_bad_labeled_image_is_replaced_by_one_of_its_class():
 
 
 def test_a_class_without_a_readable_image_stops_the_run():
-    with pytest.raises(UserError, match="image 1: torn; .*no image could stand in"):
+    with pytest.raises(UserError, match="image 1: torn; .*no other image could replace it"):
         stream = Stream(numbered(3, 60, bad=(1,)), 3, 3, seed=0)
         stream[0]
 
@@ -245,8 +245,8 @@ def test_what_becomes_of_bad_images():
 def test_a_bad_test_image_is_left_out_or_stops():
     data = numbered(6, 30, bad_tests=(1, 4))
     bad = BadImages("skip")
-    ((x, y),) = EvalLoader(data, 0, 1, 0, CPU).read(bad)
+    ((x, y),) = EvalLoader(data, 0, 1, 0, CPU).batches(bad)
     assert x[:, 0, 0, 0].tolist() == [0, 2, 3] and y.tolist() == [0, 2, 0]
     assert bad.take() == [("image 1", "torn"), ("image 4", "torn")]
     with pytest.raises(UserError, match="image 1: torn"):
-        list(EvalLoader(data, 0, 1, 0, CPU).read(BadImages("stop")))
+        list(EvalLoader(data, 0, 1, 0, CPU).batches(BadImages("stop")))

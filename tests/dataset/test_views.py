@@ -93,7 +93,7 @@ def test_one_pixel_is_enough_for_every_view():
     for name in PIPELINES:
         if not name.startswith("cifar"):
             view = photo_view(pipeline(name, 32), IMAGENET_NORM, on_device=False)
-            x = view.device(
+            x = view.device_transform(
                 view.cpu_transform([Image.new("RGB", (1, 1))], np.full((1, view.num_uniforms), 0.5))
             )
             assert torch.isfinite(x).all() and x.shape[1] == 3
@@ -275,7 +275,7 @@ def test_evaluation_is_resize_and_center_crop():
     image = photo(500, 375)
     expected = T.CenterCrop(224)(T.Resize(256)(image))
     view = photo_view(pipeline("eval"), IMAGENET_NORM, on_device=False)
-    x = view.device(view.cpu_transform([image], np.empty((1, 0))))
+    x = view.device_transform(view.cpu_transform([image], np.empty((1, 0))))
     torch.testing.assert_close(x[0], TF.normalize(TF.to_tensor(expected), *IMAGENET_NORM), rtol=0, atol=1e-5)
 
 
@@ -300,7 +300,7 @@ def test_the_usual_transforms_with_the_same_parameters():
         x = TF.rgb_to_grayscale(x, 3) if grayscale[0] else x
         x = x.filter(ImageFilter.GaussianBlur(float(blur[1]))) if blur[0] else x
         ours = photo_view(view, IMAGENET_NORM, on_device=False)
-        got = ours.device(ours.cpu_transform([image], u))[0]
+        got = ours.device_transform(ours.cpu_transform([image], u))[0]
         torch.testing.assert_close(got, TF.normalize(TF.to_tensor(x), *IMAGENET_NORM), rtol=0, atol=1e-5)
 
 
@@ -315,7 +315,7 @@ def in_levels(name, u, images):
         view = photo_view(pipeline(name), IMAGENET_NORM, on_device)
         raw = view.cpu_transform(images, u)
         assert raw[0].dtype == torch.uint8
-        out.append((view.device(raw) * std + mean) * 255)
+        out.append((view.device_transform(raw) * std + mean) * 255)
     return out
 
 
@@ -379,9 +379,9 @@ def test_each_image_of_a_batch_has_its_own_view():
     images = [photo(seed=k) for k in range(8)]
     view = photo_view(pipeline("moco", 64), IMAGENET_NORM, on_device=True)
     u = np.random.default_rng(0).random((8, view.num_uniforms))
-    together = view.device(view.cpu_transform(images, u))
+    together = view.device_transform(view.cpu_transform(images, u))
     one_by_one = torch.cat(
-        [view.device(view.cpu_transform([image], line[None])) for image, line in zip(images, u)]
+        [view.device_transform(view.cpu_transform([image], line[None])) for image, line in zip(images, u)]
     )
     assert torch.equal(together, one_by_one)
 
@@ -390,7 +390,7 @@ def test_cifar_views_and_other_sizes():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for name in ("cifar_weak", "cifar_strong", "cifar_eval"):
         view = photo_view(pipeline(name), CIFAR10_NORM, on_device=True)
-        assert view.device(view.cpu_transform([image] * 3, np.full((3, view.num_uniforms), 0.3))).shape == (
+        assert view.device_transform(view.cpu_transform([image] * 3, np.full((3, view.num_uniforms), 0.3))).shape == (
             3,
             3,
             32,
@@ -407,7 +407,7 @@ def test_views_read_any_file_that_pillow_made():
     image = Image.open(buffer)
     image.load()
     view = photo_view(pipeline("moco", 32), IMAGENET_NORM, on_device=True)
-    assert view.device(
+    assert view.device_transform(
         view.cpu_transform([image.convert("RGB")], np.full((1, view.num_uniforms), 0.4))
     ).shape == (
         1,

@@ -192,4 +192,4 @@ def test_every_view_can_be_sent_to_a_worker(name, on_device):
         [picture(k, size=(32, 32)) for k in range(4)],
         np.random.default_rng(0).random((4, view.num_uniforms)),
     )
-    assert torch.equal(view.device(view.cpu_transform(images, u)), sent.device(sent.cpu_transform(images, u)))
+    assert torch.equal(view.device_transform(view.cpu_transform(images, u)), sent.device_transform(sent.cpu_transform(images, u)))
