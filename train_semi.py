@@ -4,13 +4,18 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 from util import preempt
+from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
+from util.errors import UserError, cli_main
 
 if __name__ == "__main__":
-    preempt.catch_signals()  # a signal that comes while PyTorch is imported must not end the run
+    # Importing PyTorch takes seconds. A signal meanwhile must not end the run, and --help and a wrong flag
+    # need not wait.
+    preempt.catch_signals()
+    cli_main(lambda: parse(sys.argv[1:], __doc__))
 
 import torch
 from torch import Tensor
@@ -32,9 +37,7 @@ from models import (
     train_step,
 )
 from util import checkpoint, dist_utils
-from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
 from util.diagnostics import diagnostics, log_stop_reason
-from util.errors import UserError, cli_main
 from util.log import Logger, init_output_dir
 from util.metrics import Meter, evaluate
 from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
@@ -43,25 +46,23 @@ from util.schedule import learning_rate
 
 
 def main() -> None:
+    # The command line, the ranks, and the last checkpoint if there is one.
     config = parse(sys.argv[1:], __doc__)
     device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
     rank, out = dist_utils.rank(), Path(config.output_dir)
     last = Path("checkpoints", config.checkpoint) if config.checkpoint else out / "last.pth"
     if config.evaluate:
         preempt.restore_default_handlers()
-        overrides = [
-            (f"--{name.replace('_', '-')}", str(getattr(config, name)))
-            for name in OVERRIDES
-            if getattr(config, name) != getattr(Config(), name)
-        ]
-        evaluate_checkpoint(["--checkpoint", str(last), *(word for pair in overrides for word in pair)])
+        evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
         return
-    saved_state, damage = load_last(last)
-    resuming = saved_state is not None and not is_published(saved_state)
+    found, damage = load_last(last)
+    published_state = found if is_published(found) else None
+    saved_state = None if published_state else found
     ranks, warning = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
-    if resuming:
+    if saved_state:
         ranks, warning = plan_ranks_on_resume(ranks, config.virtual_ranks, config.other_ranks, saved_state)
 
+    # The data, and what each step sees of them.
     data = build_data(config, gpu=device.type == "cuda")
     config.cls = len(data.classes)
     stream = Stream(
@@ -73,14 +74,15 @@ def main() -> None:
         ranks.processes,
         config.steps_per_epoch,
     )
-    images = (stream.n_x + stream.n_u) * ranks.processes
+    n_x, n_u = stream.n_x * ranks.processes, stream.n_u * ranks.processes  # images of a global step
     if stream.steps_per_epoch == 0:
         raise UserError(
-            f"one step takes {stream.n_u * ranks.processes} unlabeled images, but there are {len(data.unlabeled)}: "
+            f"one step takes {n_u} unlabeled images, but there are {len(data.unlabeled)}: "
             "lower --batch-size or --mu"
         )
     total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
 
+    # Networks, bank and optimizer as they start a new run.
     torch.manual_seed(config.seed)
     try:
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
@@ -92,43 +94,41 @@ def main() -> None:
         momentum=config.momentum,
         nesterov=config.nesterov,
     )
-
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter, bad = Meter(), BadImages(config.on_bad_image)
     start, best = 0, {"step": 0, "student_top1": -1.0}
-    if resuming:
+
+    # What they start from instead, in this order: our checkpoint, a published one, a MoCo checkpoint.
+    if saved_state:
         resume(last, saved_state, config, data.split, fingerprint, method, optimizer)
-        start, best, bad.seen = (
-            saved_state["step"],
-            saved_state["best"],
-            saved_state["bad_images"] if rank == 0 else [],
-        )
+        start, best = saved_state["step"], saved_state["best"]
+        bad.seen = saved_state["bad_images"] if rank == 0 else []
         meter.load_state_dict(saved_state["meter"])
         scaler.load_state_dict(saved_state["scaler"])
-    elif saved_state is not None:
-        start = resume_published(last, saved_state, stream.steps_per_epoch, method, optimizer)
+    elif published_state:
+        start = resume_published(last, published_state, stream.steps_per_epoch, method, optimizer)
     elif config.moco_path:
         start_from_moco(Path(config.moco_path), method)
     elif config.start_epoch:
         raise UserError(
-            f"there is no checkpoint {last} to start epoch {config.start_epoch} from: a new run starts at epoch 0"
+            f"there is no checkpoint {last} to start epoch {config.start_epoch} from: "
+            "a new run starts at epoch 0"
         )
     if start > total:
-        raise UserError(
-            f"{config.epochs} epochs are fewer than the {start // stream.steps_per_epoch} that are done: raise --epochs"
-        )
+        finished = start // stream.steps_per_epoch
+        raise UserError(f"{config.epochs} epochs are fewer than the {finished} that are done: raise --epochs")
     computed = {key: value for key, value in to_dict(config).items() if key not in MAY_CHANGE_ON_RESUME}
     dist_utils.check_same_on_all_ranks(
         {**computed, "step": start, "ranks": ranks, "split": data.split, "images": fingerprint}
     )
-    archived = (
-        init_output_dir(out, last.parent, to_yaml(config), new_run=saved_state is None) if rank == 0 else []
-    )
-    warnings = [
-        damage,
-        warning,
-        f"kept what an earlier run left in {out}: {', '.join(archived)}" if archived else "",
-    ]
+
+    # The output directory, the log and the writer of checkpoints; nothing is written before this point.
+    warnings = [damage, warning]
+    if rank == 0:
+        archived = init_output_dir(out, last.parent, to_yaml(config), new_run=found is None)
+        warnings += (
+            [f"an earlier run's files in {out} were renamed: {', '.join(archived)}"] if archived else []
+        )
     configure_execution(method, config.precision, config.channels_last, config.compile)
     student = dist_utils.wrap_ddp(method.student)
     log = Logger(out, start, total, active=rank == 0, buffer_on_error=config.on_save_error == "continue")
@@ -137,13 +137,14 @@ def main() -> None:
         last, out / "best.pth", config.on_save_error, log.print_line, last_is_whole=not damage
     )
 
-    saved = time.monotonic()
-    clock, clock_step = saved, start
+    last_save = time.monotonic()
+    clock, clock_step = last_save, start  # from where images/s are counted
     workers = config.workers if start < total else 0
     loader = PrefetchLoader(stream, range(start, total), workers, pin_memory=device.type == "cuda")
     tests = EvalLoader(data, rank, ranks.processes, workers, device)
-    for step, item in enumerate(loader, start):
-        bad.add(item.bad)
+    for step, host_batch in enumerate(loader, start):
+        # The learning rate and the batch of this step.
+        bad.add(host_batch.bad)
         lr = learning_rate(
             step,
             lr=config.lr,
@@ -157,79 +158,80 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = Batch(
-            to_device(data.weak_view, item.x, device),
-            item.y.to(device, non_blocking=True),
-            item.index.to(device, non_blocking=True),
-            to_device(data.weak_view, item.u_weak, device),
-            to_device(data.strong_view, item.u_strong, device),
+            to_device(data.weak_view, host_batch.x, device),
+            host_batch.y.to(device, non_blocking=True),
+            host_batch.index.to(device, non_blocking=True),
+            to_device(data.weak_view, host_batch.u_weak, device),
+            to_device(data.strong_view, host_batch.u_strong, device),
         )
+        batches = split_virtual_ranks(batch, ranks.virtual_ranks_per_process)
+        bank_ready = stream.bank_ready(step)
 
+        # What is due after this step: `done` steps are finished then.
         done, epoch = step + 1, step // stream.steps_per_epoch + 1
-        at_end_of_epoch = done % stream.steps_per_epoch == 0
-        evaluate_now = at_end_of_epoch and (epoch % config.eval_freq == 0 or done == total)
-        parts, bank_ready = (
-            split_virtual_ranks(batch, ranks.virtual_ranks_per_process),
-            stream.bank_ready(step),
-        )
+        end_of_epoch = done % stream.steps_per_epoch == 0
+        evaluate_now = end_of_epoch and (epoch % config.eval_freq == 0 or done == total)
         diagnose_now = done % config.diagnose_freq == 0 if config.diagnose_freq else evaluate_now
+
+        # Once in a while: examine the step before taking it. Its time does not count in images/s.
         if diagnose_now:
             before = time.monotonic()
-            diag = diagnose(method, parts, step=step, bank_ready=bank_ready, scale=scaler.get_scale())
+            diag = diagnose(method, batches, step=step, bank_ready=bank_ready, scale=scaler.get_scale())
             clock += time.monotonic() - before
 
-        terms, output = train_step(
-            method, student, optimizer, parts, step=step, bank_ready=bank_ready, scaler=scaler
+        # The training step.
+        losses, output = train_step(
+            method, student, optimizer, batches, step=step, bank_ready=bank_ready, scaler=scaler
         )
-        meter.add(step, terms, output.pseudo_label, output.mask, item.true_labels)
+        meter.add(step, losses, output.pseudo_label, output.mask, host_batch.true_labels)
 
+        # Once in a while: the log.
         if diagnose_now:
-            log.write(
-                "diagnostics",
-                done,
-                diagnostics(
-                    epoch,
-                    stream.steps_per_epoch,
-                    stream.n_x * ranks.processes,
-                    diag,
-                    meter.take_counts(),
-                    data.labels[data.labeled],
-                    data.classes,
-                    bank_row_ages(stream, done),
-                ),
+            values = diagnostics(
+                epoch,
+                stream.steps_per_epoch,
+                n_x,
+                diag,
+                meter.take_counts(),
+                data.labels[data.labeled],
+                data.classes,
+                bank_row_ages(stream, done),
             )
-        agree = ranks.processes == 1 or done % config.print_freq == 0
-        stop = agree and dist_utils.any_rank(preempt.stop_requested()) and done < total
+            log.write("diagnostics", done, values)
+        # Several processes agree on stopping only at every print_freq steps, because that takes
+        # communication.
+        may_stop = ranks.processes == 1 or done % config.print_freq == 0
+        stop = may_stop and dist_utils.any_rank(preempt.stop_requested()) and done < total
         if done % config.print_freq == 0 or evaluate_now:
             with log_stop_reason(log, done):
-                values = meter.read()  # stops here if a loss was not finite, before anything is saved
+                means = meter.read()  # raises if a loss was not finite, before anything is saved
             seconds = time.monotonic() - clock
-            speed = (done - clock_step) * images / seconds
-            log.train(done, epoch, config.epochs, {**values, "lr": lr, "images_per_s": round(speed, 1)})
+            images_per_s = (done - clock_step) * (n_x + n_u) / seconds
+            log.train(done, epoch, config.epochs, {**means, "lr": lr, "images_per_s": round(images_per_s, 1)})
             clock, clock_step = time.monotonic(), done
+
+        # Once in a while: evaluation.
         if evaluate_now:
-            left_out = BadImages(config.on_bad_image)
-            scores = accuracies(method, tests.batches(left_out), config.cls, device)
+            unreadable = BadImages(config.on_bad_image)
+            scores = accuracies(method, tests.batches(unreadable), config.cls, device)
             log.eval(done, epoch, scores)
-            log.bad_images(
-                done, sum(dist_utils.all_gather_object(left_out.take()), []), "left out of testing"
-            )
+            log.bad_images(done, of_all_ranks(unreadable.take()), "left out of testing")
             better = scores["student_top1"] > best["student_top1"]
             if better:
                 best = {"step": done, **scores}
             clock = time.monotonic()
-        if at_end_of_epoch and not bad.stop:
-            log.bad_images(
-                done, sum(dist_utils.all_gather_object(bad.take()), []), "replaced by others in this epoch"
-            )
+        if end_of_epoch and not bad.stop:
+            log.bad_images(done, of_all_ranks(bad.take()), "replaced by others in this epoch")
 
-        late = (
+        # Once in a while: a checkpoint.
+        overdue = (
             config.save_minutes
             and done % config.print_freq == 0
-            and dist_utils.from_rank_0(time.monotonic() - saved > 60 * config.save_minutes)
+            and dist_utils.from_rank_0(time.monotonic() - last_save > 60 * config.save_minutes)
         )
-        if evaluate_now or stop or late or (config.save_freq and done % config.save_freq == 0):
-            # A mean since the last train event and a list of bad images in an unfinished epoch are part of
-            # the state.
+        if evaluate_now or stop or overdue or (config.save_freq and done % config.save_freq == 0):
+            # The means since the last train event and the bad images of an unfinished epoch are part of the
+            # state.
             state = {
                 "config": to_dict(config),
                 "step": done,
@@ -245,13 +247,13 @@ def main() -> None:
                 "scaler": scaler.state_dict(),
                 "best": best,
                 "meter": meter.state_dict(),
-                "bad_images": sum(dist_utils.all_gather_object(bad.seen), []),
+                "bad_images": of_all_ranks(bad.seen),
             }
             with log_stop_reason(log, done):
-                checkpoint.check_finite(state["method"], done)
+                checkpoint.check_finite(method.state_dict(), done)
             if rank == 0:
                 writer.save(state, best=evaluate_now and better)
-            saved = time.monotonic()
+            last_save = time.monotonic()
         if stop:
             writer.close()
             log.print_line(f"asked to stop: saved step {done} in {last}; the same command continues")
@@ -261,25 +263,36 @@ def main() -> None:
 
     writer.close()
     if best["step"]:
-        log.print_line(
-            f"done: best student top-1 {best['student_top1']:.3f} % at step {best['step']}, in {out / 'best.pth'}"
-        )
+        top1, file = f"{best['student_top1']:.3f} %", out / "best.pth"
+        log.print_line(f"done: best student top-1 {top1} at step {best['step']}, in {file}")
     log.close()
     dist_utils.dist_end()
 
 
+def overrides(config: Config) -> list[str]:
+    """The flags of eval.py for those of its fields that differ from their defaults."""
+    changed = [name for name in OVERRIDES if getattr(config, name) != getattr(Config(), name)]
+    return [word for name in changed for word in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
+
+
+def of_all_ranks(bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Concatenate the ranks' lists of bad images."""
+    return sum(dist_utils.all_gather_object(bad), [])
+
+
 def accuracies(
-    method: Method, x_and_y: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device
+    method: Method, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device
 ) -> dict[str, float]:
-    """student_top1, student_top5, teacher_top1, teacher_top5 on (x [n, c, h, w], y [n]) of all ranks
-    together, in percent.
+    """Return student_top1, student_top5, teacher_top1 and teacher_top5, in percent.
+
+    batches: this rank's (x [n, c, h, w], y [n]); the accuracy is over those of all ranks.
     """
     method.eval()
     networks = {"student": method.student, "teacher": method.teacher.net}
     for network in networks.values():
         dist_utils.broadcast_buffers(network)
     scores = {}
-    for name, result in zip(networks, evaluate(list(networks.values()), x_and_y, num_classes, device)):
+    for name, result in zip(networks, evaluate(list(networks.values()), batches, num_classes, device)):
         scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
     method.train()
     return scores
@@ -298,9 +311,8 @@ def describe(
     last: Path,
     warnings: list[str],
 ) -> None:
-    """Say once what follows from the settings."""
+    """Print once what follows from the settings, and write the start event."""
     millions = sum(p.numel() for p in method.student.parameters()) / 1e6
-    log.log_start(start, *data.split)
     log.print_line(
         f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "
         f"{len(data.test_labels)} test images, {len(data.classes)} classes"
@@ -309,16 +321,18 @@ def describe(
         f"{config.backbone}, {millions:.2f} M parameters, on {ranks.processes} x {device.type}; {ranks}"
     )
     log.print_line(
-        f"{stream.n_x * ranks.processes} + {stream.n_u * ranks.processes} images a step, {stream.steps_per_epoch} steps an epoch, "
-        f"{config.epochs} epochs = {total} steps; lr {config.lr} after {config.warmup_epoch} epochs of warm-up"
+        f"{stream.n_x * ranks.processes} + {stream.n_u * ranks.processes} images a step, "
+        f"{stream.steps_per_epoch} steps an epoch, {config.epochs} epochs = {total} steps; "
+        f"lr {config.lr} after {config.warmup_epoch} epochs of warm-up"
     )
     for warning in filter(None, warnings):
         log.print_line(warning)
     if start:
-        finished = "it is finished" if start == total else f"{total - start} steps to go"
-        log.print_line(f"continues from {last} at step {start}: {finished}")
+        remaining = "it is finished" if start == total else f"{total - start} steps to go"
+        log.print_line(f"continues from {last} at step {start}: {remaining}")
     else:
         log.print_line(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, best.pth; and {last}")
+    log.log_start(start, *data.split)
 
 
 if __name__ == "__main__":

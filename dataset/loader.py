@@ -133,7 +133,8 @@ class Stream(Dataset):
 
     # fmt: off
     def __getitem__(self, step: int) -> HostBatch:
-        data, bad = self.data, []
+        data = self.data
+        bad: list[tuple[str, str]] = []
         K, U = len(data.labeled), len(data.unlabeled)
         index, passes = self._order(step, self.n_x, K, K, ORDER_X)                      # [B], [B]
         views = [(data.weak_view, VIEW_X)]

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli_main(
-    main: Callable[[], None],
+    main: Callable[[], object],
     interrupted: str = "interrupted",
     describe_error: Callable[[RuntimeError], str | None] = lambda error: None,
 ) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-REQUEUE_EXIT_CODE = (
-    75  # EX_TEMPFAIL: the run was asked to stop and can resume; script/train.sh requeues its job
-)
+REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run has stopped and can resume; script/train.sh requeues its job
 WORKER_GRACE_SECONDS = 30
 _received: list[int] = []
 
