@@ -4,9 +4,10 @@ import hashlib
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Optional
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ class _ErrorKeepingFile:
 
     def __init__(self, file: BinaryIO):
         self.file, self.flush = file, file.flush
-        self.error: Optional[OSError] = None
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
@@ -112,9 +113,9 @@ class Writer:
         previous one.
         """
         self.paths, self.on_error, self.warn, self.last_is_whole = (last, best), on_error, warn, last_is_whole
-        self.thread: Optional[threading.Thread] = None
-        self.best: Optional[dict[str, Any]] = None  # the state of best.pth while it is not written
-        self.error: Optional[UserError] = None
+        self.thread: threading.Thread | None = None
+        self.best: dict[str, Any] | None = None  # the state of best.pth while it is not written
+        self.error: UserError | None = None
 
     def save(self, state: dict[str, Any], best: bool) -> None:
         """state: the KEYS; best: whether it is the best so far too. Raises UserError if the write before
@@ -189,7 +190,7 @@ def digest(value: Any) -> str:
     return total.hexdigest()
 
 
-def load_newest(path: Path) -> tuple[Optional[dict[str, Any]], str]:
+def load_newest(path: Path) -> tuple[dict[str, Any] | None, str]:
     """(state, remark): of `path`, or, where that is damaged or gone, of the one before it; (None, "") if
     there is neither.
     """

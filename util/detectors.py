@@ -3,8 +3,9 @@ them in words.
 """
 
 import math
+from collections.abc import Callable
 from statistics import fmean, median
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from util.config import Config
 from util.schedule import learning_rate
@@ -20,7 +21,7 @@ class Run(NamedTuple):
     evals: list[Event]
     diagnostic_events: list[Event]  # diagnostics
     stops: list[Event]
-    steps_per_epoch: Optional[int]  # None before the first evaluation or diagnostics
+    steps_per_epoch: int | None  # None before the first evaluation or diagnostics
 
     def after_warmup(self, events: list[Event]) -> list[Event]:
         """Those after the first epoch and the warm-up, before which much is allowed to look odd."""
@@ -35,9 +36,7 @@ class Finding(NamedTuple):
     last: int
 
 
-def _latest(
-    events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str
-) -> Optional[Finding]:
+def _latest(events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str) -> Finding | None:
     """A finding if `key` of each of the last `n` events is there and bad. what: takes {n}, {first}, {last}
     values.
     """
@@ -51,7 +50,7 @@ def _latest(
     return Finding(what.format(n=len(seen), value=seen[-1][key]), seen[0]["step"], seen[-1]["step"])
 
 
-def _first(findings: Any) -> Optional[Finding]:
+def _first(findings: Any) -> Finding | None:
     return next((finding for finding in findings if finding), None)
 
 
@@ -60,7 +59,7 @@ def _better_than_guessing(accuracy: float, classes: int) -> float:
     return (accuracy - 1 / classes) / (1 - 1 / classes)
 
 
-def _accuracy(run: Run) -> Optional[float]:
+def _accuracy(run: Run) -> float | None:
     """How right the teacher is, last: of pseudo-labels where hidden labels exist, else on the test images; 0
     to 1.
     """
@@ -78,7 +77,7 @@ def _has_bank(run: Run, events: list[Event]) -> list[Event]:
     return [e for e in run.after_warmup(events) if e["step"] > start]
 
 
-def not_finite(run: Run) -> Optional[Finding]:
+def not_finite(run: Run) -> Finding | None:
     for e in run.diagnostic_events:
         bad = [
             name for name in e["not_finite"] if run.config.precision != "fp16" or not name.startswith("grad_")
@@ -88,13 +87,13 @@ def not_finite(run: Run) -> Optional[Finding]:
     return _first(Finding(e["why"].split(";")[0], e["step"], e["step"]) for e in run.stops)
 
 
-def exploding(run: Run) -> Optional[Finding]:
+def exploding(run: Run) -> Finding | None:
     bound = 3 * math.log(run.config.cls)
     bad = [e for e in run.trains if e["loss_x"] > bound]
     return Finding(f"loss_x is {bad[0]['loss_x']:.3g}", bad[0]["step"], bad[-1]["step"]) if bad else None
 
 
-def not_learning(run: Run) -> Optional[Finding]:
+def not_learning(run: Run) -> Finding | None:
     guess = math.log(run.config.cls)
     return _latest(
         run.after_warmup(run.trains),
@@ -105,8 +104,8 @@ def not_learning(run: Run) -> Optional[Finding]:
     )
 
 
-def dead_term(run: Run) -> Optional[Finding]:
-    def find(name: str, events: list[Event]) -> Optional[Finding]:
+def dead_term(run: Run) -> Finding | None:
+    def find(name: str, events: list[Event]) -> Finding | None:
         shares = [
             {"step": e["step"], "share": e[name] / e["loss"]}
             for e in events
@@ -129,13 +128,13 @@ def dead_term(run: Run) -> Optional[Finding]:
     )
 
 
-def mask_at_0(run: Run) -> Optional[Finding]:
+def mask_at_0(run: Run) -> Finding | None:
     return _latest(
         run.after_warmup(run.trains), "mask", 5, lambda v: v < 1e-4, "mask is {value:.2g} in {n} train events"
     )
 
 
-def mask_at_1(run: Run) -> Optional[Finding]:
+def mask_at_1(run: Run) -> Finding | None:
     right = _accuracy(run)
     if right is None or right >= 0.9:
         return None
@@ -154,7 +153,7 @@ def _threes(events: list[Event], key: str) -> list[float]:
     return [fmean(values[i : i + 3]) for i in range(len(values) - 2)] if None not in values else []
 
 
-def mask_falling(run: Run) -> Optional[Finding]:
+def mask_falling(run: Run) -> Finding | None:
     events = run.after_warmup(run.trains)
     means = _threes(events, "mask")
     if not means or max(means) < 0.1 or means[-1] > max(means) / 2:
@@ -165,7 +164,7 @@ def mask_falling(run: Run) -> Optional[Finding]:
     )
 
 
-def pseudo_labels_at_chance(run: Run) -> Optional[Finding]:
+def pseudo_labels_at_chance(run: Run) -> Finding | None:
     return _latest(
         run.after_warmup(run.trains),
         "pseudo_acc",
@@ -175,7 +174,7 @@ def pseudo_labels_at_chance(run: Run) -> Optional[Finding]:
     )
 
 
-def confirmation_bias(run: Run) -> Optional[Finding]:
+def confirmation_bias(run: Run) -> Finding | None:
     events = run.after_warmup(run.trains)
     right, mask = _threes(events, "pseudo_acc"), _threes(events, "mask")
     if not right:
@@ -191,7 +190,7 @@ def confirmation_bias(run: Run) -> Optional[Finding]:
     )
 
 
-def collapsed_classes(run: Run) -> Optional[Finding]:
+def collapsed_classes(run: Run) -> Finding | None:
     c = run.config.cls
     events = [
         e
@@ -215,7 +214,7 @@ def collapsed_classes(run: Run) -> Optional[Finding]:
     return found._replace(what=f"{found.what}: least {words[0]}; most {words[1]}")
 
 
-def prior_far(run: Run) -> Optional[Finding]:
+def prior_far(run: Run) -> Finding | None:
     bound = math.log(run.config.cls) / 4
     return _latest(
         run.after_warmup(run.diagnostic_events),
@@ -226,18 +225,18 @@ def prior_far(run: Run) -> Optional[Finding]:
     )
 
 
-def q_w_certain(run: Run) -> Optional[Finding]:
+def q_w_certain(run: Run) -> Finding | None:
     right = _accuracy(run)
     if right is None or right >= 0.9:
         return None
     return _entropy(run, lambda share: share < 0.01, f"while the teacher is right on {100 * right:.1f} %")
 
 
-def q_w_flat(run: Run) -> Optional[Finding]:
+def q_w_flat(run: Run) -> Finding | None:
     return _entropy(run, lambda share: share > 0.999, "in {n} diagnostics")
 
 
-def _entropy(run: Run, bad: Callable[[float], bool], rest: str) -> Optional[Finding]:
+def _entropy(run: Run, bad: Callable[[float], bool], rest: str) -> Finding | None:
     events = [
         {"step": e["step"], "share": e["q_entropy"] / math.log(e["bank_rows"])}
         for e in run.after_warmup(run.diagnostic_events)
@@ -246,7 +245,7 @@ def _entropy(run: Run, bad: Callable[[float], bool], rest: str) -> Optional[Find
     return _latest(events, "share", 3, bad, f"the entropy of q_w is {{value:.4f}} of log K {rest}")
 
 
-def lr_off(run: Run) -> Optional[Finding]:
+def lr_off(run: Run) -> Finding | None:
     c, bad = run.config, []
     for e in run.trains if run.steps_per_epoch else []:
         lr = learning_rate(
@@ -274,7 +273,7 @@ def lr_off(run: Run) -> Optional[Finding]:
 GRADIENTS = ("grad_x", "grad_u", "grad_in")
 
 
-def no_gradient(run: Run) -> Optional[Finding]:
+def no_gradient(run: Run) -> Finding | None:
     return _first(
         _latest(
             run.after_warmup(run.diagnostic_events),
@@ -288,7 +287,7 @@ def no_gradient(run: Run) -> Optional[Finding]:
     )
 
 
-def gradient_exploding(run: Run) -> Optional[Finding]:
+def gradient_exploding(run: Run) -> Finding | None:
     for key in GRADIENTS:
         events = [e for e in run.diagnostic_events if e[key] is not None]
         for i in range(3, len(events)):
@@ -302,7 +301,7 @@ def gradient_exploding(run: Run) -> Optional[Finding]:
     return None
 
 
-def at_chance(run: Run) -> Optional[Finding]:
+def at_chance(run: Run) -> Finding | None:
     return _latest(
         run.after_warmup(run.evals),
         "student_top1",
@@ -312,7 +311,7 @@ def at_chance(run: Run) -> Optional[Finding]:
     )
 
 
-def students_apart(run: Run) -> Optional[Finding]:
+def students_apart(run: Run) -> Finding | None:
     gaps = [
         {"step": e["step"], "gap": e["student_top1"] - e["teacher_top1"]} for e in run.after_warmup(run.evals)
     ]
@@ -330,7 +329,7 @@ def students_apart(run: Run) -> Optional[Finding]:
     )
 
 
-def accuracy_lost(run: Run) -> Optional[Finding]:
+def accuracy_lost(run: Run) -> Finding | None:
     best = max(run.evals, key=lambda e: e["student_top1"], default=None)
     found = best and _latest(
         run.evals,
@@ -344,7 +343,7 @@ def accuracy_lost(run: Run) -> Optional[Finding]:
     )
 
 
-def stale_bank(run: Run) -> Optional[Finding]:
+def stale_bank(run: Run) -> Finding | None:
     for e in run.diagnostic_events:
         if e["bank_age_max"] is not None and e["bank_age_max"] > 2 * e["bank_pass"]:
             return Finding(
@@ -363,7 +362,7 @@ def stale_bank(run: Run) -> Optional[Finding]:
     )
 
 
-def slowed_down(run: Run) -> Optional[Finding]:
+def slowed_down(run: Run) -> Finding | None:
     events = run.trains
     if len(events) < 15:
         return None

@@ -3,8 +3,9 @@ numbers.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -51,7 +52,7 @@ def diagnostics(
     steps_per_epoch: int,
     labels_per_step: int,
     diag: dict[str, Tensor],
-    counts: Optional[Tensor],
+    counts: Tensor | None,
     labels: np.ndarray,
     classes: Sequence[str],
     ages: np.ndarray,
@@ -84,7 +85,7 @@ def diagnostics(
         }
     bad = [key for key, value in out.items() if isinstance(value, float) and not math.isfinite(value)]
     bad += [name for name, value in values.items() if name.startswith("loss_") and not math.isfinite(value)]
-    return out | dict.fromkeys((key for key in bad if key in KEYS)) | {"not_finite": bad}  # JSON has no NaN
+    return out | dict.fromkeys(key for key in bad if key in KEYS) | {"not_finite": bad}  # JSON has no NaN
 
 
 def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:

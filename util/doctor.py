@@ -7,7 +7,7 @@ Exit code 0: nothing looks wrong; 1: something does; 2: RUN_DIR cannot be read.
 import json
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from util.config import Config, read_yaml
 from util.detectors import Event, Run
@@ -28,7 +28,7 @@ def read(folder: Path) -> tuple[Run, list[Event]]:
     ), events
 
 
-def steps_per_epoch(trains: list[Event], evals: list[Event], diagnostic_events: list[Event]) -> Optional[int]:
+def steps_per_epoch(trains: list[Event], evals: list[Event], diagnostic_events: list[Event]) -> int | None:
     """The diagnostics say it; otherwise an evaluation does, being at the end of an epoch that a train event
     names.
     """

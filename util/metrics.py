@@ -1,6 +1,7 @@
 """Accuracy over a data set, and the running means of training."""
 
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,15 +63,15 @@ class Meter:
     def __init__(self) -> None:
         self.rows: list[tuple[int, Tensor]] = []
         self.names: tuple[str, ...] = ()
-        self.counts: Optional[Tensor] = None  # as `take_counts` gives them, on this rank
+        self.counts: Tensor | None = None  # as `take_counts` gives them, on this rank
 
     def add(
         self,
         step: int,
         terms: dict[str, Tensor],
-        pseudo_label: Optional[Tensor],
-        mask: Optional[Tensor],
-        true_labels: Optional[Tensor],
+        pseudo_label: Tensor | None,
+        mask: Tensor | None,
+        true_labels: Tensor | None,
     ) -> None:
         """terms: weighted losses; pseudo [muB, C], mask [muB]: pseudo-labels; hidden [muB]: the labels they
         stand for.
@@ -121,7 +122,7 @@ class Meter:
             self.counts = rows.new_zeros(len(rows), num_classes)
         self.counts = self.counts.to(rows.device).index_add_(1, label, rows)
 
-    def take_counts(self) -> Optional[Tensor]:
+    def take_counts(self) -> Tensor | None:
         """How many pseudo-labels of each class there were on all ranks, and forget them: [4, C] int64 on the
         CPU.
 

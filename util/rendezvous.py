@@ -1,7 +1,8 @@
 """Where a process stands among the ranks and where they meet, from what torchrun or srun has set."""
 
 import subprocess
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from util.errors import UserError
 

@@ -5,7 +5,7 @@ from nothing.
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from util.config import MAY_CHANGE_ON_RESUME, Config, to_dict
 from util.errors import UserError
 
 
-def load_last(path: Path) -> tuple[Optional[dict[str, Any]], str]:
+def load_last(path: Path) -> tuple[dict[str, Any] | None, str]:
     """(content, remark) of the newest checkpoint at `path`: ours, or one of the published program's; (None,
     "") without one.
     """

@@ -2,7 +2,8 @@
 try.
 """
 
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Callable
+from typing import NamedTuple
 
 from util import detectors
 from util.detectors import Finding, Run
@@ -11,7 +12,7 @@ from util.detectors import Finding, Run
 class Rule(NamedTuple):
     name: str
     description: str
-    find: Callable[[Run], Optional[Finding]]
+    find: Callable[[Run], Finding | None]
     advice: str
 
 

@@ -3,7 +3,7 @@ per step.
 """
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 
 def learning_rate(
