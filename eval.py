@@ -208,7 +208,7 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
     where, values, said = f"checkpoint {path}", network.state_dict(), opened.config.backbone
     if form == "onnx":
         content, checked = export.onnx(network, channels(values, "backbone."), opened.config.image_size)
-        checkpoint.write_whole(file, lambda out: out.write(content))
+        checkpoint.write_atomically(file, lambda out: out.write(content))
         said += f"; {checked}"
     else:
         value = (
@@ -216,7 +216,7 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
             if form == "published"
             else export.plain_resnet(values, said, where)
         )
-        checkpoint.write_whole(file, lambda out: checkpoint.write_torch(value, out))
+        checkpoint.write_atomically(file, lambda out: checkpoint.write_torch(value, out))
         said += f"; {value['epoch']} whole epochs" if form == "published" else ""
     print(f"{file}: {form}, {said}")
 
@@ -273,7 +273,7 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
                 count += 1
         file.detach()  # or it would close `out`
 
-    checkpoint.write_whole(output, write)
+    checkpoint.write_atomically(output, write)
     for name, cause in bad.take():
         print(f"left out: {name}: {cause}")
     print(f"{count} images below {folder} classified: {output}")

@@ -108,7 +108,7 @@ def main() -> None:
     elif saved_state is not None:
         start = resume_published(last, saved_state, stream.steps_per_epoch, method, optimizer)
     elif config.moco_path:
-        start_from_moco(Path(config.moco_path), method)
+        start_from_moco(Path(config.moco_path), method.student, method.teacher.net)
     elif config.start_epoch:
         raise UserError(
             f"there is no checkpoint {last} to start epoch {config.start_epoch} from: a new run starts at epoch 0"
@@ -201,7 +201,7 @@ def main() -> None:
         stop = agree and dist_utils.any_rank(preempt.stop_requested()) and done < total
         if done % config.print_freq == 0 or evaluate_now:
             with log_stop_reason(log, done):
-                values = meter.read()  # stops here if a loss was not finite, before anything is saved
+                values = meter.take_means()  # stops here if a loss was not finite, before anything is saved
             seconds = time.monotonic() - clock
             speed = (done - clock_step) * images / seconds
             log.train(done, epoch, config.epochs, {**values, "lr": lr, "images_per_s": round(speed, 1)})
