@@ -33,19 +33,13 @@ class Config:
         "simmatch", "simmatch, simmatch_single (one network, as for CIFAR), fixmatch or supervised"
     )
     output_dir: str = arg(
-        "",
-        "directory for everything the run writes; empty: checkpoints/<name of the config file or of "
-        "--checkpoint>",
+        "", "directory for all output; empty: checkpoints/<name of the config file or of --checkpoint>"
     )
     checkpoint: str = arg(
-        "",
-        "NAME: use checkpoints/NAME instead of last.pth in the output directory; it may be a published "
-        "checkpoint",
+        "", "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint"
     )
     evaluate: bool = arg(False, "evaluate --checkpoint instead of training")
-    seed: int = arg(
-        0, "random seed of the labeled subset, the initial weights, the order of the images and the views"
-    )
+    seed: int = arg(0, "random seed of labeled subset, initial weights, image order and views")
     device: str = arg("auto", "auto (a GPU if there is one), cpu or cuda")
     precision: str = arg(
         "fp32", "autocast of the networks: fp32 (none), bf16 or fp16; losses and weights stay in fp32"
@@ -57,39 +51,30 @@ class Config:
         23456, "port where ranks started by srun meet; an offset that depends on the job ID is added"
     )
     virtual_ranks: int = arg(
-        0,
-        "number of ranks of a step, shared evenly by the processes, each of which runs its ranks one after "
-        "another; 0: one rank per process",
+        0, "ranks of a step; processes share them evenly and run theirs in turn; 0: one per process"
     )
     other_ranks: str = arg(
         "refuse", "when resuming with another number of ranks: refuse, or continue at the same step"
     )
     timeout_minutes: float = arg(
-        10.0, "minutes that a rank waits for another one before the run ends and names the missing rank"
+        10.0, "minutes that a rank waits for another one before the run ends, naming that rank"
     )
     # data
     dataset: str = arg("imagenet", "name of a data set in dataset/build.py")
     data: str = arg(
-        "",
-        "root directory of the images; empty: the path at the top of dataset/imagenet.py, or data/ for CIFAR",
+        "", "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR"
     )
     unlabelled: str = arg("", "dataset folder: directory of additional unlabeled images, at any depth")
     val: str = arg(
-        "",
-        "dataset folder: directory of the test images, one subdirectory per class; empty: val/ in --data, "
-        "or --val-share",
+        "", "dataset folder: test images, one folder per class; empty: val/ in --data, or --val-share"
     )
     val_share: float = arg(
-        0.0, "dataset folder without test images: share of each class to hold out as test images"
+        0.0, "dataset folder without test images: share of each class to hold out for testing"
     )
-    split: str = arg(
-        "", "labeled split: a published list (python -m dataset.splits list prints them) or a list file"
-    )
+    split: str = arg("", "labeled split: a published list (see python -m dataset.splits list) or a list file")
     labels_per_class: int = arg(0, "without --split: number of labeled images per class, drawn with --seed")
     anno_percent: float = arg(
-        0.1,
-        "without --split and --labels-per-class: share of labeled images; for ImageNet 0.01 and 0.1 select "
-        "SimMatch's lists",
+        0.1, "without --split and --labels-per-class: labeled share; ImageNet 0.01, 0.1: SimMatch's lists"
     )
     weak: str = arg("weak", "weak view, of labeled and unlabeled images: a name in dataset/views.py")
     strong: str = arg(
@@ -97,18 +82,12 @@ class Config:
     )
     image_size: int = arg(224, "side length in pixels of the views of image files; the recipes use 224")
     device_views: str = arg(
-        "auto",
-        "where flips, color changes, blur and normalization run: on (training device), off (workers, with "
-        "PIL) or auto (on for a GPU)",
+        "auto", "do flips, color, blur and normalization on the training device: on, off (PIL), auto (if GPU)"
     )
     on_bad_image: str = arg(
         "stop", "if an image cannot be read: stop the run, or skip it and use another one instead"
     )
-    workers: int = arg(
-        6,
-        "number of worker processes that load training images, and again as many for test images; does not "
-        "change what is loaded",
-    )
+    workers: int = arg(6, "worker processes that load training images, and again as many for test images")
     batch_size: int = arg(8, "labeled images per rank and step (B)")
     mu: int = arg(5, "unlabeled images per labeled image")
     # network
@@ -116,24 +95,20 @@ class Config:
     cls: int = arg(1000, "number of classes (C); must match the data; 0: taken from the data")
     dim: int = arg(128, "dimension of the embedding z (D)")
     norm: str = arg("None", "normalization of the backbone: None or BN, which both mean batch norm per rank")
-    moco_path: str = arg(
-        "", "MoCo checkpoint from which a new run initializes the backbone and the projection head"
-    )
+    moco_path: str = arg("", "MoCo checkpoint that initializes the backbone and projection head of a new run")
     # optimization: SGD
     epochs: int = arg(
-        200, "number of epochs, each one pass over the unlabeled images, or --steps-per-epoch steps"
+        200, "number of epochs: passes over the unlabeled images, or --steps-per-epoch steps each"
     )
     start_epoch: int = arg(
-        0,
-        "accepted because published commands have it; a checkpoint contains its own step, and a new run "
-        "needs 0",
+        0, "for published commands: a new run needs 0, a resumed one starts at its own step"
     )
     steps_per_epoch: int = arg(0, "number of steps in an epoch; 0: one pass over the unlabeled images")
     lr: float = arg(0.1, "learning rate after warm-up")
     warmup_epoch: int = arg(0, "epochs of linear learning-rate warm-up")
     cos: bool = arg(False, "cosine decay of the learning rate to 0, once per epoch; otherwise --schedule")
     cos_7_16: bool = arg(
-        False, "FixMatch's learning rate, at every step: lr * cos(7 pi / 16 * share of the steps done)"
+        False, "FixMatch's decay, at every step: lr * cos(7 pi / 16 * share of the steps done)"
     )
     schedule: list[int] = arg(
         [120, 160], "without --cos and --cos-7-16: epochs at which the learning rate is divided by 10"
@@ -158,9 +133,7 @@ class Config:
         256, "number of past steps whose mean predictions form the prior of distribution alignment"
     )
     bank_m: float = arg(
-        0.0,
-        "momentum of the bank rows: share of the old row that is kept when a row is written (temporal "
-        "ensemble)",
+        0.0, "momentum of the bank: share of the old row that stays when it is written (temporal ensemble)"
     )
     eman: bool = arg(
         False, "EMAN teacher (BN statistics are averaged too); otherwise EMA teacher with shuffle-BN"
@@ -170,18 +143,14 @@ class Config:
     print_freq: int = arg(20, "steps between two train events in the log")
     eval_freq: int = arg(1, "epochs between two evaluations, each of which also saves a checkpoint")
     diagnose_freq: int = arg(
-        0,
-        "steps between two diagnostics events (docs/DOCTOR.md), each of which takes the time of about "
-        "three steps; 0: with every evaluation",
+        0, "steps between diagnostics events (they take three steps' time); 0: with every evaluation"
     )
     save_freq: int = arg(0, "steps between two additional checkpoints; 0: none")
     on_save_error: str = arg(
-        "stop",
-        "if a checkpoint or the log cannot be written, as on a full disk: stop the run, or continue and "
-        "try again later",
+        "stop", "if a checkpoint or the log cannot be written (disk full): stop, or continue and try again"
     )
     save_minutes: float = arg(
-        0.0, "minutes between two additional checkpoints, checked every --print-freq steps; 0: none"
+        0.0, "minutes between additional checkpoints, checked every --print-freq steps; 0: none"
     )
 
 
