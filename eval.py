@@ -6,8 +6,9 @@ Files of the published SimMatch, SimMatchV2 and FixMatch serve as well; --export
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Optional, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from util.metrics import evaluate
 OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "image_size")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """argv: the command line; None: this program's own."""
     parser = Parser(__doc__)
     parser.add_argument(
@@ -118,7 +119,7 @@ class Opened(NamedTuple):
     what: str  # a line that says what it is
     classes: list[str]  # names; of a published file: numbers                               [C]
     student: Network  # both in eval mode, on the CPU
-    teacher: Optional[Network]
+    teacher: Network | None
 
 
 def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
@@ -154,7 +155,7 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
             f"the config in {path}: unknown method {config.method!r}; known: {', '.join(METHODS)}"
         )
 
-    networks: list[Optional[Network]] = []
+    networks: list[Network | None] = []
     for prefix in prefixes:
         if kind == "fixmatch" and not any(key.startswith(prefix) for key in tensors):
             networks.append(None)
@@ -207,7 +208,7 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
     where, values, said = f"checkpoint {path}", network.state_dict(), opened.config.backbone
     if form == "onnx":
         content, checked = export.onnx(network, channels(values, "backbone."), opened.config.image_size)
-        checkpoint.write_whole(file, lambda out: out.write(content))
+        checkpoint.write_atomically(file, lambda out: out.write(content))
         said += f"; {checked}"
     else:
         value = (
@@ -215,7 +216,7 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
             if form == "published"
             else export.plain_resnet(values, said, where)
         )
-        checkpoint.write_whole(file, lambda out: checkpoint.write_torch(value, out))
+        checkpoint.write_atomically(file, lambda out: checkpoint.write_torch(value, out))
         said += f"; {value['epoch']} whole epochs" if form == "published" else ""
     print(f"{file}: {form}, {said}")
 
@@ -272,7 +273,7 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
                 count += 1
         file.detach()  # or it would close `out`
 
-    checkpoint.write_whole(output, write)
+    checkpoint.write_atomically(output, write)
     for name, cause in bad.take():
         print(f"left out: {name}: {cause}")
     print(f"{count} images below {folder} classified: {output}")

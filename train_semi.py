@@ -108,7 +108,7 @@ def main() -> None:
     elif published_state:
         start = resume_published(last, published_state, stream.steps_per_epoch, method, optimizer)
     elif config.moco_path:
-        start_from_moco(Path(config.moco_path), method)
+        start_from_moco(Path(config.moco_path), method.student, method.teacher.net)
     elif config.start_epoch:
         raise UserError(
             f"there is no checkpoint {last} to start epoch {config.start_epoch} from: "
@@ -204,7 +204,7 @@ def main() -> None:
         stop = may_stop and dist_utils.any_rank(preempt.stop_requested()) and done < total
         if done % config.print_freq == 0 or evaluate_now:
             with log_stop_reason(log, done):
-                means = meter.read()  # raises if a loss was not finite, before anything is saved
+                means = meter.take_means()  # raises if a loss was not finite, before anything is saved
             seconds = time.monotonic() - clock
             images_per_s = (done - clock_step) * (n_x + n_u) / seconds
             log.train(done, epoch, config.epochs, {**means, "lr": lr, "images_per_s": round(images_per_s, 1)})

@@ -24,7 +24,7 @@ import torchvision  # noqa: E402
 
 from util.config import MAY_CHANGE_ON_RESUME, parse, read_yaml, to_dict  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
-from util.report import read  # noqa: E402
+from util.report import read_evaluated_run  # noqa: E402
 
 METHODS = {"simmatch": "SimMatch", "fixmatch": "FixMatch", "supervised": "supervised"}
 LABELS = {1: "10 labels", 4: "40 labels"}
@@ -66,7 +66,7 @@ def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: 
         if done.returncode:
             raise UserError(f"{folder}: {done.stderr.strip()}")
         seconds.write_text(f"{time.monotonic() - begun:.1f}")
-    return read(folder).evals[-1]["student_top1"], float(seconds.read_text())
+    return read_evaluated_run(folder).eval_events[-1]["student_top1"], float(seconds.read_text())
 
 
 def machine() -> str:

@@ -167,7 +167,7 @@ def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, An
         )
         meter.add(step, terms, output.pseudo_label, output.mask, None)
         dist_utils.any_rank(False)  # whether to stop
-        meter.read()
+        meter.take_means()
         sent.append(ledger.take())
     return {"sent": sent, **sizes(config, method)}
 

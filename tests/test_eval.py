@@ -33,7 +33,7 @@ def test_per_class_is_on_demand(finished, command):  # noqa: F811
     [
         (
             lambda s: s["config"].update(backbone="resnet18_encoder"),
-            ["a.pth", "another network or class count"],
+            ["a.pth", "another network or number of classes"],
         ),
         (lambda s: s["config"].update(cls=7), ["cls is 7", "10 classes"]),
         (

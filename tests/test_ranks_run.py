@@ -142,13 +142,13 @@ def test_another_number_of_processes_is_refused_or_goes_on_as_the_user_says(mist
     mistake(
         train_semi.main,
         [*FLAGS, "--output-dir", folder],
-        "of 2 ranks, this start is of 1",
+        "has 2 ranks, but this start has 1",
         "--virtual-ranks 2",
         "--other-ranks continue",
     )
     assert (folder / "last.pth").read_bytes() == before
     ((code, out, err),) = finish(start(folder, "--other-ranks", "continue", processes=1))
-    assert code == 0 and "the same step, rounded otherwise" in out and f"at step {reached}" in out, err
+    assert code == 0 and "the same step, up to rounding" in out and f"at step {reached}" in out, err
     steps = [event["step"] for event in events(folder) if event["event"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 60 and weights(folder)["world"] == 2
 

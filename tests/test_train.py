@@ -273,7 +273,7 @@ def test_mistakes_about_where_to_start(flags, words, mistake, tmp_path):
 
 def test_a_folder_or_a_published_file_in_the_place_of_a_checkpoint(mistake, tmp_path):
     (tmp_path / "last.pth").mkdir()
-    mistake(train_semi.main, [*DIGITS, tmp_path], "last.pth is a folder")
+    mistake(train_semi.main, [*DIGITS, tmp_path], "last.pth is a directory")
     (tmp_path / "last.pth").rmdir()
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "last.pth")
     before = (tmp_path / "last.pth").read_bytes()
@@ -281,8 +281,8 @@ def test_a_folder_or_a_published_file_in_the_place_of_a_checkpoint(mistake, tmp_
     mistake(
         train_semi.main,
         [*DIGITS, tmp_path],
-        "of the published program, but",
-        "last.previous.pth is of another run",
+        "is a published checkpoint, but",
+        "last.previous.pth belongs to another run",
     )
     assert (tmp_path / "last.pth").read_bytes() == before
 

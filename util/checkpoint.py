@@ -1,12 +1,13 @@
-"""Checkpoints: written whole or not at all, read without running any code that a file may hold."""
+"""Checkpoints: written completely or not at all, and read without running code that a file may contain."""
 
 import hashlib
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Optional
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -32,30 +33,32 @@ KEYS = {
     "meter": dict,
     "bad_images": list,
 }  # world: ranks of a step; batch_size: labeled images of a rank
-# EMAN's files hold their best accuracy as a number of NumPy, whose module has had two names. It is made
-# without running code.
-NUMPY_NUMBERS = [
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+# EMAN's files store their best accuracy as a NumPy scalar. Its module has two names, depending on the version
+# of NumPy; creating one runs no code of the file.
+_numpy_scalar: Any = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
     type(np.dtype(np.float64)),
 ]
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
-    """Write `state` (the KEYS) to `path`, whole or not at all; keep_previous: see `write_whole`."""
-    write_whole(
+    """Write `state`, which has the KEYS, to `path` as `write_atomically` does, with its checksum."""
+    write_atomically(
         path,
         lambda file: write_torch({**state, "format": FORMAT, "sha256": digest(state)}, file),
         keep_previous,
     )
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None], keep_previous: bool = False) -> None:
-    """Have `write` fill a temporary file beside `path`, flush it, then rename it over `path`. OSError becomes
-    a UserError.
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], keep_previous: bool = False) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`. An
+    OSError becomes a UserError.
 
-    keep_previous: what stood there becomes `previous(path)`; at no moment are there fewer whole files than
-    before.
+    keep_previous: the old file is kept as `previous(path)`. At every moment there are at least as many
+    complete files as before.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -67,27 +70,29 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None], keep_previous: bo
             os.replace(path, previous(path))
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {_reason(error)}; what stood there before is intact") from None
+        raise UserError(
+            f"cannot write {path}: {_reason(error)}; the file that was there before is unchanged"
+        ) from None
     finally:
-        with suppress(OSError):  # gone after the renaming; and nothing can be done where removing it fails
+        with suppress(OSError):  # it was renamed, or the disk does not allow to remove it
             temporary.unlink()
 
 
 def write_torch(value: Any, file: BinaryIO) -> None:
-    """torch.save, with its failures as OSError."""
-    sink = _ErrorKeepingFile(file)
+    """torch.save, but a failed write raises OSError."""
+    wrapped = _ErrorKeepingFile(file)
     try:
-        torch.save(value, sink)
-    except RuntimeError as error:  # torch's way to report a full disk, without the reason
-        raise (sink.error or OSError(str(error))) from None
+        torch.save(value, wrapped)  # type: ignore[arg-type]  # it needs no more than write and flush
+    except RuntimeError as error:  # torch reports a full disk like this, without the reason
+        raise (wrapped.error or OSError(str(error))) from None
 
 
 class _ErrorKeepingFile:
-    """A file as torch.save wants it, that remembers why a write failed."""
+    """A file for torch.save that remembers why a write failed."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.flush = file, file.flush
-        self.error: Optional[OSError] = None
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
@@ -98,27 +103,27 @@ class _ErrorKeepingFile:
 
 
 class Writer:
-    """Writes last.pth and best.pth in a thread of its own: training waits for a copy of the state in memory,
-    not for the disk.
+    """Writes last.pth and best.pth in a thread: training waits until the state is copied in memory, but not
+    for the disk.
 
-    One write at a time; the next one waits for it. What could not be written is told, and then stops the run
-    or, with on_error `continue`, is tried again at the next checkpoint.
+    There is one write at a time, and the next one waits for it. After a failed write the run stops or, with
+    on_error `continue`, warns and tries again with the next checkpoint.
     """
 
     def __init__(
         self, last: Path, best: Path, on_error: str, warn: Callable[[str], None], last_is_whole: bool = True
     ):
-        """on_error: stop or continue. last_is_whole: False where `last` is damaged and must not become the
-        previous one.
+        """on_error: stop or continue. last_is_whole: False if the file at `last` is damaged and must not
+        become `previous(last)`.
         """
         self.paths, self.on_error, self.warn, self.last_is_whole = (last, best), on_error, warn, last_is_whole
-        self.thread: Optional[threading.Thread] = None
-        self.best: Optional[dict[str, Any]] = None  # the state of best.pth while it is not written
-        self.error: Optional[UserError] = None
+        self.thread: threading.Thread | None = None
+        self.best: dict[str, Any] | None = None  # the state for best.pth until it is written
+        self.error: UserError | None = None
 
     def save(self, state: dict[str, Any], best: bool) -> None:
-        """state: the KEYS; best: whether it is the best so far too. Raises UserError if the write before
-        failed.
+        """Start to write `state`, which has the KEYS, to last.pth, and with `best` also to best.pth. Raises
+        UserError if the previous write failed.
         """
         self._wait()
         state = copy_to_cpu(state)
@@ -128,15 +133,15 @@ class Writer:
         self.thread.start()
 
     def close(self) -> None:
-        """Wait until all is written. Raises UserError if the last state is not, whatever on_error says."""
+        """Wait until everything is written. Raises UserError if the last write failed, for any on_error."""
         self.on_error = "stop"
         self._wait()
 
     def _write(self, state: dict[str, Any]) -> None:
         try:
-            if (
-                self.best is not None
-            ):  # best first: a run killed between the two repeats this stretch and writes it again
+            # best.pth first: a run killed between the two writes resumes from the old last.pth and writes
+            # both again
+            if self.best is not None:
                 save(self.paths[1], self.best)
                 self.best = None
             save(self.paths[0], state, keep_previous=self.last_is_whole)
@@ -151,11 +156,11 @@ class Writer:
         if error is not None and self.on_error == "stop":
             raise error
         if error is not None:
-            self.warn(f"{error}; training goes on, and the next checkpoint is tried as planned")
+            self.warn(f"{error}; training goes on and tries again with the next checkpoint")
 
 
 def copy_to_cpu(value: Any) -> Any:
-    """A copy of a state that no further step changes, its tensors on the CPU."""
+    """A deep copy of a state with its tensors on the CPU, which later steps do not change."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -171,13 +176,13 @@ def previous(path: Path) -> Path:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a state: of keys, shapes, types and the bytes of every tensor."""
+    """SHA-256 of a state: of its keys and values, and of the type, shape and bytes of every tensor."""
     total = hashlib.sha256()
 
     def feed(v: Any) -> None:
         if isinstance(v, torch.Tensor):
             total.update(f"tensor {list(v.shape)} {v.dtype}".encode())
-            total.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            total.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif isinstance(v, (dict, list, tuple)):
             total.update(f"{type(v).__name__} {len(v)}".encode())
             for part in v.items() if isinstance(v, dict) else v:
@@ -189,9 +194,9 @@ def digest(value: Any) -> str:
     return total.hexdigest()
 
 
-def load_newest(path: Path) -> tuple[Optional[dict[str, Any]], str]:
-    """(state, remark): of `path`, or, where that is damaged or gone, of the one before it; (None, "") if
-    there is neither.
+def load_newest(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """(state, warning) from `path`, or from `previous(path)` if `path` is damaged or missing; (None, "") if
+    neither exists.
     """
     before = previous(path)
     if not os.path.lexists(path) and not before.exists():
@@ -201,20 +206,22 @@ def load_newest(path: Path) -> tuple[Optional[dict[str, Any]], str]:
     except UserError as error:
         if not before.exists():
             raise
-        return load(before), f"{error}; going on from the one before it, {before}"
+        return load(before), f"{error}; resuming from the previous one, {before}"
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state saved at `path`, on the CPU. Raises UserError when it is missing, damaged or not one of ours."""
-    return check(read(path), path)
+    """The state that `save` wrote to `path`, on the CPU. Raises UserError if the file is missing or damaged
+    or was not written by `save`.
+    """
+    return verify(load_file(path), path)
 
 
-def read(path: Path) -> Any:
-    """What torch.save has put into the file at `path`, ours or not, on the CPU. Raises UserError when it is
-    missing or damaged, or holds anything but tensors and plain values.
+def load_file(path: Path) -> Any:
+    """The content of any file that torch.save wrote, on the CPU. Raises UserError if the file is missing or
+    damaged or contains anything but tensors and plain values.
     """
     try:
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
@@ -224,17 +231,17 @@ def read(path: Path) -> Any:
         raise UserError(f"checkpoint {path} cannot be read: {_reason(error)}") from None
     except pickle.UnpicklingError as error:
         with open(path, "rb") as file:
-            pickled = file.read(2)[:1] in (b"\x80", b"P")  # of pickle, or of a zip file with one
+            pickled = file.read(2)[:1] in (b"\x80", b"P")  # a pickle, or a zip file with one
         if (
             pickled
             and "weights_only" in str(error)
             and ("Unsupported" in str(error) or "GLOBAL" in str(error))
         ):
             raise UserError(
-                f"checkpoint {path} is refused: it holds objects that could run code, "
+                f"checkpoint {path} is refused: it contains objects that could run code, "
                 "not only tensors and plain values"
             ) from None
-        raise UserError(f"checkpoint {path} is not a PyTorch checkpoint, or damaged") from None
+        raise UserError(f"checkpoint {path} is not a PyTorch checkpoint, or it is damaged") from None
     except (
         RuntimeError,
         EOFError,
@@ -246,38 +253,38 @@ def read(path: Path) -> Any:
         AssertionError,
     ):
         raise UserError(
-            f"checkpoint {path} is damaged or cut short; take another one, such as best.pth"
+            f"checkpoint {path} is damaged or incomplete; use another one, such as best.pth"
         ) from None
 
 
-def check(state: Any, path: Path) -> dict[str, Any]:
-    """`state`, read from `path`, without its checksum. Raises UserError when it is not one of ours, whole and
-    unchanged.
+def verify(state: Any, path: Path) -> dict[str, Any]:
+    """`state`, the content of `path`, without its checksum. Raises UserError if `save` did not write
+    it, or if it was changed since.
     """
     if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
-        raise UserError(f"checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}")
+        raise UserError(
+            f"checkpoint {path} has format {state['format']!r}, but this version reads format {FORMAT}"
+        )
     missing = [
         key
         for key, kind in KEYS.items()
         if not isinstance(state, dict) or not isinstance(state.get(key), kind)
     ]
     if missing:
-        raise UserError(
-            f"checkpoint {path} was not written by train_semi.py: it has no proper {missing[0]!r}"
-        )
+        raise UserError(f"checkpoint {path} was not written by train_semi.py: it has no valid {missing[0]!r}")
     if state.pop("sha256", None) != digest({key: value for key, value in state.items() if key != "format"}):
         raise UserError(
-            f"checkpoint {path} is damaged: its content does not agree with its checksum; take another one"
+            f"checkpoint {path} is damaged: its content does not match its checksum; use another one"
         )
     return state
 
 
 def check_finite(values: dict[str, Any], step: int) -> None:
-    """Raise UserError, naming the first, if a tensor of a module's state is not finite: such a state is never
-    saved.
+    """Raise UserError with the name of the first tensor of a state_dict that is not finite: such a state is
+    never saved.
 
-    Training waits for this, so that it reads every tensor once, and a GPU is asked once: the smallest and the
-    largest value of a tensor are finite, and not NaN, if and only if all are.
+    Training waits for this check. It therefore reads every tensor once and synchronizes with a GPU once: all
+    values of a tensor are finite if and only if its minimum and its maximum are.
     """
     floating = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
     if not floating:
@@ -289,15 +296,15 @@ def check_finite(values: dict[str, Any], step: int) -> None:
     for name, fine in zip(floating, finite):
         if not fine:
             raise UserError(
-                f"{name} is not finite after step {step - 1}; training stops, and the last checkpoint stays as "
-                "it was: try a lower --lr"
+                f"{name} is not finite after step {step - 1}; training stops and keeps the last checkpoint: "
+                "try a lower --lr"
             )
 
 
 def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: str = "") -> None:
-    """module.load_state_dict with exact keys and shapes; a UserError names the first that differ.
+    """module.load_state_dict with exact keys and shapes. A UserError names the first differences.
 
-    prefix: what the module's keys start with in `values`; other keys there are left alone.
+    prefix: what the module's keys start with in `values`; other keys of `values` are ignored.
     """
     own = {prefix + key: value for key, value in module.state_dict().items()}
     values = {key: value for key, value in values.items() if key.startswith(prefix)}
@@ -309,12 +316,12 @@ def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: s
         if key in values and _shape(values[key]) != _shape(own[key])
     ]
     if wrong:
-        raise UserError(f"checkpoint {path} is of another network or class count: {first_three(wrong)}")
+        raise UserError(f"checkpoint {path} has another network or number of classes: {first_three(wrong)}")
     module.load_state_dict({key[len(prefix) :]: value for key, value in values.items()})
 
 
 def first_three(wrong: list[str]) -> str:
-    """The first three of a list of what is wrong, and the number of the rest."""
+    """The first three entries of a list for a message, and the number of the others."""
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 

@@ -1,112 +1,96 @@
-"""Symptoms of a broken run: functions of its events, each of which finds one or nothing. util/rules.py has
-them in words.
+"""Detectors of what is wrong in a run. Each looks at the run's events and returns a finding or None;
+util/rules.py names and describes them.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from statistics import fmean, median
-from typing import Any, Callable, NamedTuple, Optional
+from typing import NamedTuple
 
-from util.config import Config
+from util.run_log import Event, RunLog
 from util.schedule import learning_rate
-
-Event = dict[str, Any]
-
-
-class Run(NamedTuple):
-    """A run as its log tells it; events in order."""
-
-    config: Config
-    trains: list[Event]
-    evals: list[Event]
-    diagnostic_events: list[Event]  # diagnostics
-    stops: list[Event]
-    steps_per_epoch: Optional[int]  # None before the first evaluation or diagnostics
-
-    def after_warmup(self, events: list[Event]) -> list[Event]:
-        """Those after the first epoch and the warm-up, before which much is allowed to look odd."""
-        if self.steps_per_epoch is None:
-            return []
-        return [e for e in events if e["step"] > max(1, self.config.warmup_epoch) * self.steps_per_epoch]
 
 
 class Finding(NamedTuple):
-    what: str
-    first: int  # steps between which it is seen
-    last: int
+    what: str  # one line
+    first_step: int  # of the events that show it
+    last_step: int
 
 
-def _latest(
-    events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str
-) -> Optional[Finding]:
-    """A finding if `key` of each of the last `n` events is there and bad. what: takes {n}, {first}, {last}
-    values.
+def _latest(events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str) -> Finding | None:
+    """A finding if the value of `key` is bad in each of the last `n` events; its first step is where this row
+    of bad events began. what: a format string for {n}, the number of bad events, and {value}, the last value.
     """
-    end = events[-n:]
-    if len(end) < n or not all(e.get(key) is not None and bad(e[key]) for e in end):
+
+    def is_bad(event: Event) -> bool:
+        return event.get(key) is not None and bad(event[key])
+
+    if len(events) < n or not all(map(is_bad, events[-n:])):
         return None
     start = len(events) - n
-    while start and events[start - 1].get(key) is not None and bad(events[start - 1][key]):
+    while start and is_bad(events[start - 1]):
         start -= 1
-    seen = events[start:]
-    return Finding(what.format(n=len(seen), value=seen[-1][key]), seen[0]["step"], seen[-1]["step"])
+    bad_events = events[start:]
+    message = what.format(n=len(bad_events), value=bad_events[-1][key])
+    return Finding(message, bad_events[0]["step"], bad_events[-1]["step"])
 
 
-def _first(findings: Any) -> Optional[Finding]:
+def _first(findings: Iterable[Finding | None]) -> Finding | None:
     return next((finding for finding in findings if finding), None)
 
 
-def _better_than_guessing(accuracy: float, classes: int) -> float:
-    """0 for a guess among `classes`, 1 for always right (Cohen's kappa for balanced classes)."""
+def _above_chance(accuracy: float, classes: int) -> float:
+    """0 at chance among `classes`, 1 if always right (Cohen's kappa for balanced classes)."""
     return (accuracy - 1 / classes) / (1 - 1 / classes)
 
 
-def _accuracy(run: Run) -> Optional[float]:
-    """How right the teacher is, last: of pseudo-labels where hidden labels exist, else on the test images; 0
-    to 1.
+def _teacher_accuracy(run: RunLog) -> float | None:
+    """The teacher's latest accuracy, 0 to 1: of its pseudo-labels if the true labels are known, otherwise on
+    the test images.
     """
-    if run.trains and run.trains[-1]["pseudo_acc"] is not None:
-        return fmean(e["pseudo_acc"] for e in run.trains[-3:])
-    return run.evals[-1]["teacher_top1"] / 100 if run.evals else None
+    if run.train_events and run.train_events[-1]["pseudo_acc"] is not None:
+        return fmean(e["pseudo_acc"] for e in run.train_events[-3:])
+    return run.eval_events[-1]["teacher_top1"] / 100 if run.eval_events else None
 
 
-def _has_bank(run: Run, events: list[Event]) -> list[Event]:
-    """Settled events from which on the bank is used: it was at the diagnostics, or, without any, after the
-    second epoch.
+def _with_bank(run: RunLog, events: list[Event]) -> list[Event]:
+    """The events after warm-up in which the bank is in use: after the first diagnostics event that used it,
+    or, in a log without diagnostics, after the second epoch.
     """
-    used = [e["step"] for e in run.diagnostic_events if e["q_entropy"] is not None]
-    start = used[0] if used else math.inf if run.diagnostic_events else 2 * (run.steps_per_epoch or 0)
+    steps = [e["step"] for e in run.diagnostic_events if e["q_entropy"] is not None]
+    start = steps[0] if steps else math.inf if run.diagnostic_events else 2 * (run.steps_per_epoch or 0)
     return [e for e in run.after_warmup(events) if e["step"] > start]
 
 
-def not_finite(run: Run) -> Optional[Finding]:
+def not_finite(run: RunLog) -> Finding | None:
     for e in run.diagnostic_events:
         bad = [
             name for name in e["not_finite"] if run.config.precision != "fp16" or not name.startswith("grad_")
         ]
         if bad:
-            return Finding(f"{', '.join(bad)} not finite", e["step"], e["step"])
-    return _first(Finding(e["why"].split(";")[0], e["step"], e["step"]) for e in run.stops)
+            return Finding(f"not finite: {', '.join(bad)}", e["step"], e["step"])
+    return _first(Finding(e["why"].split(";")[0], e["step"], e["step"]) for e in run.stop_events)
 
 
-def exploding(run: Run) -> Optional[Finding]:
+def exploding_loss(run: RunLog) -> Finding | None:
     bound = 3 * math.log(run.config.cls)
-    bad = [e for e in run.trains if e["loss_x"] > bound]
+    bad = [e for e in run.train_events if e["loss_x"] > bound]
     return Finding(f"loss_x is {bad[0]['loss_x']:.3g}", bad[0]["step"], bad[-1]["step"]) if bad else None
 
 
-def not_learning(run: Run) -> Optional[Finding]:
-    guess = math.log(run.config.cls)
+def not_learning(run: RunLog) -> Finding | None:
+    chance = math.log(run.config.cls)
     return _latest(
-        run.after_warmup(run.trains),
+        run.after_warmup(run.train_events),
         "loss_x",
         5,
-        lambda v: v >= 0.95 * guess,
-        f"loss_x is {{value:.3g}}, a guess has {guess:.3g}",
+        lambda v: v >= 0.95 * chance,
+        f"loss_x is {{value:.3g}}; guessing gives {chance:.3g}",
     )
 
 
-def dead_term(run: Run) -> Optional[Finding]:
-    def find(name: str, events: list[Event]) -> Optional[Finding]:
+def dead_term(run: RunLog) -> Finding | None:
+    def find(name: str, events: list[Event]) -> Finding | None:
         shares = [
             {"step": e["step"], "share": e[name] / e["loss"]}
             for e in events
@@ -123,40 +107,44 @@ def dead_term(run: Run) -> Optional[Finding]:
     c = run.config
     return _first(
         [
-            c.lambda_u and find("loss_u", run.after_warmup(run.trains)),
-            c.lambda_in and find("loss_in", _has_bank(run, run.trains)),
+            find("loss_u", run.after_warmup(run.train_events)) if c.lambda_u else None,
+            find("loss_in", _with_bank(run, run.train_events)) if c.lambda_in else None,
         ]
     )
 
 
-def mask_at_0(run: Run) -> Optional[Finding]:
+def mask_at_0(run: RunLog) -> Finding | None:
     return _latest(
-        run.after_warmup(run.trains), "mask", 5, lambda v: v < 1e-4, "mask is {value:.2g} in {n} train events"
+        run.after_warmup(run.train_events),
+        "mask",
+        5,
+        lambda v: v < 1e-4,
+        "mask is {value:.2g} in {n} train events",
     )
 
 
-def mask_at_1(run: Run) -> Optional[Finding]:
-    right = _accuracy(run)
-    if right is None or right >= 0.9:
+def mask_at_1(run: RunLog) -> Finding | None:
+    accuracy = _teacher_accuracy(run)
+    if accuracy is None or accuracy >= 0.9:
         return None
     return _latest(
-        run.after_warmup(run.trains),
+        run.after_warmup(run.train_events),
         "mask",
         5,
         lambda v: v > 0.999,
-        f"mask is {{value:.4f}} in {{n}} train events, but the teacher is right on {100 * right:.1f} %",
+        f"mask is {{value:.4f}} in {{n}} train events, but the teacher's accuracy is {100 * accuracy:.1f} %",
     )
 
 
-def _threes(events: list[Event], key: str) -> list[float]:
-    """Means over every three neighboring events."""
+def _means_of_three(events: list[Event], key: str) -> list[float]:
+    """Means over every three consecutive events; none if an event lacks the value."""
     values = [e[key] for e in events]
     return [fmean(values[i : i + 3]) for i in range(len(values) - 2)] if None not in values else []
 
 
-def mask_falling(run: Run) -> Optional[Finding]:
-    events = run.after_warmup(run.trains)
-    means = _threes(events, "mask")
+def mask_falling(run: RunLog) -> Finding | None:
+    events = run.after_warmup(run.train_events)
+    means = _means_of_three(events, "mask")
     if not means or max(means) < 0.1 or means[-1] > max(means) / 2:
         return None
     top = means.index(max(means))
@@ -165,33 +153,33 @@ def mask_falling(run: Run) -> Optional[Finding]:
     )
 
 
-def pseudo_labels_at_chance(run: Run) -> Optional[Finding]:
+def pseudo_labels_at_chance(run: RunLog) -> Finding | None:
     return _latest(
-        run.after_warmup(run.trains),
+        run.after_warmup(run.train_events),
         "pseudo_acc",
         5,
-        lambda v: _better_than_guessing(v, run.config.cls) < 0.02,
-        "pseudo_acc is {value:.3f} in {n} train events, a guess is right on " + f"{1 / run.config.cls:.3f}",
+        lambda v: _above_chance(v, run.config.cls) < 0.02,
+        "pseudo_acc is {value:.3f} in {n} train events; chance is " + f"{1 / run.config.cls:.3f}",
     )
 
 
-def confirmation_bias(run: Run) -> Optional[Finding]:
-    events = run.after_warmup(run.trains)
-    right, mask = _threes(events, "pseudo_acc"), _threes(events, "mask")
-    if not right:
+def confirmation_bias(run: RunLog) -> Finding | None:
+    events = run.after_warmup(run.train_events)
+    accuracy, mask = _means_of_three(events, "pseudo_acc"), _means_of_three(events, "mask")
+    if not accuracy:
         return None
-    top = right.index(max(right))
-    if right[-1] > right[top] - 0.05 or mask[-1] < mask[top] + 0.02:
+    top = accuracy.index(max(accuracy))
+    if accuracy[-1] > accuracy[top] - 0.05 or mask[-1] < mask[top] + 0.02:
         return None
     return Finding(
-        f"pseudo_acc fell from {right[top]:.3f} to {right[-1]:.3f} while mask rose from {mask[top]:.2f} to "
-        f"{mask[-1]:.2f}",
+        f"pseudo_acc fell from {accuracy[top]:.3f} to {accuracy[-1]:.3f}, "
+        f"while mask rose from {mask[top]:.2f} to {mask[-1]:.2f}",
         events[top]["step"],
         events[-1]["step"],
     )
 
 
-def collapsed_classes(run: Run) -> Optional[Finding]:
+def collapsed_classes(run: RunLog) -> Finding | None:
     c = run.config.cls
     events = [
         e
@@ -208,14 +196,14 @@ def collapsed_classes(run: Run) -> Optional[Finding]:
     )
     if found is None:
         return None
-    words = [
+    least, most = (
         ", ".join(f"{name} {100 * share:.1f} %" for name, share in events[-1][key][:3])
         for key in ("least", "most")
-    ]
-    return found._replace(what=f"{found.what}: least {words[0]}; most {words[1]}")
+    )
+    return found._replace(what=f"{found.what}: least {least}; most {most}")
 
 
-def prior_far(run: Run) -> Optional[Finding]:
+def prior_far_from_labels(run: RunLog) -> Finding | None:
     bound = math.log(run.config.cls) / 4
     return _latest(
         run.after_warmup(run.diagnostic_events),
@@ -226,18 +214,21 @@ def prior_far(run: Run) -> Optional[Finding]:
     )
 
 
-def q_w_certain(run: Run) -> Optional[Finding]:
-    right = _accuracy(run)
-    if right is None or right >= 0.9:
+def q_w_too_certain(run: RunLog) -> Finding | None:
+    accuracy = _teacher_accuracy(run)
+    if accuracy is None or accuracy >= 0.9:
         return None
-    return _entropy(run, lambda share: share < 0.01, f"while the teacher is right on {100 * right:.1f} %")
+    return _q_w_entropy(
+        run, lambda share: share < 0.01, f"while the teacher's accuracy is {100 * accuracy:.1f} %"
+    )
 
 
-def q_w_flat(run: Run) -> Optional[Finding]:
-    return _entropy(run, lambda share: share > 0.999, "in {n} diagnostics")
+def q_w_flat(run: RunLog) -> Finding | None:
+    return _q_w_entropy(run, lambda share: share > 0.999, "in {n} diagnostics")
 
 
-def _entropy(run: Run, bad: Callable[[float], bool], rest: str) -> Optional[Finding]:
+def _q_w_entropy(run: RunLog, bad: Callable[[float], bool], rest: str) -> Finding | None:
+    """A finding if the entropy of q_w, as a share of its maximum log K, is bad. rest: end of the message."""
     events = [
         {"step": e["step"], "share": e["q_entropy"] / math.log(e["bank_rows"])}
         for e in run.after_warmup(run.diagnostic_events)
@@ -246,9 +237,11 @@ def _entropy(run: Run, bad: Callable[[float], bool], rest: str) -> Optional[Find
     return _latest(events, "share", 3, bad, f"the entropy of q_w is {{value:.4f}} of log K {rest}")
 
 
-def lr_off(run: Run) -> Optional[Finding]:
+def lr_off_schedule(run: RunLog) -> Finding | None:
+    if not run.steps_per_epoch:
+        return None
     c, bad = run.config, []
-    for e in run.trains if run.steps_per_epoch else []:
+    for e in run.train_events:
         lr = learning_rate(
             e["step"] - 1,
             lr=c.lr,
@@ -265,7 +258,7 @@ def lr_off(run: Run) -> Optional[Finding]:
         return None
     (e, lr), (last, _) = bad[0], bad[-1]
     return Finding(
-        f"lr is {e['lr']:.6g} at step {e['step']}, the config gives {lr:.6g} ({len(bad)} train events)",
+        f"lr is {e['lr']:.6g} at step {e['step']}; the config gives {lr:.6g} ({len(bad)} train events)",
         e["step"],
         last["step"],
     )
@@ -274,7 +267,7 @@ def lr_off(run: Run) -> Optional[Finding]:
 GRADIENTS = ("grad_x", "grad_u", "grad_in")
 
 
-def no_gradient(run: Run) -> Optional[Finding]:
+def no_gradient(run: RunLog) -> Finding | None:
     return _first(
         _latest(
             run.after_warmup(run.diagnostic_events),
@@ -288,90 +281,82 @@ def no_gradient(run: Run) -> Optional[Finding]:
     )
 
 
-def gradient_exploding(run: Run) -> Optional[Finding]:
+def exploding_gradient(run: RunLog) -> Finding | None:
     for key in GRADIENTS:
         events = [e for e in run.diagnostic_events if e[key] is not None]
         for i in range(3, len(events)):
-            usual = median(e[key] for e in events[:i])
-            if events[i][key] > max(100 * usual, 100):
+            before = median(e[key] for e in events[:i])
+            if events[i][key] > max(100 * before, 100):
                 return Finding(
-                    f"{key} is {events[i][key]:.3g}, its median before is {usual:.3g}",
+                    f"{key} is {events[i][key]:.3g}; its median before was {before:.3g}",
                     events[i]["step"],
                     events[-1]["step"],
                 )
     return None
 
 
-def at_chance(run: Run) -> Optional[Finding]:
+def at_chance(run: RunLog) -> Finding | None:
     return _latest(
-        run.after_warmup(run.evals),
+        run.after_warmup(run.eval_events),
         "student_top1",
         2,
-        lambda v: _better_than_guessing(v / 100, run.config.cls) < 0.02,
-        "student_top1 is {value:.2f} % in {n} evaluations, a guess has " + f"{100 / run.config.cls:.2f} %",
+        lambda v: _above_chance(v / 100, run.config.cls) < 0.02,
+        "student_top1 is {value:.2f} % in {n} evaluations; chance is " + f"{100 / run.config.cls:.2f} %",
     )
 
 
-def students_apart(run: Run) -> Optional[Finding]:
+def student_and_teacher_apart(run: RunLog) -> Finding | None:
     gaps = [
-        {"step": e["step"], "gap": e["student_top1"] - e["teacher_top1"]} for e in run.after_warmup(run.evals)
+        {"step": e["step"], "gap": e["student_top1"] - e["teacher_top1"]}
+        for e in run.after_warmup(run.eval_events)
     ]
-    return _first(
-        [
-            _latest(
-                gaps,
-                "gap",
-                2,
-                lambda v: v < -20,
-                "the student is {value:.1f} points from the teacher, below it",
-            ),
-            _latest(gaps, "gap", 2, lambda v: v > 20, "the student is {value:.1f} points above the teacher"),
-        ]
-    )
+    limits: list[Callable[[float], bool]] = [lambda v: v < -20, lambda v: v > 20]
+    what = "student_top1 - teacher_top1 is {value:.1f} points"
+    return _first(_latest(gaps, "gap", 2, bad, what) for bad in limits)
 
 
-def accuracy_lost(run: Run) -> Optional[Finding]:
-    best = max(run.evals, key=lambda e: e["student_top1"], default=None)
-    found = best and _latest(
-        run.evals,
+def accuracy_lost(run: RunLog) -> Finding | None:
+    if not run.eval_events:
+        return None
+    best = max(run.eval_events, key=lambda e: e["student_top1"])
+    return _latest(
+        run.eval_events,
         "student_top1",
         2,
         lambda v: v < best["student_top1"] - 10,
-        "student_top1 fell to {value:.2f} %",
-    )
-    return found and found._replace(
-        what=f"{found.what} from {best['student_top1']:.2f} % at step {best['step']}"
+        f"student_top1 fell to {{value:.2f}} % from {best['student_top1']:.2f} % at step {best['step']}",
     )
 
 
-def stale_bank(run: Run) -> Optional[Finding]:
+def stale_bank(run: RunLog) -> Finding | None:
     for e in run.diagnostic_events:
         if e["bank_age_max"] is not None and e["bank_age_max"] > 2 * e["bank_pass"]:
             return Finding(
-                f"the oldest row is {e['bank_age_max']} steps old, a pass over the labels takes {e['bank_pass']}",
+                f"the oldest bank row is {e['bank_age_max']} steps old; a pass over the labeled images takes "
+                f"{e['bank_pass']} steps",
                 e["step"],
                 e["step"],
             )
         if e["q_entropy"] is not None and e["bank_unwritten"]:
-            return Finding(f"{e['bank_unwritten']} rows in use were never written", e["step"], e["step"])
+            return Finding(f"{e['bank_unwritten']} bank rows in use were never written", e["step"], e["step"])
     return _latest(
         run.after_warmup(run.diagnostic_events),
         "bank_drift",
         3,
         lambda v: v > 0.5,
-        "rows are written with bank_drift {value:.2f}",
+        "bank_drift is {value:.2f} in {n} diagnostics",
     )
 
 
-def slowed_down(run: Run) -> Optional[Finding]:
-    events = run.trains
+def slowed_down(run: RunLog) -> Finding | None:
+    events = run.train_events
     if len(events) < 15:
         return None
-    usual = median(e["images_per_s"] for e in events[:-5])
+    before = median(e["images_per_s"] for e in events[:-5])
     return _latest(
         events,
         "images_per_s",
         5,
-        lambda v: v < usual / 4,
-        f"{{value:.0f}} images/s, the median was {usual:.0f}",
+        lambda v: v < before / 4,
+        f"{{value:.0f}} images/s; the median before was {before:.0f}",
     )

@@ -1,10 +1,9 @@
-"""The diagnostics event: what a look at a step and the pseudo-labels since the last one come to, in a few
-numbers.
-"""
+"""The diagnostics event: numbers about one step and about the pseudo-labels since the last such event."""
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +12,7 @@ from util import dist_utils
 from util.errors import UserError
 from util.log import Logger
 
-# In this order in the log; docs/DOCTOR.md says what each is. What a method does not have is null.
+# In the order of the log; docs/DOCTOR.md explains each one. A value that a method does not have is null.
 KEYS = (
     "epoch",
     "steps_per_epoch",
@@ -43,7 +42,7 @@ KEYS = (
     "bank_pass",
     "not_finite",
 )
-EXTREMES = 5  # classes named as given too often, and as many too rarely
+NUM_EXTREMES = 5  # classes named in `most` and in `least`
 
 
 def diagnostics(
@@ -51,18 +50,20 @@ def diagnostics(
     steps_per_epoch: int,
     labels_per_step: int,
     diag: dict[str, Tensor],
-    counts: Optional[Tensor],
+    counts: Tensor | None,
     labels: np.ndarray,
     classes: Sequence[str],
     ages: np.ndarray,
 ) -> dict[str, Any]:
     """The values of the event, the same on every rank; all ranks must call it.
 
-    labels_per_step: labeled images of all ranks in a step. looked: what models.diagnose gave, on this rank.
-    counts: Meter.take_counts(). labels [K]: of the labeled list. classes [C]: their names. ages [K]: of its
-    rows (dataset/bank_age.py).
+    labels_per_step: labeled images of all ranks in a step. diag: what models.diagnose returned on this rank.
+    counts: what Meter.take_counts returned. labels [K]: of the labeled images. classes [C]: names. ages [K]:
+    steps since each bank row was written, negative if never (dataset/bank_age.py).
     """
-    values = {name: dist_utils.all_mean(value.float()).tolist() for name, value in diag.items()}
+    values: dict[str, Any] = {
+        name: dist_utils.all_mean(value.float()).tolist() for name, value in diag.items()
+    }
     reference = np.bincount(labels, minlength=len(classes)) / len(labels)  # [C]
     losses = {name[5:]: value for name, value in values.items() if name.startswith("loss_")}
     total = sum(losses.values())
@@ -74,26 +75,26 @@ def diagnostics(
     if "prior" in values:
         out["prior_kl"] = kl(np.asarray(values["prior"]), reference)
     if "bank_rows" in values:
-        seen = ages[ages >= 0]
+        written = ages[ages >= 0]
         out |= {
             "bank_rows": len(ages),
-            "bank_unwritten": len(ages) - len(seen),
-            "bank_age_median": float(np.median(seen)),
-            "bank_age_max": int(seen.max()),
+            "bank_unwritten": len(ages) - len(written),
+            "bank_age_median": float(np.median(written)),
+            "bank_age_max": int(written.max()),
             "bank_pass": math.ceil(len(ages) / labels_per_step),
         }
     bad = [key for key, value in out.items() if isinstance(value, float) and not math.isfinite(value)]
     bad += [name for name, value in values.items() if name.startswith("loss_") and not math.isfinite(value)]
-    return out | dict.fromkeys((key for key in bad if key in KEYS)) | {"not_finite": bad}  # JSON has no NaN
+    return out | dict.fromkeys(key for key in bad if key in KEYS) | {"not_finite": bad}  # JSON has no NaN
 
 
 def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """How pseudo-labels are shared among the classes, against the labeled images' shares `reference` [C].
+    """Statistics of the pseudo-labels' class distribution; reference [C]: that of the labeled images.
 
-    counts [2 or 4, C]: rows of Meter.take_counts.
+    counts [2 or 4, C]: as Meter.take_counts returns them.
     """
-    given, n = counts[0], int(counts[0].sum())
-    share = given / n  # [C]
+    n = int(counts[0].sum())
+    share = counts[0] / n  # [C]
     order = np.argsort(share - reference, kind="stable")  # [C]
     confident = int(counts[1].sum())
     out = {
@@ -103,8 +104,8 @@ def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) 
         "marginal_min": float(share.min()),
         "marginal_max": float(share.max()),
         "starved": int((share < reference / 10).sum()),
-        "most": [[classes[c], float(share[c])] for c in order[::-1][:EXTREMES]],
-        "least": [[classes[c], float(share[c])] for c in order[:EXTREMES]],
+        "most": [[classes[c], float(share[c])] for c in order[::-1][:NUM_EXTREMES]],
+        "least": [[classes[c], float(share[c])] for c in order[:NUM_EXTREMES]],
     }
     if len(counts) == 4:
         out |= {
@@ -115,17 +116,17 @@ def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) 
 
 
 def kl(p: np.ndarray, reference: np.ndarray) -> float:
-    """KL(p ‖ reference) in nats; p [C] is made to sum to 1. A class of which no image is labeled counts as a
-    share of 1e-12.
+    """KL(p ‖ reference) in nats; p [C] is normalized to sum 1. Classes without labeled images have reference
+    1e-12.
     """
     p = p / p.sum()
-    here = ~(p <= 0)  # NaN is here too: it is to be seen
-    return float((p[here] * np.log(p[here] / reference[here].clip(1e-12))).sum())
+    positive = ~(p <= 0)  # keeps NaN, so that the result shows it
+    return float((p[positive] * np.log(p[positive] / reference[positive].clip(1e-12))).sum())
 
 
 @contextmanager
 def log_stop_reason(log: Logger, step: int) -> Iterator[None]:
-    """A UserError that ends the run in this context is an event too: the log then says why it ends there."""
+    """Log a UserError raised in this context as a stop event, so that the log says why the run ended."""
     try:
         yield
     except UserError as error:

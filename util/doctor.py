@@ -1,52 +1,27 @@
-"""What looks wrong in a run, and by which rule: python -m util.doctor RUN_DIR [--json]. Reads log.jsonl and
-config.yaml alone.
+"""Find what looks wrong in a run: python -m util.doctor RUN_DIR [--json] reads its config.yaml and log.jsonl.
 
-Exit code 0: nothing looks wrong; 1: something does; 2: RUN_DIR cannot be read.
+Exit code 0: no rule found anything; 1: a rule found something; 2: RUN_DIR cannot be read.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from util.config import Config, read_yaml
-from util.detectors import Event, Run
 from util.errors import Parser, UserError, cli_main
-from util.report import read_events
 from util.rules import RULES
+from util.run_log import RunLog, read_run_log
 
 
-def read(folder: Path) -> tuple[Run, list[Event]]:
-    """The run and all its events. Raises UserError if it is none."""
-    events = read_events(folder)
-    trains, evals, diagnostic_events, stops = (
-        [e for e in events if e["event"] == kind] for kind in ("train", "eval", "diagnostics", "stop")
-    )
-    config = Config(**read_yaml(str(folder / "config.yaml")))
-    return Run(
-        config, trains, evals, diagnostic_events, stops, steps_per_epoch(trains, evals, diagnostic_events)
-    ), events
-
-
-def steps_per_epoch(trains: list[Event], evals: list[Event], diagnostic_events: list[Event]) -> Optional[int]:
-    """The diagnostics say it; otherwise an evaluation does, being at the end of an epoch that a train event
-    names.
-    """
-    if diagnostic_events:
-        return diagnostic_events[0]["steps_per_epoch"]
-    epochs = {e["step"]: e["epoch"] for e in trains}
-    return next((e["step"] // epochs[e["step"]] for e in evals if e["step"] in epochs), None)
-
-
-def examine(r: Run) -> list[dict[str, Any]]:
-    """What the rules find, in their order."""
-    found = [(rule, rule.find(r)) for rule in RULES]
+def examine(run: RunLog) -> list[dict[str, Any]]:
+    """What the rules find in a run, in the order of RULES."""
+    found = [(rule, rule.find(run)) for rule in RULES]
     return [
         {
             "rule": rule.name,
             "what": finding.what,
-            "first_step": finding.first,
-            "last_step": finding.last,
+            "first_step": finding.first_step,
+            "last_step": finding.last_step,
             "description": rule.description,
             "advice": rule.advice,
         }
@@ -58,19 +33,17 @@ def examine(r: Run) -> list[dict[str, Any]]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output directory of train_semi.py")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of words")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(sys.argv[1:])
     try:
-        r, events = read(args.run)
-        findings = examine(r)
+        run = read_run_log(args.run)
+        findings = examine(run)
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{args.run / 'log.jsonl'} is damaged: an event is not one of ours ({error})"
+            f"{args.run / 'log.jsonl'} is damaged or of another version: an event lacks a value ({error})"
         ) from None
-    step, total = (
-        max((e["step"] for e in events), default=0),
-        r.steps_per_epoch and r.steps_per_epoch * r.config.epochs,
-    )
+    step = max((e["step"] for e in run.events), default=0)
+    total = run.steps_per_epoch and run.steps_per_epoch * run.config.epochs
     if args.json:
         print(
             json.dumps(
@@ -79,29 +52,25 @@ def main() -> None:
                     "step": step,
                     "total": total,
                     "rules": len(RULES),
-                    "events": len(events),
+                    "events": len(run.events),
                     "findings": findings,
                 }
             )
         )
         sys.exit(1 if findings else 0)
     for f in findings:
-        where = f"step {f['first_step']}" + (
-            f" to {f['last_step']}" if f["last_step"] != f["first_step"] else ""
-        )
-        print(f"{f['rule']}: {f['what']} ({where})\n  rule: {f['description']}\n  try: {f['advice']}")
-    if not findings:
-        print(
-            f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)"
-            if r.trains
-            else "nothing to judge: no step is in the log yet"
-        )
+        steps = f"step {f['first_step']}"
+        if f["last_step"] != f["first_step"]:
+            steps += f" to {f['last_step']}"
+        print(f"{f['rule']}: {f['what']} ({steps})\n  rule: {f['description']}\n  try: {f['advice']}")
+    if not findings and run.train_events:
+        print(f"nothing looks wrong ({len(RULES)} rules, {len(run.events)} events)")
+    elif not findings:
+        print("nothing to judge: the log has no train event yet")
     if total is None or step < total:
-        print(
-            f"unfinished at step {step} of {total or 'a number that is not known before the first evaluation'}"
-        )
-    if events and not r.diagnostic_events:
-        print("the log has no diagnostics: rules on classes, gradients, prior, bank and q_w saw nothing")
+        print(f"unfinished at step {step} of {total or 'an unknown number (no evaluation yet)'}")
+    if run.events and not run.diagnostic_events:
+        print("the log has no diagnostics: classes, gradients, prior, bank and q_w were not checked")
     sys.exit(1 if findings else 0)
 
 

@@ -1,4 +1,4 @@
-"""Networks written for other programs: a plain ResNet, as torchvision and timm load it, and ONNX."""
+"""Export of networks: a plain ResNet that torchvision and timm can load, and ONNX."""
 
 import importlib.util
 
@@ -12,25 +12,26 @@ SHARED_RESNETS = (
     "resnet34_encoder",
     "resnet50_encoder",
     "resnet101_encoder",
-)  # torchvision's and timm's own
+)  # torchvision and timm have these
 
 
 def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[str, Tensor]:
-    """Backbone and classifier of a network's state_dict, under torchvision's names, which are timm's too; no
-    head.
+    """The backbone and classifier of a network's state_dict, with torchvision's names, which are also timm's.
+    The projection head is left out. Raises UserError if torchvision has no such network.
     """
     if backbone not in SHARED_RESNETS:
         raise UserError(
-            f"{where} holds a {backbone}, which torchvision and timm do not have; they have {', '.join(SHARED_RESNETS)}"
+            f"{where} has a {backbone}, which torchvision and timm do not have; they have "
+            f"{', '.join(SHARED_RESNETS)}"
         )
     channels = values["backbone.conv1.weight"].shape[1]
     if channels != 3:
         raise UserError(
-            f"{where} is for images of {channels} channels; torchvision's and timm's networks are for 3"
+            f"{where} is for images of {channels} channels; the networks of torchvision and timm need 3"
         )
     if "norm.weight" in values:
         raise UserError(
-            f"{where} has a LayerNorm before its classifier, which torchvision's and timm's networks do not have"
+            f"{where} has a LayerNorm before its classifier, which torchvision and timm do not have"
         )
     return {
         key.removeprefix("backbone."): value
@@ -41,10 +42,10 @@ def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[s
 
 @torch.no_grad()
 def onnx(network: nn.Module, channels: int, size: int) -> tuple[bytes, str]:
-    """(an ONNX file's content, how it was checked): x [n, channels, size, size], normalized -> logits [n, C],
-    z [n, D].
+    """(content of an ONNX file, how it was checked). Input: normalized x [n, channels, size, size]; outputs:
+    logits [n, C], z [n, D].
 
-    network: in eval mode, on the CPU. Where onnxruntime is there, its outputs are compared with the
+    network: in eval mode, on the CPU. If onnxruntime is installed, its outputs are compared with the
     network's.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -64,10 +65,11 @@ def onnx(network: nn.Module, channels: int, size: int) -> tuple[bytes, str]:
             dynamic_shapes=({0: "n"},),
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise UserError(f"torch.onnx.export fails: {str(error).splitlines()[0]}") from None
+        raise UserError(f"torch.onnx.export failed: {str(error).splitlines()[0]}") from None
+    assert program is not None  # it is None only without dynamo=True
     content = program.model_proto.SerializeToString()
     if importlib.util.find_spec("onnxruntime") is None:
-        return content, "not checked, since onnxruntime is not installed"
+        return content, "not checked, because onnxruntime is not installed"
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -77,6 +79,7 @@ def onnx(network: nn.Module, channels: int, size: int) -> tuple[bytes, str]:
         worst = max(worst, ((own - torch.from_numpy(theirs)).abs().max() / own.abs().max()).item())
     if not worst < 1e-3:
         raise UserError(
-            f"onnxruntime's outputs differ from the network's by {worst:.1e} of the largest: nothing is written"
+            f"onnxruntime's outputs differ from the network's by {worst:.1e} of the largest value: "
+            "no file was written"
         )
-    return content, f"onnxruntime's outputs differ by at most {worst:.1e} of the largest"
+    return content, f"onnxruntime's outputs differ by at most {worst:.1e} of the largest value"

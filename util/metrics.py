@@ -1,6 +1,7 @@
-"""Accuracy over a data set, and the running means of training."""
+"""Accuracy over a data set, and means of what training steps report."""
 
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from util.errors import UserError
 
 class Accuracy(NamedTuple):
     top1: float  # percent
-    top5: float  # percent; with fewer than five classes, of being among all of them
+    top5: float  # percent; 100 if there are fewer than five classes
     per_class: list[float]  # top-1 of each class, percent; nan for a class without images
 
 
@@ -22,10 +23,10 @@ def evaluate(
     num_classes: int,
     device: torch.device,
 ) -> list[Accuracy]:
-    """Accuracy of each network (x -> logits, z; in eval mode) over the (x [n, c, h, w], y [n]) of all ranks
-    together.
+    """Accuracy of each network over the batches of all ranks together.
 
-    The batches are gone through once, and are on `device`.
+    networks: each maps x to (logits, z) and is in eval mode. batches: of this rank, each x [n, c, h, w] and
+    y [n] on `device`; one pass serves all networks. Raises UserError if there is no image.
     """
     counts = torch.zeros(
         len(networks), 3, num_classes, dtype=torch.float64, device=device
@@ -41,7 +42,7 @@ def evaluate(
     for top1, top5, images in dist_utils.sum_on_cpu(counts):  # [C] each
         total = images.sum()
         if total == 0:
-            raise UserError("none of the test images can be read: python -m dataset.check lists them")
+            raise UserError("no test image can be read: python -m dataset.check lists the causes")
         out.append(
             Accuracy(
                 100 * (top1.sum() / total).item(),
@@ -53,46 +54,46 @@ def evaluate(
 
 
 class Meter:
-    """Means over the steps since the last reading; and which classes were given as pseudo-labels, since they
-    were last taken.
+    """Collects the loss terms and pseudo-label statistics of each step: `take_means` gives the means since
+    its last call, `take_counts` the number of pseudo-labels of each class since its last call.
 
-    Values stay on the device until then: no step waits for a GPU.
+    Until then all values stay on the device, so that no step waits for a GPU.
     """
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, Tensor]] = []
+        self.rows: list[tuple[int, Tensor]] = []  # (step, values [names])
         self.names: tuple[str, ...] = ()
-        self.counts: Optional[Tensor] = None  # as `take_counts` gives them, on this rank
+        self.counts: Tensor | None = None  # as `take_counts` returns them, but of this rank
 
     def add(
         self,
         step: int,
         terms: dict[str, Tensor],
-        pseudo_label: Optional[Tensor],
-        mask: Optional[Tensor],
-        true_labels: Optional[Tensor],
+        pseudo_label: Tensor | None,
+        mask: Tensor | None,
+        true_labels: Tensor | None,
     ) -> None:
-        """terms: weighted losses; pseudo [muB, C], mask [muB]: pseudo-labels; hidden [muB]: the labels they
-        stand for.
+        """terms: weighted losses; pseudo_label [muB, C]; mask [muB]: 1 if it is confident, else 0;
+        true_labels [muB]: None if unknown.
         """
         values = {name: term.detach() for name, term in terms.items()}
-        values["loss"] = sum(values.values())
+        values["loss"] = sum(values.values(), torch.zeros(()))
         if mask is not None:
             values["mask"] = mask.mean()
-        if pseudo_label is not None:
+        if pseudo_label is not None and mask is not None:
             label = pseudo_label.argmax(dim=1)  # [muB]
             counted = [torch.ones_like(mask), mask]
             if true_labels is not None:
-                right = (label == true_labels.to(label.device)).float()  # [muB]
-                values["pseudo_acc"] = right.mean()
-                counted += [right, right * mask]
+                correct = (label == true_labels.to(label.device)).float()  # [muB]
+                values["pseudo_acc"] = correct.mean()
+                counted += [correct, correct * mask]
             self._count(label, torch.stack(counted).long(), pseudo_label.shape[1])
         self.names = tuple(values)
         self.rows.append((step, torch.stack([v.float() for v in values.values()])))
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been added since the last reading, as means over ranks: a continued run then reads the
-        same.
+        """What was added since the last calls, averaged or summed over ranks, so that a resumed run reports
+        the same values.
         """
         rows = (
             dist_utils.all_mean(torch.stack([row for _, row in self.rows])).cpu()
@@ -103,40 +104,38 @@ class Meter:
         return {
             "names": list(self.names),
             "steps": [step for step, _ in self.rows],
-            "rows": rows,  # rows [steps, names]
+            "rows": rows,  # [steps, names]
             "counts": counts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.names, self.rows = tuple(state["names"]), list(zip(state["steps"], state["rows"]))
-        self.counts = state.get("counts")  # checkpoints did not always have them
+        self.counts = state.get("counts")  # older checkpoints have none
         if self.counts is not None and dist_utils.rank():
-            self.counts = torch.zeros_like(
-                self.counts
-            )  # whole numbers: rank 0 goes on with the sum over all, exactly
+            # rank 0 continues with the sum over all ranks, which is exact because counts are integers
+            self.counts = torch.zeros_like(self.counts)
 
     def _count(self, label: Tensor, rows: Tensor, num_classes: int) -> None:
-        """Add each column of `rows` [2 or 4, muB] to that of its `label` [muB]."""
+        """Add each column of `rows` [2 or 4, muB] to the counts of its class in `label` [muB]."""
         if self.counts is None:
             self.counts = rows.new_zeros(len(rows), num_classes)
         self.counts = self.counts.to(rows.device).index_add_(1, label, rows)
 
-    def take_counts(self) -> Optional[Tensor]:
-        """How many pseudo-labels of each class there were on all ranks, and forget them: [4, C] int64 on the
-        CPU.
+    def take_counts(self) -> Tensor | None:
+        """The number of pseudo-labels of each class on all ranks since the last call, int64 on the CPU.
 
-        The rows: all; confident ones; right ones; both. [2, C] where no hidden labels tell; None without
-        pseudo-labels.
+        [4, C]: all, confident, correct, and both confident and correct ones; [2, C]: all and confident ones,
+        if the true labels are unknown; None: there were no pseudo-labels.
         """
         counts, self.counts = self.counts, None
         return None if counts is None else dist_utils.all_sum(counts).cpu()
 
-    def read(self) -> dict[str, float]:
-        """Means by name, over steps and ranks, and forget them. A value that is not finite raises, with its
-        step.
+    def take_means(self) -> dict[str, float]:
+        """The mean of each value over all ranks and the steps since the last call. Raises UserError with name
+        and step if a value is not finite.
         """
         steps = [step for step, _ in self.rows]
-        last = self.rows[-1][1]  # rows of an earlier process are on the CPU
+        last = self.rows[-1][1]  # rows restored from a checkpoint are on the CPU
         values = dist_utils.all_mean(
             torch.stack([row.to(last.device) for _, row in self.rows])
         ).cpu()  # [steps, names]
@@ -145,7 +144,7 @@ class Meter:
             for name, value in zip(self.names, row.tolist()):
                 if value != value or value in (float("inf"), float("-inf")):
                     raise UserError(
-                        f"{name} is {value} at step {step}; training stops, and the last checkpoint stays as "
-                        "it was: try a lower --lr, or look at the images of that step"
+                        f"{name} is {value} at step {step}; training stops and keeps the last checkpoint: "
+                        "try a lower --lr, or check the images of that step"
                     )
         return dict(zip(self.names, values.mean(dim=0).tolist()))

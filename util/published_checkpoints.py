@@ -6,7 +6,7 @@ docs/CHECKPOINTS.md lists the keys. Names of these files' keys are given without
 before all of them or before none.
 """
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class NetworkSpec(NamedTuple):
     num_classes: int  # C
     dim: int  # D; 0 without a head
     norm: bool  # LayerNorm on the feature
-    labeled: Optional[int]  # K; None where the file does not tell
+    labeled: int | None  # K; None where the file does not tell
 
 
 def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> NetworkSpec:

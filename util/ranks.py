@@ -1,4 +1,4 @@
-"""How many ranks a step has, how many of them each process plays, and how a run goes on with another number
+"""How many ranks a step has, how many of them run in each process, and how a run resumes with another number
 of processes.
 """
 
@@ -8,15 +8,16 @@ from util.errors import UserError
 
 
 class RankLayout(NamedTuple):
-    """A rank is a group of images with BN statistics of its own. `batch_size` labeled images (B) make one."""
+    """A rank is a group of images with its own BN statistics: `batch_size` labeled images and their share of
+    the unlabeled ones. A process with several (virtual) ranks runs them one after another.
+    """
 
-    total: int  # of a global step
-    processes: int  # that share them
-    batch_size: int
+    total: int  # ranks of a step
+    processes: int
+    batch_size: int  # labeled images of a rank (B)
 
     @property
     def virtual_ranks_per_process(self) -> int:
-        """Ranks that each process plays, one after the other."""
         return self.total // self.processes
 
     def __str__(self) -> str:
@@ -28,56 +29,60 @@ class RankLayout(NamedTuple):
 
 
 def plan_ranks(batch_size: int, virtual_ranks: int, processes: int) -> RankLayout:
-    """Of a new run: as many as processes, or `virtual_ranks` shared by them. Raises UserError if they cannot
-    be shared evenly.
+    """The ranks of a new run: one per process, or `virtual_ranks` in all. Raises UserError if the processes
+    cannot share them evenly.
     """
     total = virtual_ranks or processes
     if total % processes:
         raise UserError(
-            f"{total} virtual ranks cannot be shared evenly by {processes} processes: start a number of them that "
-            f"divides {total}, or choose another --virtual-ranks"
+            f"{total} virtual ranks cannot be shared evenly by {processes} processes: choose a number of "
+            f"processes that divides {total}, or another --virtual-ranks"
         )
     return RankLayout(total, processes, batch_size)
 
 
 def plan_ranks_on_resume(
-    asked: RankLayout, virtual_ranks: int, other_ranks: str, state: dict[str, Any]
+    planned: RankLayout, virtual_ranks: int, other_ranks: str, state: dict[str, Any]
 ) -> tuple[RankLayout, str]:
-    """(ranks, remark) with which a run goes on from the checkpoint `state`, always at the same step, with the
-    same images in it.
+    """(ranks, warning) with which a run resumes from the checkpoint `state`. The step number and the images
+    of each step stay the same in every case.
 
-    1. The same number of ranks: the same step. On another number of processes it is rounded otherwise.
-    2. Another number, and other_ranks is `continue`: without virtual_ranks, virtual ranks make the same step,
-    where they can
-       be shared evenly; otherwise the images of a step are grouped anew, which changes BN's statistics.
-    3. Another number, and other_ranks is `refuse`: UserError.
+    planned: the ranks of a new run with the same settings.
+
+    1. It has as many ranks as the checkpoint: every step computes the same, up to rounding if the number of
+       processes is another one.
+    2. Another number of ranks, and other_ranks is `refuse`: UserError.
+    3. Another number of ranks, and other_ranks is `continue`: if virtual_ranks is 0 and the processes can
+       share the checkpoint's ranks evenly, they run these as virtual ranks, as in 1. Otherwise the images of
+       a step are divided among the new ranks, which changes the BN statistics.
     """
     before = RankLayout(state["world"], state["processes"], state["batch_size"])
-    if asked.total != before.total:
+    if planned.total != before.total:
         if other_ranks == "refuse":
             raise UserError(
-                f"the checkpoint is of {before.total} ranks, this start is of {asked.total}: --virtual-ranks "
-                f"{before.total} computes the same step on fewer processes, --other-ranks continue goes on with "
-                "what fits"
+                f"the checkpoint has {before.total} ranks, but this start has {planned.total}: use "
+                f"--virtual-ranks {before.total} to compute the same steps on fewer processes, or "
+                "--other-ranks continue"
             )
         images = before.total * before.batch_size
-        if not virtual_ranks and before.total % asked.processes == 0:
-            asked = asked._replace(total=before.total)
-        elif images % asked.total:
+        if not virtual_ranks and before.total % planned.processes == 0:
+            planned = planned._replace(total=before.total)
+        elif images % planned.total:
             raise UserError(
-                f"the {images} labeled images of a step cannot be shared evenly by {asked.total} ranks: choose another "
-                "number of processes, or --virtual-ranks"
+                f"the {images} labeled images of a step cannot be shared evenly by {planned.total} ranks: "
+                "choose another number of processes, or --virtual-ranks"
             )
         else:
-            asked = asked._replace(batch_size=images // asked.total)
-            return asked, (
-                f"goes on at the same step and images with {asked} (it had {before.total} of {before.batch_size}): "
-                "BN's statistics are of other groups, so results are not those of the run as it began"
+            planned = planned._replace(batch_size=images // planned.total)
+            return planned, (
+                f"resumes with {planned} instead of {before.total} of {before.batch_size}: the images of a "
+                "step are the same, but BN groups them differently, so results will differ"
             )
-    asked = asked._replace(batch_size=before.batch_size)
-    if asked.processes == before.processes:
-        return asked, ""
+    planned = planned._replace(batch_size=before.batch_size)
+    if planned.processes == before.processes:
+        return planned, ""
     return (
-        asked,
-        f"goes on with {asked} (it had {before.processes} processes): the same step, rounded otherwise",
+        planned,
+        f"resumes with {planned}, in {planned.processes} instead of {before.processes} processes: "
+        "the same step, up to rounding",
     )

@@ -1,31 +1,33 @@
-"""Where a process stands among the ranks and where they meet, from what torchrun or srun has set."""
+"""The rank of this process and the address where all ranks meet, from the environment of torchrun or srun."""
 
 import subprocess
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from util.errors import UserError
 
-# What a site may have to change, in a config or on the command line: --port, the first of the PORTS that must
-# be free between nodes, and --timeout-minutes.
+# Under srun the ranks meet at one of NUM_PORTS ports from --port on; these must be open between the nodes.
 NUM_PORTS = 5_000
 
 
 class Rendezvous(NamedTuple):
-    """Where this process stands among the ranks, and where they meet."""
+    """The rank of this process, and the host and port where all ranks meet."""
 
     rank: int = 0
-    local_rank: int = 0  # among those of this node: the number of its GPU
+    local_rank: int = 0  # rank among the processes of this node, which is the number of its GPU
     world: int = 1
     host: str = ""
     port: int = 0
 
 
 def find_rendezvous(env: Mapping[str, str], port: int) -> Rendezvous:
-    """From the environment: of torchrun, of srun, or alone.
+    """The rendezvous that the environment variables of torchrun or srun describe; without either a single
+    rank.
 
-    Under srun the ranks are the tasks of the step, they meet on the first host of its nodes, at `port` and
-    some more by the numbers of the job and its start, so that no two of them meet. A batch script without
-    srun is alone.
+    Under srun the ranks are the tasks of the job step. They meet on the first host of its nodes, at `port`
+    plus an offset from the IDs of job and step and the number of restarts, so that different starts use
+    different ports. A batch script without srun is a single rank. Raises UserError if the hosts cannot be
+    found.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         return Rendezvous(
@@ -45,11 +47,11 @@ def find_rendezvous(env: Mapping[str, str], port: int) -> Rendezvous:
         ).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"cannot tell the first of the nodes {nodes} ({error}): is scontrol there on the nodes? Otherwise start "
-            "with torchrun"
+            f"cannot find the first of the nodes {nodes} ({error}): make scontrol available on the nodes, or "
+            "start with torchrun"
         ) from None
-    # Not where ranks of an earlier start may still wait for each other: those of a node that was lost are
-    # killed late.
-    start = 1009 * int(env.get("SLURM_RESTART_COUNT", 0))
-    port += (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"]) + start) % NUM_PORTS
+    # Another port after a restart: ranks of the earlier start may still be waiting at theirs, because Slurm
+    # kills the processes of a lost node late.
+    restart_offset = 1009 * int(env.get("SLURM_RESTART_COUNT", 0))
+    port += (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"]) + restart_offset) % NUM_PORTS
     return Rendezvous(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), world, hosts[0], port)

@@ -1,11 +1,11 @@
-"""Where a training starts: from its own last checkpoint, from one of the published program, from MoCo's, or
-from nothing.
+"""Where training starts: from the run's own last checkpoint, from a published SimMatch checkpoint, from a
+MoCo checkpoint, or from scratch.
 """
 
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,31 +15,32 @@ from util.config import MAY_CHANGE_ON_RESUME, Config, to_dict
 from util.errors import UserError
 
 
-def load_last(path: Path) -> tuple[Optional[dict[str, Any]], str]:
-    """(content, remark) of the newest checkpoint at `path`: ours, or one of the published program's; (None,
-    "") without one.
+def load_last(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """(content, warning) of the checkpoint to resume from: the one at `path`, which may be a published one,
+    or the previous one if that is damaged; (None, "") if there is none.
     """
     if path.is_dir():
         raise UserError(
-            f"{path} is a folder, where the checkpoint is to be: move it away, or choose another --output-dir"
+            f"{path} is a directory and not a checkpoint: move it away, or choose another --output-dir"
         )
     content = None
     if path.is_file():
-        with suppress(UserError):  # damaged: the one before it may serve
-            content = checkpoint.read(path)
+        with suppress(UserError):  # it is damaged; load_newest tries the previous one
+            content = checkpoint.load_file(path)
             if not is_published(content):
-                return checkpoint.check(content, path), ""
+                return checkpoint.verify(content, path), ""
     if not is_published(content):
         return checkpoint.load_newest(path)
     if checkpoint.previous(path).exists():
         raise UserError(
-            f"{path} is a checkpoint of the published program, but {checkpoint.previous(path)} is of another run: move "
-            "that away to continue from the published one"
+            f"{path} is a published checkpoint, but {checkpoint.previous(path)} belongs to another run: move "
+            "the latter away to resume from the published one"
         )
-    return content, f"{path} is a checkpoint of the published program; a copy stays in {_kept(path)}"
+    return content, f"{path} is a published checkpoint; a copy is kept in {_published_copy(path)}"
 
 
 def is_published(content: Any) -> bool:
+    """Whether a checkpoint was written by the published code; this repository's have no `state_dict`."""
     return isinstance(content, dict) and "state_dict" in content
 
 
@@ -52,17 +53,16 @@ def resume(
     method: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Continue from `state`, our checkpoint at `path`. split, fingerprint: of the labeled images, and of
-    all, as they are now.
+    """Resume the run from `state`, its checkpoint at `path`. split, fingerprint: of the data as they are now.
 
-    1. The same command continues; nothing has to be said.
-    2. What the run computes must be the same: every field but FREE, the labeled split and the names of all
-    images. Anything
-       else is refused. The number of ranks, which decides what a step is, is util/ranks.py's business.
-    3. Everything is restored from the one file: weights, bank, prior, teacher and optimizer here; the best
-    score, and what the
-       log has yet to tell, by the caller. The order of the data and all views follow from the step.
-    4. Where the last checkpoint is damaged or gone, the one before it serves, and the run says so.
+    1. The same command resumes the run; no flag is needed.
+    2. The settings that decide what the run computes must be the same: all fields of the config except
+       MAY_CHANGE_ON_RESUME, the labeled split and the names of all images. Otherwise UserError is raised. The
+       number of ranks is the concern of util/ranks.py.
+    3. This function restores the method (weights, bank, prior, teacher) and the optimizer; the caller
+       restores the rest of the state. The order of the data and all views depend only on the seed and the
+       step.
+    4. If the last checkpoint is damaged or missing, `load_last` returns the previous one and a warning.
     """
     now = to_dict(config)
     changed = [
@@ -79,7 +79,7 @@ def resume(
     if changed:
         raise UserError(
             f"{path} belongs to another run ({'; '.join(changed[:3])}): choose another --output-dir, "
-            f"or move it and {checkpoint.previous(path).name} away to start anew"
+            f"or move it and {checkpoint.previous(path).name} away to start a new run"
         )
     checkpoint.load_module(method, state["method"], path)
     optimizer.load_state_dict(state["optimizer"])
@@ -92,40 +92,37 @@ def resume_published(
     method: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Continue from a checkpoint of the published SimMatch: weights, bank, prior, teacher, optimizer. Returns
-    the steps done.
+    """Resume training from a published SimMatch checkpoint: weights, bank, prior, teacher and optimizer.
+    Returns the number of steps done.
 
-    It does not say with which settings it was trained: those of the command line hold. The file is kept under
-    another name, since `path` is where this run saves.
+    The file does not contain the settings of its run, so those of the command line are used. A copy of it is
+    kept under another name, because this run saves its checkpoints to `path`.
     """
     values, state, _, steps = published_checkpoints.to_training_state(
         content, steps_per_epoch, f"checkpoint {path}"
     )
     checkpoint.load_module(method, values, path)
     optimizer.load_state_dict(state)
-    if dist_utils.rank() == 0 and not _kept(path).exists():
+    if dist_utils.rank() == 0 and not _published_copy(path).exists():
         try:
-            shutil.copy2(path, _kept(path))
+            shutil.copy2(path, _published_copy(path))
         except OSError as error:
-            raise UserError(f"cannot keep a copy of {path} in {_kept(path)}: {error.strerror}") from None
+            raise UserError(f"cannot copy {path} to {_published_copy(path)}: {error.strerror}") from None
     return steps
 
 
-def start_from_moco(path: Path, method: nn.Module) -> None:
-    """Backbone and projection head from a MoCo checkpoint (its query encoder); then the teacher copies the
-    student.
+def start_from_moco(path: Path, student: nn.Module, teacher: nn.Module) -> None:
+    """Initialize the backbone and projection head of the student from the query encoder of a MoCo checkpoint,
+    then the teacher from the student.
     """
     if not path.is_file():
-        raise UserError(f"--moco-path {path}: there is no such file")
-    network, values = (
-        method.student,
-        published_checkpoints.moco_backbone(checkpoint.read(path), f"checkpoint {path}"),
-    )
+        raise UserError(f"--moco-path {path}: no such file")
+    values = published_checkpoints.moco_backbone(checkpoint.load_file(path), f"checkpoint {path}")
     parts = {key.split(".")[0] for key in values}  # MoCo v1 has no head
-    own = {key: value for key, value in network.state_dict().items() if key.split(".")[0] not in parts}
-    checkpoint.load_module(network, {**values, **own}, path)
-    method.teacher.net.load_state_dict(network.state_dict())
+    own = {key: value for key, value in student.state_dict().items() if key.split(".")[0] not in parts}
+    checkpoint.load_module(student, {**values, **own}, path)
+    teacher.load_state_dict(student.state_dict())
 
 
-def _kept(path: Path) -> Path:
+def _published_copy(path: Path) -> Path:
     return path.with_suffix(f".published{path.suffix}")

@@ -1,9 +1,9 @@
-"""The learning rate as a pure function of the step: ImageNet's warm-up and cosine per epoch, CIFAR's cosine
-per step.
+"""The learning rate as a pure function of the step: warm-up and a cosine per epoch for ImageNet, a cosine per
+step for CIFAR.
 """
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 
 def learning_rate(
@@ -17,12 +17,12 @@ def learning_rate(
     schedule: Sequence[int],
     cos_7_16: bool = False,
 ) -> float:
-    """The rate for one optimizer step, in the published recipes' form.
+    """The learning rate of one optimizer step, as in the published recipes. step: counted from 0.
 
-    step: global step, from 0. During the first `warmup_epoch` epochs the rate rises linearly by the step to
-    `lr`. After it, `cos` gives half a cosine that moves once an epoch; `cos_7_16` gives lr·cos(7π/16·t),
-    where t, the share of the steps after warm-up that are done, moves with every step (FixMatch, arXiv
-    2001.07685: it ends near lr/5); without both, the rate falls tenfold at each epoch of `schedule`.
+    During the first `warmup_epoch` epochs the rate rises linearly to `lr`, step by step. After that, `cos` is
+    half a cosine from `lr` to 0, updated once per epoch; `cos_7_16` is lr·cos(7π/16·t), where t is the share
+    of the steps after warm-up that are done (FixMatch, arXiv 2001.07685; it ends near lr/5). Without either,
+    the rate is divided by 10 at each epoch of `schedule`.
     """
     warmup_steps = warmup_epoch * steps_per_epoch
     if step < warmup_steps:

@@ -1,4 +1,4 @@
-"""YAML gives values, flags override; whatever is unknown, mistyped or out of range is named."""
+"""YAML sets values and flags override them; unknown, mistyped and out-of-range settings are named."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(config_file):
         (["--output-dir", "7"], "output_dir", "7"),
     ],
 )
-def test_spellings(config_file, flags, name, value):
+def test_every_spelling_of_a_flag_is_accepted(config_file, flags, name, value):
     assert getattr(parse(["--config", config_file(""), *flags], ""), name) == value
 
 
@@ -69,7 +69,7 @@ def test_spellings(config_file, flags, name, value):
         ("a: [", [], ["mine.yaml", "not YAML"]),
     ],
 )
-def test_mistakes_are_named_in_one_line(config_file, yaml_text, flags, words):
+def test_a_mistake_is_named_in_one_line(config_file, yaml_text, flags, words):
     with pytest.raises(UserError) as error:
         parse(["--config", config_file(yaml_text), *flags], "")
     assert "\n" not in str(error.value)
@@ -77,7 +77,7 @@ def test_mistakes_are_named_in_one_line(config_file, yaml_text, flags, words):
         assert word in str(error.value)
 
 
-def test_missing_and_unreadable_config_files(tmp_path):
+def test_a_missing_or_unreadable_config_file_is_a_user_error(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(UserError, match=str(path)):
             parse(["--config", str(path)], "")
@@ -91,6 +91,6 @@ def test_the_resolved_config_reads_back_as_itself(config_file):
     assert Config(**to_dict(config)) == config
 
 
-def test_every_field_has_a_reason_and_free_fields_exist():
+def test_every_field_has_a_help_text_and_may_change_lists_fields():
     assert all(f.metadata["help"] for f in dataclasses.fields(Config))
     assert MAY_CHANGE_ON_RESUME <= {f.name for f in dataclasses.fields(Config)}

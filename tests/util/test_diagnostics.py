@@ -1,4 +1,4 @@
-"""The diagnostics event against counting by hand, and its counts over a save."""
+"""The diagnostics event against a plain loop, and its counts after resuming."""
 
 import json
 import math
@@ -13,32 +13,34 @@ from util.log import Logger
 from util.metrics import Meter
 
 NAMES = ["a", "b", "c", "d"]
-LABELS = np.array([0, 1, 1, 2, 3, 3, 3, 3])  # of the labeled list: shares 1/8, 2/8, 1/8, 4/8
+LABELS = np.array([0, 1, 1, 2, 3, 3, 3, 3])  # of the labeled images: shares 1/8, 2/8, 1/8, 4/8
 
 
-def batch(seed, known=True):
-    """pseudo [20, 4], mask [20], hidden [20]"""
+def batch(seed, has_true_labels=True):
+    """pseudo_label [20, 4], mask [20], true_labels [20] or None"""
     g = torch.Generator().manual_seed(seed)
     p = torch.softmax(3 * torch.randn(20, 4, generator=g), dim=1)
-    return p, (p.amax(dim=1) > 0.7).float(), torch.randint(4, (20,), generator=g) if known else None
+    return p, (p.amax(dim=1) > 0.7).float(), torch.randint(4, (20,), generator=g) if has_true_labels else None
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_counts_are_those_of_a_loop(known):
-    meter, expected = Meter(), [[0] * 4 for _ in range(4 if known else 2)]
+@pytest.mark.parametrize("has_true_labels", [True, False])
+def test_counts_equal_a_plain_loop(has_true_labels):
+    meter, expected = Meter(), [[0] * 4 for _ in range(4 if has_true_labels else 2)]
     for step in range(3):
-        p, mask, true_labels = batch(step, known)
+        p, mask, true_labels = batch(step, has_true_labels)
         meter.add(step, {"loss_x": torch.tensor(1.0)}, p, mask, true_labels)
         for i in range(20):
             c = max(range(4), key=p[i].tolist().__getitem__)
-            right = known and c == true_labels[i]
-            for row, yes in enumerate([True, mask[i] == 1, right, right and mask[i] == 1][: len(expected)]):
+            correct = has_true_labels and c == true_labels[i]
+            for row, yes in enumerate(
+                [True, mask[i] == 1, correct, correct and mask[i] == 1][: len(expected)]
+            ):
                 expected[row][c] += int(yes)
     assert meter.take_counts().tolist() == expected and sum(expected[1]) not in (0, 60)
     assert meter.take_counts() is None
 
 
-def test_counts_go_on_after_a_save():
+def test_counts_continue_after_resuming():
     whole, first, second = Meter(), Meter(), Meter()
     for step in range(4):
         for meter in (whole, first if step < 2 else second):
@@ -47,11 +49,11 @@ def test_counts_go_on_after_a_save():
             second.load_state_dict(first.state_dict())
     assert torch.equal(whole.take_counts(), second.take_counts())
     old = {key: value for key, value in first.state_dict().items() if key != "counts"}
-    second.load_state_dict(old)  # a checkpoint from before there were counts
-    assert second.take_counts() is None and second.read() == first.read()
+    second.load_state_dict(old)  # an older checkpoint, without counts
+    assert second.take_counts() is None and second.take_means() == first.take_means()
 
 
-def test_marginal():
+def test_marginal_describes_the_class_distribution():
     counts = np.array([[10, 0, 5, 85], [8, 0, 0, 72], [9, 0, 1, 60], [8, 0, 0, 56]])
     out = marginal(counts, np.bincount(LABELS) / 8, NAMES)
     assert (out["pseudo_labels"], out["mask"], out["pseudo_acc"], out["confident_acc"]) == (
@@ -75,14 +77,14 @@ def test_marginal():
     }
 
 
-def test_kl_is_0_for_the_same_and_seen_when_not_finite():
+def test_kl_is_0_for_equal_distributions_and_keeps_nan():
     assert kl(np.array([2.0, 6.0]), np.array([0.25, 0.75])) == 0
     assert kl(np.array([1.0, 0.0]), np.array([0.5, 0.5])) == pytest.approx(math.log(2))
     assert math.isnan(kl(np.array([1.0, math.nan]), np.array([0.5, 0.5])))
 
 
-def test_the_event():
-    looked = {
+def test_the_event_has_all_keys_in_order():
+    diag = {
         "loss_x": 1.0,
         "loss_u": 3.0,
         "loss_in": 0.0,
@@ -92,11 +94,11 @@ def test_the_event():
         "q_entropy": 1.5,
         "bank_drift": 0.25,
     }
-    looked = {name: torch.tensor(value) for name, value in looked.items()} | {
+    diag = {name: torch.tensor(value) for name, value in diag.items()} | {
         "prior": torch.tensor([0.0, 0.5, 0.0, 0.0])
     }
     event = diagnostics(
-        3, 20, 3, looked, torch.tensor([[1, 2, 1, 4]] * 2), LABELS, NAMES, np.array([0, 1, 2, 3, 4, 5, -1, 5])
+        3, 20, 3, diag, torch.tensor([[1, 2, 1, 4]] * 2), LABELS, NAMES, np.array([0, 1, 2, 3, 4, 5, -1, 5])
     )
     assert tuple(event) == KEYS
     assert [event[f"share_{name}"] for name in ("x", "u", "in")] == [0.25, 0.75, 0]
@@ -112,7 +114,7 @@ def test_the_event():
     ] == [8, 0.25, 1, 3, 5, 3]
     json.dumps(event, allow_nan=False)
     broken = diagnostics(
-        3, 20, 3, {**looked, "loss_u": torch.tensor(math.nan)}, None, LABELS, NAMES, np.zeros(8)
+        3, 20, 3, {**diag, "loss_u": torch.tensor(math.nan)}, None, LABELS, NAMES, np.zeros(8)
     )
     assert (
         broken["not_finite"] == ["share_x", "share_u", "share_in", "grad_u", "loss_u"]
@@ -121,7 +123,7 @@ def test_the_event():
     json.dumps(broken, allow_nan=False)
 
 
-def test_a_method_without_pseudo_labels_and_bank():
+def test_values_that_a_method_does_not_have_are_null():
     event = diagnostics(
         1, 20, 3, {"loss_x": torch.tensor(2.0), "grad_x": torch.tensor(1.0)}, None, LABELS, NAMES, np.zeros(8)
     )
@@ -134,7 +136,7 @@ def test_a_method_without_pseudo_labels_and_bank():
     }
 
 
-def test_the_end_of_a_run_is_told(tmp_path):
+def test_the_error_that_ends_a_run_is_logged(tmp_path):
     log = Logger(tmp_path, 0, 50, active=True)
     with pytest.raises(UserError, match="loss_x is nan"), log_stop_reason(log, 7):
         raise UserError("loss_x is nan at step 6")

@@ -1,4 +1,4 @@
-"""Continuing a log, and the progress line of a terminal."""
+"""The log of a resumed run, and the progress line in a terminal."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path):
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["loss_u"] is None
 
 
-def test_what_an_earlier_run_left_is_kept_when_one_begins_anew(tmp_path):
+def test_a_new_run_archives_the_files_of_an_earlier_run(tmp_path):
     assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == []
     for number in (1, 2):
         log = Logger(tmp_path, start=0, total=50, active=True)
@@ -66,7 +66,7 @@ def test_bad_images_are_listed(tmp_path, capsys):
     assert "2 bad images were replaced (3 times)" in capsys.readouterr().out
 
 
-def test_other_ranks_write_nothing(tmp_path, capsys):
+def test_ranks_other_than_0_write_nothing(tmp_path, capsys):
     log = Logger(tmp_path, start=0, total=50, active=False)
     log.print_line("hello")
     log.train(10, 1, 5, VALUES)
@@ -75,9 +75,10 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ""
 
 
-def test_a_terminal_gets_one_line_that_is_rewritten(tmp_path):
+def test_a_terminal_shows_one_line_that_is_rewritten(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from util.log import Logger, TRAIN_KEYS\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from util.log import Logger, TRAIN_KEYS\n"
         "log = Logger(Path(sys.argv[2]), 0, 50, True)\n"
         "for step in (10, 20): log.train(step, 1, 5, dict.fromkeys(TRAIN_KEYS, 1.0))\n"
         "log.print_line('bye')\n"
@@ -89,7 +90,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(tmp_path):
     while True:
         try:
             chunk = os.read(main, 4096)
-        except OSError:  # how Linux says that the other end is closed
+        except OSError:  # Linux raises it when the other end is closed
             break
         if not chunk:
             break

@@ -1,4 +1,4 @@
-"""Accuracy against counting, and the meter."""
+"""Accuracy against a plain loop, and the meter."""
 
 import math
 
@@ -9,7 +9,7 @@ from util.errors import UserError
 from util.metrics import Meter, evaluate
 
 
-def test_accuracy_equals_counting():
+def test_accuracy_equals_a_plain_loop():
     g = torch.Generator().manual_seed(0)
     logits, y = torch.randn(53, 8, generator=g), torch.randint(7, (53,), generator=g)  # no image of class 7
     top1 = top5 = 0
@@ -20,20 +20,20 @@ def test_accuracy_equals_counting():
         own[label] = [own[label][0] + (rank == 0), own[label][1] + 1]
     batches = zip(logits.split(10), y.split(10))
     result, worst = evaluate([lambda x: (x, None), lambda x: (-x, None)], batches, 8, torch.device("cpu"))
-    assert worst.top1 < result.top1 or top1 < 10  # two networks over one pass of the batches
+    assert worst.top1 < result.top1 or top1 < 10  # two networks in one pass over the batches
     assert (result.top1, result.top5) == pytest.approx((100 * top1 / 53, 100 * top5 / 53))
     assert result.per_class[:7] == pytest.approx([100 * a / n for a, n in own[:7]])
     assert math.isnan(result.per_class[7])
 
 
-def test_top5_of_three_classes_is_everything():
+def test_top5_of_three_classes_is_100():
     (result,) = evaluate(
         [lambda x: (x, None)], [(torch.eye(3), torch.tensor([0, 1, 1]))], 3, torch.device("cpu")
     )
     assert result.top5 == 100 and result.top1 == pytest.approx(200 / 3)
 
 
-def test_meter_means_and_forgets():
+def test_take_means_returns_the_means_since_its_last_call():
     meter = Meter()
     for step, value in enumerate((1.0, 3.0)):
         pseudo = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
@@ -44,15 +44,15 @@ def test_meter_means_and_forgets():
             torch.tensor([1.0, 0.0]),
             torch.tensor([0, 0]),
         )
-    assert meter.read() == pytest.approx(
+    assert meter.take_means() == pytest.approx(
         {"loss_x": 2, "loss_u": 1, "loss": 3, "mask": 0.5, "pseudo_acc": 0.5}
     )
     meter.add(2, {"loss_x": torch.tensor(7.0)}, None, None, None)
-    assert meter.read() == {"loss_x": 7, "loss": 7}
+    assert meter.take_means() == {"loss_x": 7, "loss": 7}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_non_finite_term_is_named_with_its_step(bad):
+def test_a_term_that_is_not_finite_is_named_with_its_step(bad):
     meter = Meter()
     for step in range(5):
         meter.add(
@@ -63,4 +63,4 @@ def test_a_non_finite_term_is_named_with_its_step(bad):
             None,
         )
     with pytest.raises(UserError, match=f"loss_u is {bad} at step 3"):
-        meter.read()
+        meter.take_means()

@@ -1,4 +1,4 @@
-"""Where a process finds itself, from the variables that torchrun and srun set."""
+"""The rendezvous, from the variables that torchrun and srun set."""
 
 import pytest
 
@@ -19,7 +19,7 @@ SRUN = {
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """One that answers as Slurm's does."""
+    """A script that answers as Slurm's scontrol does."""
     (tmp_path / "scontrol").write_text(
         '#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n'
     )
@@ -27,11 +27,11 @@ def scontrol(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
 
 
-def test_alone():
+def test_without_variables_there_is_one_rank():
     assert find_rendezvous({}, 20000) == Rendezvous(0, 0, 1, "", 0)
 
 
-def test_a_batch_script_without_srun_is_alone():
+def test_a_batch_script_without_srun_is_one_rank():
     assert (
         find_rendezvous(
             {key: value for key, value in SRUN.items() if not key.startswith("SLURM_STEP")}
@@ -42,16 +42,16 @@ def test_a_batch_script_without_srun_is_alone():
     )
 
 
-def test_one_task_of_srun_is_alone():
+def test_one_task_of_srun_is_one_rank():
     assert find_rendezvous({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, 20000) == Rendezvous()
 
 
-def test_torchrun():
+def test_the_variables_of_torchrun_are_used():
     env = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5", **SRUN}
     assert find_rendezvous(env, 20000) == Rendezvous(3, 1, 4, "a", 5)
 
 
-def test_srun(scontrol):
+def test_each_start_under_srun_has_its_own_port(scontrol):
     assert find_rendezvous(SRUN, 20000) == Rendezvous(9, 1, 16, "gpu07", 20000 + 123456 % NUM_PORTS)
     other = find_rendezvous({**SRUN, "SLURM_JOB_ID": "123457"}, 20000)
     again = find_rendezvous({**SRUN, "SLURM_RESTART_COUNT": "1"}, 20000)
@@ -61,13 +61,13 @@ def test_srun(scontrol):
     )
 
 
-def test_without_scontrol(monkeypatch, tmp_path):
+def test_a_missing_scontrol_is_a_user_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="first of the nodes gpu.*scontrol"):
         find_rendezvous(SRUN, 20000)
 
 
-def test_nobody_comes(monkeypatch):
+def test_ranks_that_never_start_are_a_user_error(monkeypatch):
     for key, value in {
         "RANK": "1",
         "LOCAL_RANK": "0",

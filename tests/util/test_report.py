@@ -1,4 +1,4 @@
-"""The table and the curves, from a log."""
+"""The table and the curves that util.report makes from logs."""
 
 import json
 
@@ -17,7 +17,7 @@ def run_dir(tmp_path):
     (folder / "config.yaml").write_text(to_yaml(Config(method="fixmatch", labels_per_class=4)))
     events = [
         {"event": "start", "step": 0, "split": "digits-4-seed0", "sha256": "ab" * 32},
-        {"event": "train", "step": 10, "pseudo_acc": None},
+        {"event": "train", "step": 10, "epoch": 1, "pseudo_acc": None},
         {
             "event": "eval",
             "step": 10,
@@ -26,7 +26,7 @@ def run_dir(tmp_path):
             "teacher_top1": 40.0,
             "teacher_top5": 80.0,
         },
-        {"event": "train", "step": 20, "pseudo_acc": 0.75},
+        {"event": "train", "step": 20, "epoch": 2, "pseudo_acc": 0.75},
         {
             "event": "eval",
             "step": 20,
@@ -40,8 +40,8 @@ def run_dir(tmp_path):
     return folder
 
 
-def test_table_and_curves(run_dir, tmp_path):
-    run = report.read(run_dir)
+def test_the_table_and_the_curves_show_the_run(run_dir, tmp_path):
+    run = report.read_evaluated_run(run_dir)
     assert "| fixmatch | 4 | 20 | 61.25 | 55.50 |" in report.table([run])
     report.draw([run], tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
@@ -49,21 +49,21 @@ def test_table_and_curves(run_dir, tmp_path):
         assert len(image.getcolors(100000)) > 20  # something was drawn
 
 
-def test_folders_that_are_not_finished_runs(run_dir, tmp_path):
+def test_a_folder_without_an_evaluated_run_is_a_user_error(run_dir, tmp_path):
     with pytest.raises(UserError, match="not the output directory"):
-        report.read(tmp_path)
-    (run_dir / "log.jsonl").write_text('{"event": "train", "step": 1, "pseudo_acc": null}\n')
+        report.read_evaluated_run(tmp_path)
+    (run_dir / "log.jsonl").write_text('{"event": "train", "step": 1, "epoch": 1, "pseudo_acc": null}\n')
     with pytest.raises(UserError, match="no evaluation yet"):
-        report.read(run_dir)
+        report.read_evaluated_run(run_dir)
     (run_dir / "log.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="damaged"):
-        report.read(run_dir)
+        report.read_evaluated_run(run_dir)
 
 
-def test_a_last_line_that_a_crash_cut_short_is_left_out(run_dir):
+def test_an_incomplete_last_line_is_ignored(run_dir):
     with open(run_dir / "log.jsonl", "a") as file:
         file.write('{"event": "eval", "step": 30, "stu')
-    assert report.read(run_dir).evals[-1]["step"] == 20
+    assert report.read_evaluated_run(run_dir).eval_events[-1]["step"] == 20
 
 
 def test_runs_on_different_splits_are_not_compared(run_dir, tmp_path, mistake):
@@ -71,8 +71,8 @@ def test_runs_on_different_splits_are_not_compared(run_dir, tmp_path, mistake):
     other.mkdir()
     (other / "config.yaml").write_text((run_dir / "config.yaml").read_text())
     (other / "log.jsonl").write_text((run_dir / "log.jsonl").read_text().replace("abab", "cdcd"))
-    report.check_same_split([report.read(run_dir)] * 2)
-    mistake(report.main, [run_dir, other], "digits-4-seed0", "slow", "do not compare")
+    report.check_same_split([report.read_evaluated_run(run_dir)] * 2)
+    mistake(report.main, [run_dir, other], "digits-4-seed0", "slow", "not comparable")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_runs_on_different_splits_are_not_compared(run_dir, tmp_path, mistake):
         '{"event": "train", "step": 3}',
     ],
 )
-def test_an_event_of_another_kind_is_one_line(line, tmp_path):
+def test_an_unexpected_event_is_a_user_error(line, tmp_path):
     (tmp_path / "log.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match="log.jsonl is damaged: an event is not one of ours"):
-        report.read(tmp_path)
+    with pytest.raises(UserError, match="log.jsonl is damaged or of another version: unexpected event"):
+        report.read_evaluated_run(tmp_path)

@@ -1,4 +1,4 @@
-"""The learning rate against the recipe's formulas."""
+"""The learning rate against the formulas of the recipes."""
 
 import math
 
@@ -11,13 +11,13 @@ from util.schedule import learning_rate
 RECIPE = dict(lr=0.03, steps_per_epoch=100, epochs=400, warmup_epoch=5, cos=True, schedule=[120, 160])
 
 
-def test_warm_up_is_linear_by_the_step():
+def test_warm_up_is_linear_in_the_step():
     for step in (0, 1, 250, 499):
         assert learning_rate(step, **RECIPE) == pytest.approx(0.03 * (step + 1) / 500)
     assert learning_rate(499, **RECIPE) == pytest.approx(0.03)
 
 
-def test_cosine_moves_once_an_epoch():
+def test_the_cosine_changes_once_per_epoch():
     for epoch in (5, 6, 200, 399):
         expected = 0.03 * 0.5 * (1 + math.cos(math.pi * (epoch - 5) / 395))
         assert (
@@ -27,14 +27,14 @@ def test_cosine_moves_once_an_epoch():
         )
 
 
-def test_steps_without_cosine():
+def test_the_schedule_divides_the_rate_by_10():
     flat = {**RECIPE, "cos": False, "warmup_epoch": 0}
     assert [learning_rate(100 * e, **flat) for e in (0, 119, 120, 160)] == pytest.approx(
         [0.03, 0.03, 0.003, 0.0003]
     )
 
 
-def test_a_run_shorter_than_its_warm_up():
+def test_a_run_may_be_shorter_than_its_warm_up():
     assert learning_rate(199, **{**RECIPE, "epochs": 2}) == pytest.approx(0.03 * 200 / 500)
 
 
@@ -43,7 +43,7 @@ CIFAR = dict(
 )
 
 
-def test_cos_7_16_moves_by_the_step_over_the_whole_training():
+def test_cos_7_16_changes_with_every_step():
     total = 1 << 20
     assert learning_rate(0, **CIFAR) == 0.03
     for step in (1000, 1001, 600_000, 600_001):
@@ -56,13 +56,13 @@ def test_cos_7_16_moves_by_the_step_over_the_whole_training():
     )  # cos(7π/16)
 
 
-def test_cos_7_16_after_a_warm_up_starts_from_the_full_rate():
+def test_cos_7_16_starts_from_the_full_rate_after_warm_up():
     rate = [
         learning_rate(step, **{**CIFAR, "warmup_epoch": 1, "epochs": 3}) for step in (0, 1023, 1024, 2048)
     ]
     assert rate == pytest.approx([0.03 / 1024, 0.03, 0.03, 0.03 * math.cos(7 * math.pi / 32)])
 
 
-def test_two_schedules_at_once_are_refused():
+def test_two_schedules_are_a_user_error():
     with pytest.raises(UserError, match="cos_7_16"):
         validate(Config(cos=True, cos_7_16=True))

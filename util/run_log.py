@@ -1,0 +1,80 @@
+"""A run, finished or not, read back from config.yaml and log.jsonl in its output directory."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from util.config import Config, read_yaml
+from util.errors import UserError
+
+Event = dict[str, Any]
+
+# Keys that readers of a log rely on, besides "event" and "step".
+REQUIRED_KEYS = {
+    "start": {"split", "sha256"},
+    "train": {"epoch", "pseudo_acc"},
+    "eval": {"student_top1", "teacher_top1"},
+    "diagnostics": {"steps_per_epoch"},
+    "stop": {"why"},
+}
+
+
+class RunLog(NamedTuple):
+    """The config of a run and its events, each list in the order of the log."""
+
+    name: str  # of the output directory
+    config: Config
+    events: list[Event]  # of every kind
+    train_events: list[Event]
+    eval_events: list[Event]
+    diagnostic_events: list[Event]
+    stop_events: list[Event]
+    split: str  # id and SHA-256 of the labeled split
+    steps_per_epoch: int | None  # None before the first evaluation or diagnostics event
+
+    @classmethod
+    def from_events(cls, name: str, config: Config, events: list[Event]) -> "RunLog":
+        starts, trains, evals, diagnostics, stops = (
+            [e for e in events if e["event"] == kind] for kind in REQUIRED_KEYS
+        )
+        split = f"{starts[0]['split']} (sha256 {starts[0]['sha256'][:12]})" if starts else "unknown"
+        if diagnostics:
+            steps_per_epoch = diagnostics[0]["steps_per_epoch"]
+        else:  # an evaluation is at the end of an epoch, whose number the train event of that step has
+            epochs = {e["step"]: e["epoch"] for e in trains}
+            steps_per_epoch = next(
+                (e["step"] // epochs[e["step"]] for e in evals if e["step"] in epochs), None
+            )
+        return cls(name, config, events, trains, evals, diagnostics, stops, split, steps_per_epoch)
+
+    def after_warmup(self, events: list[Event]) -> list[Event]:
+        """The events after the first epoch and the learning-rate warm-up; earlier values may look unusual."""
+        if self.steps_per_epoch is None:
+            return []
+        return [e for e in events if e["step"] > max(1, self.config.warmup_epoch) * self.steps_per_epoch]
+
+
+def read_run_log(folder: Path) -> RunLog:
+    """The run whose output directory is `folder`. Raises UserError if its log or config cannot be read."""
+    events = read_events(folder)
+    return RunLog.from_events(folder.name, Config(**read_yaml(str(folder / "config.yaml"))), events)
+
+
+def read_events(folder: Path) -> list[Event]:
+    """The events in `folder`/log.jsonl, in order. Raises UserError if there is no log or it is damaged."""
+    path = folder / "log.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line short
+        events = [json.loads(line) for line in whole.splitlines()]
+    except OSError as error:
+        raise UserError(
+            f"{folder} is not the output directory of a run: log.jsonl: {error.strerror}"
+        ) from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: a line is not JSON") from None
+    for event in events:
+        kind = event.get("event") if isinstance(event, dict) else None
+        if not isinstance(kind, str) or not {"step"} | REQUIRED_KEYS.get(kind, set()) <= event.keys():
+            raise UserError(f"{path} is damaged or of another version: unexpected event {str(event)[:80]}")
+    return events
