@@ -6,7 +6,7 @@ network runs. What travels between them is small: uint8 pixels, and the numbers 
 """
 
 import hashlib
-from typing import Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Callable, Iterator, NamedTuple, Optional, Protocol, Sequence
 
 import numpy as np
 import torch
@@ -79,6 +79,19 @@ class Data(NamedTuple):
             if isinstance(source, Files):
                 total.update(b"\0".join(name.rpartition(b"/")[2] for name in source.names.array.tolist()))
         return total.hexdigest()
+
+
+class EvalData(Protocol):
+    """The test images of a data set; `Data` and `dataset.imagenet.Validation` have these fields."""
+
+    @property
+    def test_images(self) -> Source: ...  # [M]
+    @property
+    def test_labels(self) -> np.ndarray: ...  # [M] int64
+    @property
+    def eval_view(self) -> View: ...
+    @property
+    def classes(self) -> list[str]: ...  # [C]
 
 
 class HostBatch(NamedTuple):
@@ -303,7 +316,7 @@ class ImageLoader:
 class EvalLoader:
     """A rank's share of the test images; every image is in exactly one share."""
 
-    def __init__(self, data: Data, rank: int, world: int, workers: int, device: torch.device):
+    def __init__(self, data: EvalData, rank: int, world: int, workers: int, device: torch.device):
         share = np.arange(rank, len(data.test_labels), world)  # [m]
         self.images = ImageLoader(data.test_images, data.eval_view, share, workers, device)
         self.labels = torch.from_numpy(data.test_labels)  # [M]
