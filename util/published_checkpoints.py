@@ -202,8 +202,8 @@ def _check_buffers(values: dict[str, Tensor], found: NetworkSpec, where: str) ->
     for key in [key for key in expected if key in values]:
         value, dtype = values[key], torch.int64 if key in ("labels", "DA_ptr") else torch.float32
         if tuple(value.shape) != expected[key] or value.dtype != dtype:
-            actual, required = _describe_tensor(value.shape, value.dtype), _describe_tensor(expected[key], dtype)
-            wrong.append(f"{key} is {actual}, not {required}")
+            actual = _describe_tensor(value.shape, value.dtype)
+            wrong.append(f"{key} is {actual}, not {_describe_tensor(expected[key], dtype)}")
     if wrong:
         raise UserError(f"{where} is not a complete checkpoint of SimMatch: {first_three(wrong)}")
 
