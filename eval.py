@@ -1,7 +1,7 @@
-"""Evaluate a checkpoint, or use it: python eval.py --checkpoint checkpoints/digits/best.pth [--per-class]
-[--predict DIR]
+"""Evaluate a checkpoint: python eval.py --checkpoint checkpoints/digits/best.pth [--per-class]
 
-Files of the published SimMatch, SimMatchV2 and FixMatch serve as well; --export writes for other programs.
+It may also be a published SimMatch, SimMatchV2 or FixMatch checkpoint. --predict DIR classifies your own
+images, and --export FILE converts the checkpoint for other programs.
 """
 
 import csv
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from dataset.build import build_data, build_validation, eval_view_for_files
-from dataset.imagenet import Validation
 from dataset.listing import list_images
-from dataset.loader import BadImages, Data, EvalLoader, ImageLoader, SplitId
+from dataset.loader import BadImages, EvalData, EvalLoader, ImageLoader, SplitId
 from dataset.source import Files
 from models import METHODS, build_network
 from models.network import Network
@@ -25,60 +24,67 @@ from util.config import Config, from_dict, to_dict, validate
 from util.errors import Parser, UserError, cli_main
 from util.metrics import evaluate
 
-# Fields of the training's config that the command line of an evaluation may replace.
+# Settings of the training run that the command line of an evaluation may override.
 OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "image_size")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """argv: the command line; None: this program's own."""
+    """argv: the flags; None: those of this process."""
     parser = Parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         required=True,
         type=Path,
         metavar="FILE",
-        help="best.pth or last.pth of a run, or a published file",
+        help="best.pth or last.pth of a run, or a published checkpoint",
     )
     parser.add_argument(
-        "--per-class", action="store_true", help="also print the student's top-1 of each class"
+        "--per-class", action="store_true", help="also print the student's top-1 accuracy of each class"
     )
     parser.add_argument(
-        "--predict", type=Path, metavar="DIR", help="classify all images below DIR instead, into a CSV file"
+        "--predict",
+        type=Path,
+        metavar="DIR",
+        help="instead classify all images below DIR and write a CSV file",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("predictions.csv"),
         metavar="FILE",
-        help="where --predict writes (default: predictions.csv)",
+        help="CSV file that --predict writes (default: predictions.csv)",
     )
     parser.add_argument(
-        "--export", type=Path, metavar="FILE", help="write the checkpoint for another program instead"
+        "--export", type=Path, metavar="FILE", help="instead convert the checkpoint for another program"
     )
-    parser.add_argument("--format", choices=("published", "torchvision", "timm", "onnx"), help="for --export")
     parser.add_argument(
-        "--teacher", action="store_true", help="--predict and --export use the teacher, not the student"
+        "--format",
+        choices=("published", "torchvision", "timm", "onnx"),
+        help="layout of the file that --export writes",
+    )
+    parser.add_argument(
+        "--teacher", action="store_true", help="--predict and --export use the teacher instead of the student"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     for name in OVERRIDES[1:]:
         parser.add_argument(
-            f"--{name.replace('_', '-')}", help="as in train_semi.py (default: as in training)"
+            f"--{name.replace('_', '-')}", help="as in train_semi.py (default: the value used in training)"
         )
     args = parser.parse_args(argv)
     if bool(args.export) != bool(args.format):
-        raise UserError("--export FILE and --format go together")
+        raise UserError("--export FILE and --format need each other: give both or neither")
     if args.export and args.predict:
-        raise UserError("--export and --predict are two things: call eval.py once for each")
+        raise UserError("--export and --predict cannot be combined: call eval.py once for each")
     if args.teacher and (args.format == "published" or not (args.predict or args.export)):
         raise UserError(
-            "--teacher is for --predict and for exporting one network; else both are there anyway"
+            "--teacher needs --predict or an --export of one network; otherwise both networks are used"
         )
 
     opened = open_checkpoint(args.checkpoint, vars(args))
     config = opened.config
     network = opened.teacher if args.teacher else opened.student
     if network is None:
-        raise UserError(f"{args.checkpoint} holds no teacher")
+        raise UserError(f"{args.checkpoint} has no teacher")
     if args.export:
         export_to(args.export, args.format, opened, network, args.checkpoint)
         return
@@ -86,20 +92,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank, world = dist_utils.rank(), dist_utils.world_size()
     if args.predict:
         if world > 1:
-            raise UserError("--predict runs in one process: start it without torchrun or srun")
+            raise UserError("--predict runs in a single process: start it without torchrun or srun")
         predict(network.to(device), opened, args.predict, args.output, device)
         return
 
-    data = test_images(opened, args.checkpoint, device)
+    data = load_test_set(opened, args.checkpoint, device)
     bad = BadImages(config.on_bad_image)
     networks = [net.to(device) for net in (opened.student, opened.teacher) if net is not None]
     tests = EvalLoader(data, rank, world, config.workers, device)
     results = evaluate(networks, tests.batches(bad), len(data.classes), device)
-    left_out = sum(dist_utils.all_gather_object(bad.take()), [])
+    left_out = [image for images in dist_utils.all_gather_object(bad.take()) for image in images]
     dist_utils.dist_end()
     if rank > 0:
         return
-    print(f"{opened.what}; {len(data.test_labels)} test images")
+    print(f"{opened.description}; {len(data.test_labels)} test images")
     for name, cause in left_out:
         print(f"left out: {name}: {cause}")
     if args.per_class:
@@ -111,43 +117,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Opened(NamedTuple):
-    """A checkpoint of any layout, as evaluation uses it."""
+    """A checkpoint of any layout, ready for evaluation."""
 
-    kind: str  # as told by published.recognize
-    state: dict[str, Any]  # the file's content
-    config: Config  # of a published file: what its tensors tell, and ImageNet
-    what: str  # a line that says what it is
-    classes: list[str]  # names; of a published file: numbers                               [C]
-    student: Network  # both in eval mode, on the CPU
+    kind: str  # from published_checkpoints.detect_kind
+    state: dict[str, Any]  # the content of the file
+    config: Config  # of a published file: ImageNet and the detected architecture
+    description: str  # one line
+    classes: list[str]  # names; of a published file: numbers  [C]
+    student: Network  # both networks are in eval mode and on the CPU
     teacher: Network | None
 
 
 def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
-    """Read a checkpoint of any layout and build its networks. flags: fields of the config that the command
-    line overrides.
+    """Load a checkpoint of any layout and build its networks. flags: the command line, which overrides the
+    fields OVERRIDES of the config. Raises UserError if the file cannot be evaluated.
     """
     where = f"checkpoint {path}"
-    state = checkpoint.read(path)
+    state = checkpoint.load_file(path)
     kind = published_checkpoints.detect_kind(state, where)
     if kind == "moco":
         raise UserError(
-            f"{where} is of MoCo and has no classifier: it is what a training starts from, by train_semi.py "
-            "--moco-path"
+            f"{where} is a MoCo checkpoint, which has no classifier: use it to start training, with "
+            "train_semi.py --moco-path"
         )
-    if kind == "ours":
-        state = checkpoint.check(state, path)
-        values, classes, tensors = state["config"], state["classes"], state["method"]
+    if kind == "native":
+        state = checkpoint.verify(state, path)
+        config = _override(state["config"], flags, path)
+        classes, tensors = state["classes"], state["method"]
+        description = f"{config.method}, {config.backbone}, {SplitId(*state['split'])}; step {state['step']}"
         prefixes = ("student.", "teacher.net.")
     else:
-        found, tensors, prefixes = (
-            published_checkpoints.network_spec(state, where),
-            published_checkpoints.tensors(state),
-            ("main.", "ema."),
-        )
-        values = to_dict(Config(dataset="imagenet", backbone=found.backbone, cls=found.num_classes))
-        classes = [str(label) for label in range(found.num_classes)]
-    values = {**values, **{key: flags[key] for key in OVERRIDES if flags[key] is not None}}
-    config = validate(Config(**from_dict(values, f"the config in {path}")))
+        spec = published_checkpoints.network_spec(state, where)
+        values = to_dict(Config(dataset="imagenet", backbone=spec.backbone, cls=spec.num_classes))
+        config = _override(values, flags, path)
+        classes, tensors = [str(c) for c in range(spec.num_classes)], published_checkpoints.tensors(state)
+        description = published_checkpoints.describe(state, kind, spec)
+        prefixes = ("main.", "ema.")
     if config.cls != len(classes):
         raise UserError(f"the config in {path}: cls is {config.cls}, but there are {len(classes)} classes")
     if config.method not in METHODS:
@@ -155,79 +160,78 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
             f"the config in {path}: unknown method {config.method!r}; known: {', '.join(METHODS)}"
         )
 
-    networks: list[Network | None] = []
-    for prefix in prefixes:
-        if kind == "fixmatch" and not any(key.startswith(prefix) for key in tensors):
-            networks.append(None)
-            continue
+    def load_network(prefix: str) -> Network:
         try:
-            network = (
-                build_network(config, channels(tensors, f"{prefix}backbone."))
-                if kind == "ours"
-                else Network(found.backbone, found.channels, found.num_classes, found.dim, found.norm)
-            )
+            if kind == "native":
+                network = build_network(config, channels(tensors, f"{prefix}backbone."))
+            else:
+                network = Network(spec.backbone, spec.channels, spec.num_classes, spec.dim, spec.norm)
         except ValueError as error:
             raise UserError(f"the config in {path}: {error}") from None
         checkpoint.load_module(network, tensors, path, prefix)
-        networks.append(network.eval())
-    what = (
-        f"{config.method}, {config.backbone}, {SplitId(*state['split'])}; step {state['step']}"
-        if kind == "ours"
-        else published_checkpoints.describe(state, kind, found)
-    )
-    return Opened(kind, state, config, what, classes, *networks)
+        return network.eval()
+
+    student, teacher = load_network(prefixes[0]), None
+    if kind != "fixmatch" or any(key.startswith(prefixes[1]) for key in tensors):
+        teacher = load_network(prefixes[1])
+    return Opened(kind, state, config, description, classes, student, teacher)
 
 
-def test_images(opened: Opened, path: Path, device: torch.device) -> Data | Validation:
-    """The images that a checkpoint is evaluated on: those of its run, or, for a published one, ImageNet's
-    val/ alone.
+def _override(values: dict[str, Any], flags: dict[str, Any], path: Path) -> Config:
+    """The config with these values, overridden by the flags that are given."""
+    given = {key: flags[key] for key in OVERRIDES if flags[key] is not None}
+    return validate(Config(**from_dict({**values, **given}, f"the config in {path}")))
+
+
+def load_test_set(opened: Opened, path: Path, device: torch.device) -> EvalData:
+    """The images to evaluate a checkpoint on: the test images of its run, or ImageNet's val/ for a published
+    one. Raises UserError if they do not match the checkpoint.
     """
     gpu = device.type == "cuda"
-    if opened.kind != "ours":
-        data = build_validation(opened.config, gpu)
-        if len(data.classes) != len(opened.classes):
+    if opened.kind != "native":
+        val = build_validation(opened.config, gpu)
+        if len(val.classes) != len(opened.classes):
             raise UserError(
-                f"{path} knows {len(opened.classes)} classes, but {data.test_images.root} has "
-                f"{len(data.classes)}"
+                f"{path} has {len(opened.classes)} classes, but {val.test_images.root} has {len(val.classes)}"
             )
-        return data
+        return val
     data = build_data(opened.config, gpu)
-    if data.split != SplitId(*opened.state["split"]):
-        raise UserError(
-            f"{path} was trained on the split {SplitId(*opened.state['split'])}, but the data here give "
-            f"{data.split}"
-        )
+    split = SplitId(*opened.state["split"])
+    if data.split != split:
+        raise UserError(f"{path} was trained on the split {split}, but the data have the split {data.split}")
     if data.classes != opened.classes:
-        odd = next((a, b) for a, b in zip(opened.classes, data.classes) if a != b)
-        raise UserError(f"{path} knows a class {odd[0]} where the data here have {odd[1]}")
+        expected, found = next((a, b) for a, b in zip(opened.classes, data.classes) if a != b)
+        raise UserError(f"{path} has a class {expected} where the data have {found}")
     return data
 
 
 def export_to(file: Path, form: str, opened: Opened, network: Network, path: Path) -> None:
-    """Write the checkpoint read from `path`, or one network of it, to `file` for another program."""
-    where, values, said = f"checkpoint {path}", network.state_dict(), opened.config.backbone
+    """Write the checkpoint loaded from `path`, or one network of it, to `file` in the layout `form`."""
+    where, values, description = f"checkpoint {path}", network.state_dict(), opened.config.backbone
     if form == "onnx":
-        content, checked = export.onnx(network, channels(values, "backbone."), opened.config.image_size)
+        content, check = export.onnx(network, channels(values, "backbone."), opened.config.image_size)
         checkpoint.write_atomically(file, lambda out: out.write(content))
-        said += f"; {checked}"
+        description += f"; {check}"
     else:
         value = (
             published_state(opened, where)
             if form == "published"
-            else export.plain_resnet(values, said, where)
+            else export.plain_resnet(values, opened.config.backbone, where)
         )
         checkpoint.write_atomically(file, lambda out: checkpoint.write_torch(value, out))
-        said += f"; {value['epoch']} whole epochs" if form == "published" else ""
-    print(f"{file}: {form}, {said}")
+        description += f"; {value['epoch']} whole epochs" if form == "published" else ""
+    print(f"{file}: {form}, {description}")
 
 
 def published_state(opened: Opened, where: str) -> dict[str, Any]:
-    """What the published SimMatch loads. It counts whole epochs."""
+    """The checkpoint in the layout of the published SimMatch, which counts whole epochs."""
     state, config = opened.state, opened.config
-    if opened.kind != "ours":
+    if opened.kind != "native":
         method, optimizer, epoch, _ = published_checkpoints.to_training_state(state, 0, where)
     elif config.method != "simmatch":
-        raise UserError(f"{where} is of the method {config.method}; the published layout is for simmatch")
+        raise UserError(
+            f"{where} was trained with the method {config.method}, but the published layout is for simmatch"
+        )
     else:
         method, optimizer = state["method"], state["optimizer"]
         epoch = state["step"] // state["steps_per_epoch"]
@@ -235,8 +239,8 @@ def published_state(opened: Opened, where: str) -> dict[str, Any]:
 
 
 def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
-    """Of the images, from the first convolution below `prefix`; 3 where there is none, which loading then
-    reports.
+    """The number of image channels, from the first convolution below `prefix`; 3 if there is none, which
+    `load_module` will report.
     """
     return next(
         (value.shape[1] for key, value in values.items() if key.startswith(prefix) and value.ndim == 4), 3
@@ -245,7 +249,7 @@ def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
 
 @torch.no_grad()
 def predict(network: Network, opened: Opened, folder: Path, output: Path, device: torch.device) -> None:
-    """Classify every image below `folder`. A line of `output`: path, class, probability, the five likeliest."""
+    """Classify every image below `folder`. Each line of `output` has path, class, probability and top 5."""
     view, _ = eval_view_for_files(opened.config, gpu=device.type == "cuda")
     images, classes, bad = list_images(folder), opened.classes, BadImages(opened.config.on_bad_image)
     count = 0
@@ -257,21 +261,21 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
         )
         lines = csv.writer(file)
         lines.writerow(["path", "class", "probability", "top5"])
-        found = ImageLoader(
+        loader = ImageLoader(
             Files(images.root, images.names),
             view,
             np.arange(len(images.names)),
             opened.config.workers,
             device,
         )
-        for x, rows in found.batches(bad):
+        for x, rows in loader.batches(bad):
             p = torch.softmax(network(x)[0].float(), dim=1)  # [n, C]
             best = p.topk(min(5, len(classes)), dim=1)  # [n, 5] each
-            for row, values, places in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):
-                top = [f"{classes[c]}={value:.4f}" for value, c in zip(values, places)]
-                lines.writerow([images.names[row], classes[places[0]], f"{values[0]:.4f}", ";".join(top)])
+            for row, values, labels in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):
+                top = [f"{classes[c]}={value:.4f}" for value, c in zip(values, labels)]
+                lines.writerow([images.names[row], classes[labels[0]], f"{values[0]:.4f}", ";".join(top)])
                 count += 1
-        file.detach()  # or it would close `out`
+        file.detach()  # otherwise it would close `out`
 
     checkpoint.write_atomically(output, write)
     for name, cause in bad.take():

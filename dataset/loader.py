@@ -8,7 +8,7 @@ part.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,19 @@ class Data(NamedTuple):
             if isinstance(source, Files):
                 digest.update(b"\0".join(name.rpartition(b"/")[2] for name in source.names.array.tolist()))
         return digest.hexdigest()
+
+
+class EvalData(Protocol):
+    """The test images of a data set; `Data` and `dataset.imagenet.Validation` have these fields."""
+
+    @property
+    def test_images(self) -> Source: ...  # [M]
+    @property
+    def test_labels(self) -> np.ndarray: ...  # [M] int64
+    @property
+    def eval_view(self) -> View: ...
+    @property
+    def classes(self) -> list[str]: ...  # [C]
 
 
 class HostBatch(NamedTuple):
@@ -302,8 +315,7 @@ class ImageLoader:
 class EvalLoader:
     """A rank's share of the test images; every image is in exactly one share."""
 
-    def __init__(self, data: Data, rank: int, world: int, workers: int, device: torch.device):
-        """data: a Data, or anything with its test_images, test_labels and eval_view."""
+    def __init__(self, data: EvalData, rank: int, world: int, workers: int, device: torch.device):
         share = np.arange(rank, len(data.test_labels), world)  # [m]
         self.images = ImageLoader(data.test_images, data.eval_view, share, workers, device)
         self.labels = torch.from_numpy(data.test_labels)  # [M]

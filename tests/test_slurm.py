@@ -160,7 +160,9 @@ def test_a_rank_that_hangs_ends_the_job_with_its_name_after_the_timeout(tmp_path
     wait_running(job, folder / "last.pth")
     os.kill(task(job, 1, nodes()[1]), signal.SIGSTOP)
     wait(job, seconds=300)
-    assert re.search(r"timed out waiting for rank 1 on \S+, which hangs or has ended", log(folder)), log(folder)
+    assert re.search(r"timed out waiting for rank 1 on \S+, which hangs or has ended", log(folder)), log(
+        folder
+    )
     ended_by_itself(job, folder)
 
 

@@ -75,8 +75,8 @@ def onnx(network: nn.Module, channels: int, size: int) -> tuple[bytes, str]:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     x = torch.randn(3, channels, size, size)
     worst = 0.0
-    for own, theirs in zip(network(x), session.run(["logits", "z"], {"x": x.numpy()}), strict=True):
-        worst = max(worst, ((own - torch.from_numpy(theirs)).abs().max() / own.abs().max()).item())
+    for expected, actual in zip(network(x), session.run(["logits", "z"], {"x": x.numpy()}), strict=True):
+        worst = max(worst, ((expected - torch.from_numpy(actual)).abs().max() / expected.abs().max()).item())
     if not worst < 1e-3:
         raise UserError(
             f"onnxruntime's outputs differ from the network's by {worst:.1e} of the largest value: "

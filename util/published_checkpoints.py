@@ -1,11 +1,12 @@
-"""Checkpoints of the published programs, told by their keys and turned into ours and back. Functions over
-dicts of tensors.
+"""Published checkpoints: detect their layout from their keys, and convert them to this repository's layout
+and back. All functions work on dicts of tensors.
 
-SimMatch and SimMatchV2 as their authors publish them, FixMatch and MoCo as EMAN's authors do, MoCo v2;
-docs/CHECKPOINTS.md lists the keys. Names of these files' keys are given without `module.`, which stands
-before all of them or before none.
+The layouts are those of the authors' SimMatch and SimMatchV2, of FixMatch and MoCo by EMAN's authors, and of
+MoCo v2; docs/CHECKPOINTS.md lists the keys. Keys are written here without `module.`, a prefix that a file has
+either on all of its keys or on none. "Native" means this repository's own layout.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,10 @@ SPLITS = {
     128000: "simmatch-10p",
     12811: "simclr-1p",
     128116: "simclr-10p",
-}  # by their sizes
-RING = 256  # rows of the published ring of distribution alignment
-# kind -> (what must be there, what may be there); with a dot at its end, the start of a key, otherwise a key
-_MUST = (
+}  # number of labeled images -> split
+RING = 256  # rows of the ring of distribution alignment in published files
+# kind -> (required keys, optional keys); an entry that ends with a dot is the prefix of a key
+_REQUIRED = (
     "main.backbone.conv1.weight",
     "main.fc.weight",
     "main.head.2.weight",
@@ -31,14 +32,15 @@ _MUST = (
     "ema.fc.",
     "ema.head.",
 )
-_MAY = ("main.backbone.", "main.fc.", "main.head.")
+_OPTIONAL = ("main.backbone.", "main.fc.", "main.head.")
 LAYOUTS = {
-    "simmatch": ((*_MUST, "bank", "labels"), (*_MAY, "DA_queue", "DA_ptr")),
+    "simmatch": ((*_REQUIRED, "bank", "labels"), (*_OPTIONAL, "DA_queue", "DA_ptr")),
     "simmatchv2": (
-        (*_MUST, "l_bank", "l_labels", "ptr", "u_bank", "u_labels", "da"),
-        (*_MAY, "main.norm.", "ema.norm."),
+        (*_REQUIRED, "l_bank", "l_labels", "ptr", "u_bank", "u_labels", "da"),
+        (*_OPTIONAL, "main.norm.", "ema.norm."),
     ),
-    "fixmatch": (_MUST[:2], (*_MAY, "ema.backbone.", "ema.fc.", "ema.head.")),  # no ema without --eman
+    # the teacher exists only with --eman
+    "fixmatch": (_REQUIRED[:2], (*_OPTIONAL, "ema.backbone.", "ema.fc.", "ema.head.")),
     "moco": (("encoder_q.conv1.weight",), ("encoder_q.", "encoder_k.", "queue", "queue_ptr")),
 }
 KIND_BY_KEY = {
@@ -55,49 +57,52 @@ RESNETS = {
     (True, (3, 4, 23, 3), 64): "resnet101_encoder",
     (True, (3, 4, 6, 3), 128): "resnet50w2x_encoder",
 }
-PARTS = {"main.": "student.", "ema.": "teacher.net."}  # published -> ours
+# published key or prefix -> native one
+PREFIXES = {"main.": "student.", "ema.": "teacher.net."}
 BUFFERS = {"bank": "bank.z", "labels": "bank.labels", "DA_queue": "align.ring", "DA_ptr": "align.ptr"}
 
 
 def detect_kind(state: Any, where: str = "the checkpoint") -> str:
-    """ours, simmatch, simmatchv2, fixmatch or moco, by the keys; a UserError names the first three that fit
-    none.
+    """native, simmatch, simmatchv2, fixmatch or moco, from the keys. Raises UserError, naming up to three
+    keys, if the file has none of these layouts.
     """
     if (
         isinstance(state, dict)
         and not isinstance(state.get("state_dict"), dict)
         and any(key in state for key in KEYS)
     ):
-        return "ours"
-    lacks = f"{where} was not written by train_semi.py, nor by " + ", ".join(PROGRAMS.values())
+        return "native"
+    problem = f"{where} was not written by train_semi.py, nor by " + ", ".join(PROGRAMS.values())
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
         held = [repr(key) for key in state] if isinstance(state, dict) else [f"a {type(state).__name__}"]
-        raise UserError(f"{lacks}: it has no 'state_dict', but {first_three(held) or 'nothing'}")
+        raise UserError(f"{problem}: it has no 'state_dict', but {first_three(held) or 'nothing'}")
     values = tensors(state)
     kind = next((kind for key, kind in KIND_BY_KEY.items() if key in values), None)
     if kind is None:
         raise UserError(
-            f"{lacks}: its state_dict has {first_three([repr(key) for key in values]) or 'no key'}"
+            f"{problem}: its state_dict has {first_three([repr(key) for key in values]) or 'no key'}"
         )
-    must, may = LAYOUTS[kind]
+    required, optional = LAYOUTS[kind]
     wrong = [
         f"{part}{'*' * part.endswith('.')} is missing"
-        for part in must
-        if not any(_fits(key, part) for key in values)
+        for part in required
+        if not any(_matches(key, part) for key in values)
     ]
-    wrong += [f"{key} is unknown" for key in values if not any(_fits(key, part) for part in must + may)]
     wrong += [
-        f"{key} is no tensor, or a single number"
+        f"{key} is unknown" for key in values if not any(_matches(key, part) for part in required + optional)
+    ]
+    wrong += [
+        f"{key} is not a tensor, or has no dimensions"
         for key, value in values.items()
         if not isinstance(value, Tensor) or not value.ndim and not key.endswith("num_batches_tracked")
     ]
     if wrong:
-        raise UserError(f"{where} is not a whole checkpoint of {PROGRAMS[kind]}: {first_three(wrong)}")
+        raise UserError(f"{where} is not a complete checkpoint of {PROGRAMS[kind]}: {first_three(wrong)}")
     return kind
 
 
 def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The state_dict of a published file, its keys without `module.`."""
+    """The state_dict of a published file, with its keys without `module.`."""
     values = state["state_dict"]
     if all(isinstance(key, str) and key.startswith("module.") for key in values):
         return {key.removeprefix("module."): value for key, value in values.items()}
@@ -105,19 +110,19 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class NetworkSpec(NamedTuple):
-    """What the student (and the teacher) of a published file are made of."""
+    """The architecture of the student and the teacher in a published file."""
 
     backbone: str
     channels: int  # of the images
     num_classes: int  # C
     dim: int  # D; 0 without a head
     norm: bool  # LayerNorm on the feature
-    labeled: int | None  # K; None where the file does not tell
+    labeled: int | None  # K; None if the file has no bank
 
 
 def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> NetworkSpec:
-    """Read from the shapes, since `arch` in these files is the program's name. Not for `moco`, which has no
-    classifier.
+    """The architecture, from the shapes of the tensors, because `arch` in these files is the name of the
+    method. Not for `moco` files, which have no classifier. Raises UserError if the backbone is unknown.
     """
     values = tensors(state)
     main = {key.removeprefix("main."): value for key, value in values.items() if key.startswith("main.")}
@@ -143,6 +148,7 @@ def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> Networ
 
 
 def _resnet(backbone: dict[str, Tensor], where: str) -> str:
+    """The name of a ResNet in models/resnet.py, from the tensors of its state_dict."""
     blocks = tuple(
         len({key.split(".")[1] for key in backbone if key.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4)
     )
@@ -156,7 +162,7 @@ def _resnet(backbone: dict[str, Tensor], where: str) -> str:
 
 
 def describe(state: dict[str, Any], kind: str, found: NetworkSpec) -> str:
-    """A line on a published file."""
+    """One line that describes a published file."""
     labeled = f", {found.labeled} labeled images" if found.labeled else ""
     if found.labeled in SPLITS:
         labeled += f" (as many as {SPLITS[found.labeled]})"
@@ -164,8 +170,8 @@ def describe(state: dict[str, Any], kind: str, found: NetworkSpec) -> str:
 
 
 def to_method_state(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """A published SimMatch file -> the state_dict of a SimMatch method. A column of the published bank is a
-    row of ours.
+    """A published SimMatch file -> the state_dict of models.simmatch.SimMatch. The published bank is
+    transposed. Raises UserError if the file has another layout or its buffers have other shapes or types.
     """
     kind = detect_kind(state, where)
     if kind != "simmatch":
@@ -174,68 +180,75 @@ def to_method_state(state: dict[str, Any], where: str = "the checkpoint") -> dic
         )
     values = tensors(state)
     _check_buffers(values, network_spec(state, where), where)
-    out = {_renamed(key, PARTS): value for key, value in values.items() if key not in BUFFERS}
-    for theirs, own in BUFFERS.items():
-        if theirs in values:
-            out[own] = values[theirs].T.contiguous() if theirs == "bank" else values[theirs]
+    out = {_renamed(key, PREFIXES): value for key, value in values.items() if key not in BUFFERS}
+    for published, native in BUFFERS.items():
+        if published in values:
+            value = values[published]
+            out[native] = value.T.contiguous() if published == "bank" else value  # [D, K] -> [K, D]
     return out
 
 
 def _check_buffers(values: dict[str, Tensor], found: NetworkSpec, where: str) -> None:
-    """Kinds and shapes of what a load_state_dict would cast, or would have nothing to compare with."""
-    wanted = {"bank": (found.dim, found.labeled), "labels": (found.labeled,)}
+    """Raise UserError if a buffer is missing or has another shape or type: load_state_dict would convert
+    types silently.
+    """
+    expected: dict[str, tuple[int | None, ...]] = {
+        "bank": (found.dim, found.labeled),
+        "labels": (found.labeled,),
+    }
     if "DA_queue" in values or "DA_ptr" in values:
-        wanted |= {"DA_queue": (RING, found.num_classes), "DA_ptr": (1,)}
-    wrong = [f"{key} is missing" for key in wanted if key not in values]
-    for key in [key for key in wanted if key in values]:
-        kind = torch.int64 if key in ("labels", "DA_ptr") else torch.float32
-        if tuple(values[key].shape) != wanted[key] or values[key].dtype != kind:
-            wrong.append(
-                f"{key} is {_describe_tensor(values[key].shape, values[key].dtype)}, not {_describe_tensor(wanted[key], kind)}"
-            )
+        expected |= {"DA_queue": (RING, found.num_classes), "DA_ptr": (1,)}
+    wrong = [f"{key} is missing" for key in expected if key not in values]
+    for key in [key for key in expected if key in values]:
+        value, dtype = values[key], torch.int64 if key in ("labels", "DA_ptr") else torch.float32
+        if tuple(value.shape) != expected[key] or value.dtype != dtype:
+            actual = _describe_tensor(value.shape, value.dtype)
+            wrong.append(f"{key} is {actual}, not {_describe_tensor(expected[key], dtype)}")
     if wrong:
-        raise UserError(f"{where} is not a whole checkpoint of SimMatch: {first_three(wrong)}")
+        raise UserError(f"{where} is not a complete checkpoint of SimMatch: {first_three(wrong)}")
 
 
-def _describe_tensor(shape: tuple[int, ...], kind: torch.dtype) -> str:
-    return f"{list(shape)} {str(kind).removeprefix('torch.')}"
+def _describe_tensor(shape: Sequence[int | None], dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def from_method_state(
     method: dict[str, Tensor], optimizer: dict[str, Any], epoch: int, where: str = "the checkpoint"
 ) -> dict[str, Any]:
-    """The state_dicts of a SimMatch method and of its SGD -> what the published program loads with strict
+    """The state_dicts of a SimMatch method and its SGD -> a file that the published code loads with strict
     keys.
 
-    epoch: finished ones. Without distribution alignment the file has none either, and the published program
-    takes it without --DA.
+    epoch: number of finished epochs. A method without distribution alignment gives a file that the published
+    code loads without --DA. Raises UserError if the published layout cannot hold the method or the optimizer.
     """
-    known = (*PARTS.values(), *BUFFERS.values())
-    wrong = [f"{own} is missing" for own in ("bank.z", "bank.labels") if own not in method]
-    wrong += [f"{key} has no place there" for key in method if not key.startswith(known)]
+    known = (*PREFIXES.values(), *BUFFERS.values())
+    wrong = [f"{key} is missing" for key in ("bank.z", "bank.labels") if key not in method]
+    wrong += [f"{key} does not exist in that layout" for key in method if not key.startswith(known)]
     if "align.ring" in method and len(method["align.ring"]) != RING:
         wrong.append(
             f"align.ring has {len(method['align.ring'])} rows, not {RING}: train with --da-len {RING}"
         )
     if wrong:
-        raise UserError(f"{where} cannot be written as a checkpoint of SimMatch: {first_three(wrong)}")
-    values = {theirs: method[own] for theirs, own in BUFFERS.items() if own in method}
+        raise UserError(f"{where} cannot be converted to the published layout: {first_three(wrong)}")
+    values = {published: method[native] for published, native in BUFFERS.items() if native in method}
     values["bank"] = values["bank"].T.contiguous()  # [D, K]
-    back = {own: theirs for theirs, own in PARTS.items()}
-    values |= {_renamed(key, back): value for key, value in method.items() if key.startswith(tuple(back))}
-    found = network_spec({"state_dict": values}, where)  # refuses what is no ResNet
+    to_published = {native: published for published, native in PREFIXES.items()}
+    values |= {
+        _renamed(key, to_published): value
+        for key, value in method.items()
+        if key.startswith(tuple(to_published))
+    }
+    found = network_spec({"state_dict": values}, where)  # raises UserError if the backbone is not a ResNet
     if found.channels != 3:
-        raise UserError(
-            f"{where} is for images of {found.channels} channels; those of the published SimMatch have 3"
-        )
+        raise UserError(f"{where} is for images of {found.channels} channels; the published code needs 3")
     names = parameter_names(values, "main.")
     groups = optimizer["param_groups"]
     if len(groups) != 1 or list(groups[0]["params"]) != list(range(len(names))):
         raise UserError(
-            f"{where} cannot be written as a checkpoint of SimMatch: that has one group of parameters, but this "
-            f"run has {len(groups)} (--no-decay-bn makes two)"
+            f"{where} cannot be converted to the published layout: that has one parameter group, but this "
+            f"run has {len(groups)} (--no-decay-bn creates two)"
         )
-    # the published program hands all parameters to SGD, the teacher's too, which never get a gradient
+    # the published code passes all parameters to SGD, including the teacher's, which never get a gradient
     group = {**groups[0], "params": list(range(2 * len(names)))}
     return {
         "epoch": epoch,
@@ -248,25 +261,25 @@ def from_method_state(
 def to_training_state(
     state: dict[str, Any], steps_per_epoch: int, where: str = "the checkpoint"
 ) -> tuple[dict[str, Tensor], dict[str, Any], int, int]:
-    """A published SimMatch file -> (method state_dict, SGD state_dict, finished epochs, finished steps) to
-    train on from.
+    """A published SimMatch file -> (method state_dict, SGD state_dict, finished epochs, finished steps), to
+    resume training. Raises UserError if that is not possible.
 
-    steps_per_epoch: of the training that goes on; the published program saves at the end of epochs only.
+    steps_per_epoch: of the resumed run. The published code saves only at the end of epochs.
     """
     method = to_method_state(state, where)
     epoch = state.get("epoch")
     if type(epoch) is not int or epoch < 0:
-        raise UserError(f"{where} does not say how many epochs are done: its 'epoch' is {epoch!r}")
+        raise UserError(f"{where} has no valid number of finished epochs: its 'epoch' is {epoch!r}")
     return method, to_optimizer_state(state.get("optimizer"), method, where), epoch, epoch * steps_per_epoch
 
 
 def to_optimizer_state(
     saved: Any, method: dict[str, Tensor], where: str = "the checkpoint"
 ) -> dict[str, Any]:
-    """The published SGD's state -> that of an SGD over the student alone. Both number parameters in the
-    networks' order.
+    """The state of the published SGD -> that of an SGD over the student alone. Both number the parameters in
+    the order of the networks. Raises UserError if the state does not fit the student.
 
-    method: as from `to_ours`, whose keys have that order.
+    method: from `to_method_state`, whose keys have that order.
     """
     names = parameter_names(method, "student.")
     groups = saved.get("param_groups") if isinstance(saved, dict) else None
@@ -277,21 +290,21 @@ def to_optimizer_state(
         or not all(isinstance(value, dict) for value in (*groups, *saved["state"].values()))
     ):
         raise UserError(
-            f"{where} has no 'optimizer' with one group of parameters, so no training can go on from it"
+            f"{where} has no 'optimizer' with one parameter group, so training cannot be resumed from it"
         )
     listed = list(groups[0].get("params", ()))
     if len(listed) not in (len(names), 2 * len(names)):
         raise UserError(
-            f"{where} has an optimizer of {len(listed)} parameters, but a student of {len(names)}"
+            f"{where} has an optimizer with {len(listed)} parameters, but a student with {len(names)}"
         )
-    place = {key: k for k, key in enumerate(listed)}
-    state = {place[key]: value for key, value in saved["state"].items() if key in place}
+    index = {key: k for k, key in enumerate(listed)}
+    state = {index[key]: value for key, value in saved["state"].items() if key in index}
     for k, value in state.items():
-        velocity = value.get("momentum_buffer")
-        wanted = method[names[k]].shape if k < len(names) else None
-        if velocity is not None and velocity.shape != wanted:
-            owner = names[k] if wanted else "the teacher"
-            raise UserError(f"{where} has an optimizer whose momentum for {owner} is {list(velocity.shape)}")
+        momentum = value.get("momentum_buffer")
+        expected = method[names[k]].shape if k < len(names) else None
+        if momentum is not None and momentum.shape != expected:
+            owner = names[k] if expected else "the teacher"
+            raise UserError(f"{where} has an optimizer whose momentum for {owner} is {list(momentum.shape)}")
     return {
         "state": {k: state[k] for k in sorted(state) if k < len(names)},
         "param_groups": [{**groups[0], "params": list(range(len(names)))}],
@@ -299,16 +312,16 @@ def to_optimizer_state(
 
 
 def parameter_names(values: dict[str, Tensor], prefix: str) -> list[str]:
-    """Keys of the parameters below `prefix`, in their order: all that is no running statistic of BN."""
+    """The keys of the parameters that start with `prefix`, in order: all except BN's running statistics."""
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     return [key for key in values if key.startswith(prefix) and not key.endswith(statistics)]
 
 
 def moco_backbone(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """A MoCo file -> backbone.* and head.* of a Network: the query encoder and, in its place, its two-layer
-    head.
+    """A MoCo file -> backbone.* and head.* of a Network, from the query encoder and its two-layer MLP.
 
-    A MoCo v1 file has one linear layer instead of a head: then there is no head.*.
+    A MoCo v1 file has a linear layer instead of the MLP; then there is no head.*. Raises UserError if the
+    file has another layout.
     """
     kind = detect_kind(state, where)
     if kind != "moco":
@@ -323,19 +336,20 @@ def moco_backbone(state: dict[str, Any], where: str = "the checkpoint") -> dict[
         if key.startswith("fc.") and not key.startswith((*names, "fc.weight", "fc.bias"))
     ]
     if wrong:
-        raise UserError(f"{where} has another head than MoCo v2's: {first_three(wrong)}")
+        raise UserError(f"{where} does not have the head of MoCo v2: {first_three(wrong)}")
     _resnet(query, where)
     out = {key if key.startswith("fc.") else f"backbone.{key}": value for key, value in query.items()}
     return {_renamed(key, names): value for key, value in out.items() if key not in ("fc.weight", "fc.bias")}
 
 
-def _renamed(key: str, starts: dict[str, str]) -> str:
-    """`key`, its start replaced where it is one of `starts`."""
-    for old, new in starts.items():
+def _renamed(key: str, prefixes: dict[str, str]) -> str:
+    """`key` with its prefix replaced, if that is in `prefixes` (old -> new)."""
+    for old, new in prefixes.items():
         if key.startswith(old):
             return new + key.removeprefix(old)
     return key
 
 
-def _fits(key: str, part: str) -> bool:
-    return key.startswith(part) if part.endswith(".") else key == part
+def _matches(key: str, entry: str) -> bool:
+    """Whether `key` is an entry of LAYOUTS, or starts with it if it is a prefix."""
+    return key.startswith(entry) if entry.endswith(".") else key == entry

@@ -390,7 +390,9 @@ def test_cifar_views_and_other_sizes():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for name in ("cifar_weak", "cifar_strong", "cifar_eval"):
         view = photo_view(pipeline(name), CIFAR10_NORM, on_device=True)
-        assert view.device_transform(view.cpu_transform([image] * 3, np.full((3, view.num_uniforms), 0.3))).shape == (
+        assert view.device_transform(
+            view.cpu_transform([image] * 3, np.full((3, view.num_uniforms), 0.3))
+        ).shape == (
             3,
             3,
             32,

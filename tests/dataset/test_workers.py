@@ -79,7 +79,9 @@ def test_signals_of_a_scheduler_reach_the_workers_and_not_the_helpers():
 def test_a_worker_that_is_killed_is_named():
     items = iter(PrefetchLoader(Processes(), range(1000), 1, pin_memory=False))
     os.kill(next(items)["pid"], signal.SIGKILL)
-    with pytest.raises(UserError, match="a worker process that loads images has ended.*was killed.*--workers"):
+    with pytest.raises(
+        UserError, match="a worker process that loads images has ended.*was killed.*--workers"
+    ):
         list(items)
 
 
@@ -192,4 +194,7 @@ def test_every_view_can_be_sent_to_a_worker(name, on_device):
         [picture(k, size=(32, 32)) for k in range(4)],
         np.random.default_rng(0).random((4, view.num_uniforms)),
     )
-    assert torch.equal(view.device_transform(view.cpu_transform(images, u)), sent.device_transform(sent.cpu_transform(images, u)))
+    assert torch.equal(
+        view.device_transform(view.cpu_transform(images, u)),
+        sent.device_transform(sent.cpu_transform(images, u)),
+    )

@@ -1,4 +1,4 @@
-"""Published layouts: told apart, turned into ours and back to the same bits, refused by name."""
+"""Published layouts are detected, converted and converted back to the same bits, or refused by name."""
 
 import copy
 
@@ -17,16 +17,16 @@ from util.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """(module, its SGD, the file's content) of a SimMatch training with 7 labeled images, 3 classes, D = 16."""
+def published():
+    """(module, its SGD, content of its file): the published SimMatch, 7 labeled images, 3 classes, D = 16."""
     torch.manual_seed(0)
     model = simmatch()
     optimizer = sgd(model)
     return model, optimizer, contents(model, "SimMatch", 12, optimizer)
 
 
-def ours(DA=True, labeled=7, backbone="resnet18_encoder", channels=3, **settings):
-    """(our method, its SGD) of the same sizes."""
+def native(DA=True, labeled=7, backbone="resnet18_encoder", channels=3, **settings):
+    """(native method, its SGD) of the same sizes."""
     config = Config(backbone=backbone, cls=3, dim=16, DA=DA, **settings)
     method = build_method(config, channels, torch.arange(labeled) % 3)
     groups = parameter_groups(method.student, config.wd, config.no_decay_bn)
@@ -34,7 +34,7 @@ def ours(DA=True, labeled=7, backbone="resnet18_encoder", channels=3, **settings
 
 
 def assert_same(a, b):
-    """Equal nested values, tensors to the bit, in type and shape too."""
+    """Compare nested values, tensors bit by bit and with their types and shapes."""
     assert type(a) is type(b) or isinstance(a, dict) and isinstance(b, dict)
     if isinstance(a, dict):
         assert list(a) == list(b)
@@ -51,9 +51,7 @@ def assert_same(a, b):
 
 
 def step_alike(student, optimizer, model, other):
-    """One step of both programs' SGD with the same gradients, by name; returns whether all parameters are
-    then equal.
-    """
+    """Take one step of both SGDs with the same gradients. Returns whether all parameters are equal."""
     grads = {name: torch.randn_like(p) for name, p in student.named_parameters()}
     for net, sgd_ in ((student, optimizer), (model.main, other)):
         assert set(grads) == {name for name, _ in net.named_parameters()}
@@ -78,12 +76,12 @@ def step_alike(student, optimizer, model, other):
         (lambda: MoCo(layers=1), "moco"),
     ],
 )
-def test_every_layout_is_told(make, kind, prefix):
+def test_every_layout_is_detected(make, kind, prefix):
     assert published_checkpoints.detect_kind(contents(make(), "any", prefix=prefix)) == kind
 
 
-def test_ours_is_told():
-    assert published_checkpoints.detect_kind({"config": {}, "method": {}}) == "ours"
+def test_the_native_layout_is_detected():
+    assert published_checkpoints.detect_kind({"config": {}, "method": {}}) == "native"
 
 
 @pytest.mark.parametrize(
@@ -107,14 +105,14 @@ def test_ours_is_told():
         (torch.zeros(3), "a Tensor"),
     ],
 )
-def test_the_first_three_keys_of_anything_else(state, words):
+def test_an_unknown_layout_is_a_user_error_with_three_keys(state, words):
     with pytest.raises(UserError) as error:
         published_checkpoints.detect_kind(state, "file x")
-    said = str(error.value)
+    message = str(error.value)
     assert (
-        words in said
-        and said.startswith("file x was not written by train_semi.py, nor by SimMatch")
-        and "\n" not in said
+        words in message
+        and message.startswith("file x was not written by train_semi.py, nor by SimMatch")
+        and "\n" not in message
     )
 
 
@@ -136,16 +134,16 @@ def test_the_first_three_keys_of_anything_else(state, words):
         (lambda s: s.update({"module.main.norm.weight": torch.zeros(1)}), "main.norm.weight is unknown"),
         (
             lambda s: s.update({"module.bank": torch.tensor(1), "module.main.fc.weight": 7}),
-            "bank is no tensor, or a single number; main.fc.weight is no tensor",
+            "bank is not a tensor, or has no dimensions; main.fc.weight is not a tensor",
         ),
     ],
 )
-def test_a_file_that_is_nearly_simmatch(theirs, change, words):
-    state = copy.deepcopy(theirs[2])
+def test_a_nearly_correct_simmatch_file_is_a_user_error(published, change, words):
+    state = copy.deepcopy(published[2])
     change(state["state_dict"])
     with pytest.raises(UserError) as error:
         published_checkpoints.detect_kind(state)
-    assert "not a whole checkpoint of SimMatch" in str(error.value) and words in str(error.value)
+    assert "not a complete checkpoint of SimMatch" in str(error.value) and words in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +157,8 @@ def test_a_file_that_is_nearly_simmatch(theirs, change, words):
         ({"DA_ptr": None}, "DA_ptr is missing"),
     ],
 )
-def test_buffers_of_another_kind_or_shape(theirs, change, words):
-    state = {"state_dict": dict(theirs[2]["state_dict"])}
+def test_a_buffer_of_another_type_or_shape_is_a_user_error(published, change, words):
+    state = {"state_dict": dict(published[2]["state_dict"])}
     for key, value in change.items():
         state["state_dict"][f"module.{key}"] = value
         if value is None:
@@ -170,11 +168,11 @@ def test_buffers_of_another_kind_or_shape(theirs, change, words):
     assert words in str(error.value)
 
 
-def test_simmatch_loads_into_our_method_with_exact_keys(theirs, tmp_path):
-    model, _, state = theirs
+def test_a_published_file_loads_into_the_method_with_exact_keys(published, tmp_path):
+    model, _, state = published
     torch.save(state, tmp_path / "a.pth")
     values = published_checkpoints.to_method_state(torch.load(tmp_path / "a.pth", weights_only=True))
-    method, _ = ours()
+    method, _ = native()
     load_module(method, values, tmp_path / "a.pth")
     assert list(values)[:-4] == [key for key in method.state_dict()][:-4]  # student and teacher in our order
     for name, own in (("main", method.student), ("ema", method.teacher.net)):
@@ -183,36 +181,36 @@ def test_simmatch_loads_into_our_method_with_exact_keys(theirs, tmp_path):
     assert torch.equal(method.bank.z[3], model.bank[:, 3]) and values["bank.z"].is_contiguous()
     assert torch.equal(method.bank.labels, model.labels) and torch.equal(method.align.ring, model.DA_queue)
     assert method.align.ptr.tolist() == [5]
-    plain, _ = ours(DA=False)
+    plain, _ = native(DA=False)
     with pytest.raises(UserError, match="align.ring is unknown; align.ptr is unknown"):
         load_module(plain, values, tmp_path / "a.pth")
 
 
-def test_training_goes_on_from_a_published_file(theirs):
-    model, theirs_sgd, state = copy.deepcopy(theirs)
+def test_training_resumes_from_a_published_file(published):
+    model, published_sgd, state = copy.deepcopy(published)
     values, saved, epoch, steps = published_checkpoints.to_training_state(state, steps_per_epoch=30)
     assert (epoch, steps) == (12, 360)
-    method, optimizer = ours()
+    method, optimizer = native()
     method.load_state_dict(values)
     optimizer.load_state_dict(
         copy.deepcopy(saved)
-    )  # as read from a file: not the other program's own tensors
+    )  # a copy, as read from a file, and not the tensors of published_sgd
     assert optimizer.param_groups[0]["weight_decay"] == 1e-4
     assert len(optimizer.state) == len(list(method.student.parameters()))
     torch.manual_seed(1)
-    assert step_alike(method.student, optimizer, model, theirs_sgd)
+    assert step_alike(method.student, optimizer, model, published_sgd)
 
 
-def test_without_its_momentum_the_next_step_is_another(theirs):
-    """The comparison above can fail."""
-    model, theirs_sgd, state = copy.deepcopy(theirs)
-    method, optimizer = ours()
+def test_without_momentum_the_next_step_differs(published):
+    """The comparison in the test above can fail."""
+    model, published_sgd, state = copy.deepcopy(published)
+    method, optimizer = native()
     method.load_state_dict(published_checkpoints.to_method_state(state))
-    assert not step_alike(method.student, optimizer, model, theirs_sgd)
+    assert not step_alike(method.student, optimizer, model, published_sgd)
 
 
-def test_published_to_ours_and_back_is_the_same_file(theirs):
-    _, _, state = theirs
+def test_published_to_native_and_back_is_the_same_file(published):
+    _, _, state = published
     method, optimizer, epoch, _ = published_checkpoints.to_training_state(state, 1)
     assert_same(
         published_checkpoints.from_method_state(method, optimizer, epoch),
@@ -221,11 +219,11 @@ def test_published_to_ours_and_back_is_the_same_file(theirs):
 
 
 @pytest.mark.parametrize("DA", [True, False])
-def test_ours_to_published_and_back_is_the_same_state(DA):
+def test_native_to_published_and_back_is_the_same_state(DA):
     torch.manual_seed(0)
-    method, optimizer = ours(DA)
+    method, optimizer = native(DA)
     for k, p in enumerate(method.student.parameters()):
-        p.grad = torch.randn_like(p) if k != 3 else None  # one that has not moved yet
+        p.grad = torch.randn_like(p) if k != 3 else None  # one parameter without momentum
     optimizer.step()
     file = published_checkpoints.from_method_state(method.state_dict(), optimizer.state_dict(), 4)
     assert (
@@ -239,9 +237,9 @@ def test_ours_to_published_and_back_is_the_same_state(DA):
     assert (epoch, steps) == (4, 40)
 
 
-def test_ours_loads_into_the_published_modules_and_trains_on(tmp_path):
+def test_an_exported_state_loads_into_the_published_modules_and_trains(tmp_path):
     torch.manual_seed(0)
-    method, optimizer = ours()
+    method, optimizer = native()
     for p in method.student.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -258,13 +256,13 @@ def test_ours_loads_into_the_published_modules_and_trains_on(tmp_path):
     assert file["state_dict"]["module.bank"].is_contiguous() and torch.equal(
         model.bank[:, 2], method.bank.z[2]
     )
-    theirs_sgd = torch.optim.SGD(model.parameters(), 1.0)
-    theirs_sgd.load_state_dict(file["optimizer"])
-    assert step_alike(method.student, optimizer, model, theirs_sgd)
+    published_sgd = torch.optim.SGD(model.parameters(), 1.0)
+    published_sgd.load_state_dict(file["optimizer"])
+    assert step_alike(method.student, optimizer, model, published_sgd)
 
 
-def test_an_optimizer_of_an_older_torch_and_of_the_first_epoch():
-    """Parameters by any numbers, fewer settings of the group, and, while L_in is 0, no momentum for the head."""
+def test_an_optimizer_of_an_older_torch_in_the_first_epoch_is_converted():
+    """Its parameters have other numbers, its group fewer settings, and the head has no momentum yet."""
     model = simmatch()
     optimizer = sgd(model, without_gradient="main.head")
     state = contents(model, "SimMatch", 1, optimizer)
@@ -274,7 +272,7 @@ def test_an_optimizer_of_an_older_torch_and_of_the_first_epoch():
     for key in ("maximize", "foreach", "differentiable", "fused"):
         group.pop(key, None)
     values, saved, _, _ = published_checkpoints.to_training_state(state, 1)
-    method, own = ours()
+    method, own = native()
     method.load_state_dict(values)
     own.load_state_dict(copy.deepcopy(saved))
     assert [name for name, p in method.student.named_parameters() if p not in own.state] == [
@@ -289,15 +287,15 @@ def test_an_optimizer_of_an_older_torch_and_of_the_first_epoch():
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda s: s.pop("optimizer"), "no 'optimizer' with one group"),
-        (lambda s: s["optimizer"].update(state=3), "no 'optimizer' with one group"),
+        (lambda s: s.pop("optimizer"), "no 'optimizer' with one parameter group"),
+        (lambda s: s["optimizer"].update(state=3), "no 'optimizer' with one parameter group"),
         (
             lambda s: s["optimizer"]["param_groups"].append(s["optimizer"]["param_groups"][0]),
-            "no 'optimizer' with one group",
+            "no 'optimizer' with one parameter group",
         ),
         (
             lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
-            "an optimizer of 131 parameters, but a student of 66",
+            "an optimizer with 131 parameters, but a student with 66",
         ),
         (
             lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)),
@@ -310,8 +308,8 @@ def test_an_optimizer_of_an_older_torch_and_of_the_first_epoch():
         (lambda s: s.pop("epoch"), "'epoch' is None"),
     ],
 )
-def test_a_file_that_no_training_can_go_on_from(theirs, change, words):
-    state = copy.deepcopy(theirs[2])
+def test_a_file_from_which_training_cannot_resume_is_a_user_error(published, change, words):
+    state = copy.deepcopy(published[2])
     change(state)
     with pytest.raises(UserError) as error:
         published_checkpoints.to_training_state(state, 1)
@@ -329,15 +327,15 @@ def test_a_file_that_no_training_can_go_on_from(theirs, change, words):
         (dict(method="fixmatch"), "bank.z is missing; bank.labels is missing"),
     ],
 )
-def test_ours_that_the_published_layout_cannot_hold(how, words):
-    method, optimizer = ours(**how)
+def test_a_method_that_the_published_layout_cannot_hold_is_a_user_error(how, words):
+    method, optimizer = native(**how)
     with pytest.raises(UserError) as error:
         published_checkpoints.from_method_state(method.state_dict(), optimizer.state_dict(), 1)
     assert words in str(error.value)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("resnet")])
-def test_the_backbone_is_read_from_the_shapes(name):
+def test_the_backbone_is_detected_from_the_shapes(name):
     with torch.device("meta"):
         main = Network(name, 3, 5, 4, norm=True).state_dict()
     found = published_checkpoints.network_spec(
@@ -346,7 +344,7 @@ def test_the_backbone_is_read_from_the_shapes(name):
     assert found == (name, 3, 5, 4, True, None)
 
 
-def test_what_the_layouts_tell_of_their_networks():
+def test_the_architecture_is_detected_in_every_layout():
     assert published_checkpoints.network_spec(contents(simmatch(), "SimMatch")) == (
         "resnet18_encoder",
         3,
@@ -379,7 +377,7 @@ def test_what_the_layouts_tell_of_their_networks():
 
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_moco_gives_backbone_and_head(arch, prefix, tmp_path):
+def test_a_moco_file_gives_backbone_and_head(arch, prefix, tmp_path):
     torch.manual_seed(0)
     moco = MoCo(arch).eval()
     values = published_checkpoints.moco_backbone(contents(moco, arch, prefix=prefix))
@@ -390,7 +388,7 @@ def test_moco_gives_backbone_and_head(arch, prefix, tmp_path):
     torch.testing.assert_close(net(x)[1], torch.nn.functional.normalize(moco.encoder_q(x), dim=1))
 
 
-def test_moco_v1_has_no_head_and_other_heads_are_refused():
+def test_moco_v1_gives_no_head_and_other_heads_are_user_errors():
     values = published_checkpoints.moco_backbone(contents(MoCo(layers=1), "resnet18"))
     names = torchvision.models.resnet18().state_dict()
     assert {f"backbone.{key}" for key in names if not key.startswith("fc.")} == set(values)
