@@ -1,5 +1,5 @@
 """The training step against plain loops in float64: python benchmark/parity.py [--backbone resnet18_encoder]
-[--free]
+[--free] [--write docs/results/parity.md]
 
 The reference is tests/reference.py. Every mode of the production step starts each step from the reference's
 state, cast to the mode's type, on the same batches; --free lets it run on from its own state, which shows how
@@ -274,6 +274,16 @@ def missing(mode: Mode) -> Optional[str]:
     return None
 
 
+def not_run(chosen: Sequence[Mode]) -> list[str]:
+    """One line of text, after an empty one, that names the modes that cannot run here; [] if all of them can."""
+    names: dict[str, list[str]] = {}  # by reason; each mode is chosen with both teachers
+    for mode in chosen:
+        if missing(mode) and not mode.eman:
+            names.setdefault(str(missing(mode)), []).append(mode.name.partition(", ")[2])
+    reasons = (f"{'; '.join(modes)} ({reason})" for reason, modes in names.items())
+    return ["", f"Not run, with either teacher: {'; '.join(reasons)}."] if names else []
+
+
 def line(mode: Mode, row: dict[str, float], judged: bool) -> str:
     cells = [f"{row[name]:.0e}" for name in COLUMNS] + [f"{100 * row['argmax']:.0f} %", f"{row['flips']:.0f}"]
     bounds = f"{mode.bound('bank'):.0e}"
@@ -343,14 +353,14 @@ def main() -> None:
         steps = trajectory(config, ranks, args.steps) if not all(map(missing, here)) else []
         for mode in here:
             if missing(mode):
-                table.append(f"| {mode.name}{' | ' * (len(COLUMNS) + 4)}| not run: {missing(mode)} |")
-            else:
-                with tempfile.TemporaryDirectory() as folder:
-                    row = worst(play(mode, config, steps, Path(folder), args.free))
-                broken |= not args.free and not holds(mode, row)
-                table.append(line(mode, row, not args.free))
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                row = worst(play(mode, config, steps, Path(folder), args.free))
+            broken |= not args.free and not holds(mode, row)
+            table.append(line(mode, row, not args.free))
             print(table[-1], flush=True)
     lines = [
+        *not_run(chosen),
         "",
         "| view | equal values | within a level of 255 | mean difference in levels | bound | |",
         "|---|---|---|---|---|---|",

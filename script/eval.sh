@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint on a Slurm cluster, or, without one, here; all arguments go to eval.py (docs/SLURM.md):
+# Evaluate a checkpoint on a Slurm cluster, or without one on this machine; all arguments go to eval.py (docs/SLURM.md):
 #   sbatch script/eval.sh --checkpoint checkpoints/imagenet_1p/best.pth
 #   sbatch --ntasks-per-node=4 --gres=gpu:4 script/eval.sh --checkpoint checkpoints/imagenet_1p/best.pth       on 4 GPUs
 #SBATCH --job-name=simmatch-eval

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Put the four published lists of labeled ImageNet images into dataset/semi_files: fetched from their publishers, or taken
-# from a folder that has them under any name. Only files of the right SHA-256 arrive there; those that are there are kept.
+# Put the four published lists of labeled ImageNet images into dataset/semi_files: downloaded from their publishers, or copied
+# from a folder that has them under any name. Only a file with the right SHA-256 is put there; a list that is there is kept.
 #   bash script/get_splits.sh [--from DIR]
 fail() { echo "error: get_splits: $*" >&2; exit 2; }
 from=
 if [ $# -gt 0 ]; then
   [ "$1" = --from ] && [ $# -eq 2 ] || fail "usage: bash script/get_splits.sh [--from DIR]; got: $*"
-  from=$(unset CDPATH; cd -- "$2" 2>/dev/null && pwd) || fail "--from $2: there is no such folder; check the path"
+  from=$(unset CDPATH; cd -- "$2" 2>/dev/null && pwd) || fail "--from $2: this folder does not exist; check the path"
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 folder=$ROOT/dataset/semi_files part=
@@ -23,13 +23,13 @@ fetch() {  # fetch URL FILE
   else echo "neither curl nor wget is installed"; false; fi
 }
 
-copy() {  # copy FILE FILE; with the usual permissions, whatever the first one has
+copy() {  # copy FILE FILE; the copy has the usual permissions, not those of the source
   cat <"$1" >"$2"
 }
 
 offer() {  # offer SOURCE COMMAND...: run COMMAND, which makes $part; true if $part then has the SHA-256 $sum
-  local said
-  if ! said=$("${@:2}" 2>&1); then reason="cannot get $1 (${said##*$'\n'})"
+  local output
+  if ! output=$("${@:2}" 2>&1); then reason="cannot get $1 (${output##*$'\n'})"
   elif [ "$(sha "$part")" != "$sum" ]; then reason="$1 has another SHA-256 than the published list"
   else mv -f "$part" "$folder/$id.txt" 2>/dev/null || fail "cannot write $folder/$id.txt; check the disk"
     echo "get_splits: $id from $1"
@@ -50,13 +50,13 @@ get() {  # get ID SHA256 SOURCE...
     for source in "$from"/*; do
       [ -f "$source" ] && [ "$(sha "$source")" = "$sum" ] && offer "$source" copy "$source" "$part" && return
     done
-    fail "$id: $reason; without --from it is fetched"
+    fail "$id: $reason; without --from the list is downloaded"
   fi
   for source in "${@:3}"; do
     source=https://raw.githubusercontent.com/$source
     offer "$source" fetch "$source" "$part" && return
   done
-  fail "$id: $reason; get the list by other means, then: bash script/get_splits.sh --from DIR"
+  fail "$id: $reason; download the list in another way, then run: bash script/get_splits.sh --from DIR"
 }
 
 get simmatch-1p 90c1450521fa511c3c7e94f75c35a51bd8f63297ecc3727b85feb34d3b8652f2 \

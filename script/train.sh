@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster, or, without one, on all GPUs of this machine (docs/SLURM.md):
+# Train on a Slurm cluster, or without one on all GPUs of this machine (docs/SLURM.md):
 #   sbatch script/train.sh                                                       the 1 % recipe on one node with 8 GPUs
-#   sbatch --nodes=2 script/train.sh configs/imagenet_10p.yaml --seed 1          the 10 % one on two
+#   sbatch --nodes=2 script/train.sh configs/imagenet_10p.yaml --seed 1          10 % of the labels, on two nodes
 #   sbatch --ntasks-per-node=4 --gres=gpu:4 script/train.sh                      on nodes with 4 GPUs
-#   bash script/train.sh configs/digits.yaml --epochs 5                          here
-# Every line below can be overridden on sbatch's command line. Before the time limit, or when it is preempted, the job saves,
-# goes back into the queue and later continues at the same step.
+#   bash script/train.sh configs/digits.yaml --epochs 5                          on this machine
+# Options on sbatch's command line override the lines below. Before the time limit, or when it is preempted, the job saves, goes
+# back into the queue, and later continues at the same step.
 #SBATCH --job-name=simmatch
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -28,23 +28,23 @@ case ${1:-} in ''|-*) ;; *) config=$1; shift ;; esac
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
   if [ "$gpus" = 0 ] && command -v sbatch >/dev/null; then
-    echo "train: no GPU here, so on the CPU; to use this cluster's GPUs: sbatch script/train.sh $config $*"
+    echo "train: no GPU on this machine, so training uses the CPU. To use the cluster's: sbatch script/train.sh $config $*"
   fi
   [ "$gpus" -le 1 ] && exec "$PYTHON" train_semi.py --config "$config" "$@"
   exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" train_semi.py --config "$config" "$@"
 fi
 echo "train: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number ${SLURM_RESTART_COUNT:-0}: $config $*"
-# USR1 is for the ranks; this script waits for them. It must die of TERM: that is scancel, or Slurm requeues by itself.
+# The ranks handle USR1, and this script waits for them. TERM must end this script: it comes with scancel or Slurm's own requeue.
 trap : USR1
-# A rank that dies takes the others along after a minute. Not at once: ranks that were asked to stop do not end together.
+# When a rank ends, srun ends the others a minute later, not at once: ranks that stop on request do not end at the same time.
 srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
   "$PYTHON" train_semi.py --config "$config" "$@" &
 wait $!; code=$?
-while kill -0 $! 2>/dev/null; do wait $!; code=$?; done     # `wait` also ends when the trap was called
+while kill -0 $! 2>/dev/null; do wait $!; code=$?; done     # `wait` also returns when the trap runs
 if [ $code = 75 ]; then                                     # asked to stop, and saved (util/preempt.py)
   echo "train: back into the queue"
-  scontrol requeue "$SLURM_JOB_ID" || echo "train: Slurm did not take it back; the same sbatch command continues" >&2
+  scontrol requeue "$SLURM_JOB_ID" || echo "train: Slurm did not requeue the job; the same sbatch command continues" >&2
 elif [ $code != 0 ]; then
-  echo "train: ended with code $code and is not started again; once mended, the same sbatch command continues" >&2
+  echo "train: ended with exit code $code and is not started again: fix the cause; the same sbatch command continues" >&2
 fi
 exit $code

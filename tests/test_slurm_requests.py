@@ -44,9 +44,9 @@ REFUSED = {
     "`--gpus=N` beside the script's `--gres`": ["--gpus=2"],
     "more CPUs than a node has": [*ONE, f"--cpus-per-task={cpus() + 1}"],
     "more memory than a node has": [*ONE, "--mem=9999G"],
-    "a time that is none": [*ONE, "--time=tomorrow"],
-    "a signal that is none": [*ONE, "--signal=USR9@60"],
-    "a number of nodes that is none": [*ONE, "--nodes=two"],
+    "an invalid time": [*ONE, "--time=tomorrow"],
+    "an invalid signal": [*ONE, "--signal=USR9@60"],
+    "an invalid number of nodes": [*ONE, "--nodes=two"],
     "an unknown node": [*ONE, "--nodelist=nosuch"],
     "an unknown feature": [*ONE, "--constraint=nosuch"],
     "an unknown reservation": [*ONE, "--reservation=nosuch"],
@@ -201,7 +201,7 @@ def test_on_a_login_node_without_gpu_train_sh_names_sbatch(tmp_path):
     done = slurm("bash", "script/train.sh", *DIGITS, "--epochs", "1", "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert (
-        "no GPU here, so on the CPU; to use this cluster's GPUs: sbatch script/train.sh configs/digits.yaml"
+        "no GPU on this machine, so training uses the CPU. To use the cluster's: sbatch script/train.sh configs/digits.yaml"
         in done.stdout
     )
     assert (tmp_path / "run" / "last.pth").exists()
