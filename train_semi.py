@@ -37,7 +37,7 @@ from models import (
     train_step,
 )
 from util import checkpoint, dist_utils
-from util.diagnostics import diagnostics, log_stop_reason
+from util.diagnostics import diagnostics_event, log_stop_reason
 from util.log import Logger, init_output_dir
 from util.metrics import Meter, evaluate
 from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
@@ -187,7 +187,7 @@ def main() -> None:
 
         # Once in a while: the log.
         if diagnose_now:
-            values = diagnostics(
+            values = diagnostics_event(
                 epoch,
                 stream.steps_per_epoch,
                 n_x,

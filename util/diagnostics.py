@@ -45,7 +45,7 @@ KEYS = (
 NUM_EXTREMES = 5  # classes named in `most` and in `least`
 
 
-def diagnostics(
+def diagnostics_event(
     epoch: int,
     steps_per_epoch: int,
     labels_per_step: int,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from util.diagnostics import KEYS, diagnostics, kl, log_stop_reason, marginal
+from util.diagnostics import KEYS, diagnostics_event, kl, log_stop_reason, marginal
 from util.errors import UserError
 from util.log import Logger
 from util.metrics import Meter
@@ -97,7 +97,7 @@ def test_the_event_has_all_keys_in_order():
     diag = {name: torch.tensor(value) for name, value in diag.items()} | {
         "prior": torch.tensor([0.0, 0.5, 0.0, 0.0])
     }
-    event = diagnostics(
+    event = diagnostics_event(
         3, 20, 3, diag, torch.tensor([[1, 2, 1, 4]] * 2), LABELS, NAMES, np.array([0, 1, 2, 3, 4, 5, -1, 5])
     )
     assert tuple(event) == KEYS
@@ -113,7 +113,7 @@ def test_the_event_has_all_keys_in_order():
         event[f"bank_{name}"] for name in ("rows", "drift", "unwritten", "age_median", "age_max", "pass")
     ] == [8, 0.25, 1, 3, 5, 3]
     json.dumps(event, allow_nan=False)
-    broken = diagnostics(
+    broken = diagnostics_event(
         3, 20, 3, {**diag, "loss_u": torch.tensor(math.nan)}, None, LABELS, NAMES, np.zeros(8)
     )
     assert (
@@ -124,7 +124,7 @@ def test_the_event_has_all_keys_in_order():
 
 
 def test_values_that_a_method_does_not_have_are_null():
-    event = diagnostics(
+    event = diagnostics_event(
         1, 20, 3, {"loss_x": torch.tensor(2.0), "grad_x": torch.tensor(1.0)}, None, LABELS, NAMES, np.zeros(8)
     )
     assert {key for key, value in event.items() if value is not None} == {
