@@ -170,8 +170,8 @@ def test_ranks_grouped_anew_keep_the_images_of_a_step(whole, tmp_path):
     assert (
         code == 0
         and other[0] == 0
-        and "2 ranks of 5 labeled images (it had 1 of 10)" in out
-        and "BN's statistics" in out
+        and "2 ranks of 5 labeled images instead of 1 of 10" in out
+        and "BN groups them differently" in out
     ), err
     assert weights(tmp_path / "run")["step"] == 60 and weights(tmp_path / "run")["batch_size"] == 5
 

@@ -354,7 +354,7 @@ def validate(config: Config) -> Config:
     must(
         Path(config.checkpoint).name == config.checkpoint,
         "checkpoint",
-        "the name of a file in checkpoints/",
+        "a file name in checkpoints/",
     )
     if config.evaluate and not config.checkpoint:
         raise UserError(
