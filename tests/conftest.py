@@ -1,10 +1,11 @@
-"""Shared by all tests: the repository on the path, one thread, small settings, and commands as a user types
-them.
-"""
+"""Shared by all tests: the path, one thread, the order of the tests, and scripts as a user starts them."""
 
+import itertools
 import os
+import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,33 +15,91 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 
-from util import errors  # noqa: E402  (the repository is on the path only now)
+import fork_server  # noqa: E402  (the repository is on the path only now)
+
+from util import errors  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Put Slurm's tests first, since they mostly wait; then the slow ones, the longest first; then the
+    others. Quick tests of a file share fixtures, so they stay in one process.
+    """
+
+    def seconds(item):
+        mark = item.get_closest_marker("slow")
+        return mark.args[0] if mark else 0
+
+    def group(item):
+        mark = item.get_closest_marker("xdist_group")
+        return mark.args[0] if mark else item.nodeid
+
+    total = Counter()
+    for item in items:
+        if not seconds(item) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+        total[group(item)] += seconds(item)
+    items.sort(key=lambda item: (group(item) != "slurm", -total[group(item)]))
+
+
+def one_thread(env=None):
+    """The environment of a script that is started beside others."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+
+
+def start_python(*args, env=None, **how):
+    """`python *args` in a new process, at the root of the repository."""
+    how = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    return subprocess.Popen([sys.executable, *map(str, args)], env=one_thread(env), **how)
 
 
 @pytest.fixture
 def command():
-    """Run a script of the repository as a user would; returns the finished process, output as text."""
+    """Run a script of the repository with `python *args`; returns the finished process, output as text.
 
-    def call(script, *args, timeout=300, env=None):
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, args)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        )
+    new_process: start Python for it, as a user does, in place of a fork of tests/fork_server.py.
+    """
+
+    def call(*args, timeout=300, env=None, new_process=False):
+        if not new_process:
+            return fork_server.run(args, cwd=ROOT, env=one_thread(env), timeout=timeout)
+        process = start_python(*args, env=env)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return call
 
 
 @pytest.fixture
-def mistake(monkeypatch, capsys):
-    """Call a script's main with flags it must refuse: exit code 2, one line on stderr with `words`, no
-    traceback; returns it.
+def train(command):
+    """A short digits training: train(output_dir, *flags)."""
 
-    In this process, since a new one needs seconds to import PyTorch; tests/test_train.py starts some for
-    real.
+    def call(output_dir, *flags, **how):
+        return command("train_semi.py", *DIGITS, output_dir, *flags, **how)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(output directory, process) of a finished run of two epochs, in a process of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    process = start_python("train_semi.py", *DIGITS, folder, "--print-freq", "3")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+DIGITS = "--config configs/digits.yaml --epochs 2 --eval-freq 1 --output-dir".split()
+
+
+@pytest.fixture
+def mistake(monkeypatch, capsys):
+    """Call a script's main in this process, with flags that it must refuse: exit code 2, one line on stderr
+    with `words`, no traceback. Returns that line.
     """
 
     def call(main, flags, *words):
@@ -61,23 +120,18 @@ def one_line(code, stderr, *words):
     return stderr[:-1]
 
 
-@pytest.fixture
-def train(command):
-    """A short digits training: train(output_dir, *flags)."""
+# Each test process takes its ports from another hundred, all below those that systems hand out.
+_ports = itertools.cycle(range(first := 10000 + 100 * (os.getpid() % 200), first + 100))
 
-    def call(output_dir, *flags, **how):
-        return command(
-            "train_semi.py",
-            "--config",
-            "configs/digits.yaml",
-            "--epochs",
-            "2",
-            "--eval-freq",
-            "1",
-            "--output-dir",
-            output_dir,
-            *flags,
-            **how,
-        )
 
-    return call
+def free_port():
+    """A port of this machine that is not in use."""
+    for port in itertools.islice(_ports, 100):
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("none of 100 ports is free")
