@@ -7,4 +7,4 @@ streams=$(getconf _NPROCESSORS_ONLN)
 [ "$streams" -le 8 ] || streams=8                         # each takes 1 GB
 command -v sbatch >/dev/null && streams=$((streams + 1))
 echo "test: running pytest in $streams streams $*"
-exec "$PYTHON" -m pytest -n "$streams" --dist loadgroup --no-loadscope-reorder "$@"
+exec "$PYTHON" -m pytest -n "$streams" "$@"

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,26 +19,38 @@ import fork_server  # noqa: E402  (the repository is on the path only now)
 from util import errors  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+# Several processes (pytest-xdist, script/test.sh) take from one list: Slurm's tests first, since they mostly
+# wait; then the slow tests, the longest first; then the others.
+
+
 def pytest_collection_modifyitems(items):
-    """Put Slurm's tests first, since they mostly wait; then the slow ones, the longest first; then the
-    others. Quick tests of a file share fixtures, so they stay in one process.
-    """
-
-    def seconds(item):
+    def order(item):
         mark = item.get_closest_marker("slow")
-        return mark.args[0] if mark else 0
+        return unit(item.nodeid) != "slurm", -mark.args[0] if mark and unit(item.nodeid) != "slurm" else 0
 
-    def group(item):
-        mark = item.get_closest_marker("xdist_group")
-        return mark.args[0] if mark else item.nodeid
+    items.sort(key=order)
 
-    total = Counter()
-    for item in items:
-        if not seconds(item) and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
-        total[group(item)] += seconds(item)
-    items.sort(key=lambda item: (group(item) != "slurm", -total[group(item)]))
+
+def unit(nodeid):
+    """What one process takes at a time: all of Slurm's tests; one test of a file with slow tests; else a
+    file.
+    """
+    file = nodeid.partition("::")[0]
+    if file.startswith("tests/test_slurm"):
+        return "slurm"
+    return nodeid if "mark.slow" in (ROOT / file).read_text(encoding="utf-8") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return unit(nodeid)
+
+    config.option.loadscopereorder = False  # the order is that above
+    return Scheduling(config, log)
 
 
 def one_thread(env=None):

@@ -9,8 +9,6 @@ from conftest import one_line
 import eval as eval_script
 from util import checkpoint
 
-pytestmark = pytest.mark.xdist_group("tests/test_train.py")  # they look at the same finished run
-
 
 def test_it_needs_the_checkpoint_alone_and_ends_with_the_published_line(finished, command):
     folder, trained = finished
