@@ -18,7 +18,6 @@ import fork_server  # noqa: E402  (the repository is on the path only now)
 
 from util import errors  # noqa: E402
 
-
 # Several processes (pytest-xdist, script/test.sh) take from one list: Slurm's tests first, since they mostly
 # wait; then the slow tests, the longest first; then the others.
 
@@ -71,10 +70,10 @@ def command():
     new_process: start Python for it, as a user does, in place of a fork of tests/fork_server.py.
     """
 
-    def call(*args, timeout=300, env=None, new_process=False):
+    def call(*args, timeout=300, cwd=ROOT, env=None, new_process=False):
         if not new_process:
-            return fork_server.run(args, cwd=ROOT, env=one_thread(env), timeout=timeout)
-        process = start_python(*args, env=env)
+            return fork_server.run(args, cwd=cwd, env=one_thread(env), timeout=timeout)
+        process = start_python(*args, cwd=cwd, env=env)
         try:
             out, err = process.communicate(timeout=timeout)
         finally:
