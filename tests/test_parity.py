@@ -156,7 +156,7 @@ def test_a_head_with_a_gradient_of_zero_in_the_first_epoch_is_caught(steps, monk
     assert rows(EXACT, steps)["momentum"] == float("inf")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 @pytest.mark.skipif(
     parity.missing(parity.Mode("compiled", compiled=True)) is not None, reason="no C++ compiler"
 )
@@ -175,7 +175,7 @@ def example():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("eman", [False, True])
 def test_the_example_gives_the_references_numbers(eman):
     """Two ranks in one process, as the text stands there but for the teacher's kind, a threshold that some
@@ -238,7 +238,7 @@ def reference_from(state, method, config):
     return slow
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_the_example_with_a_process_for_each_rank_prints_the_same(tmp_path):
     (tmp_path / "check.py").write_text(example(), encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

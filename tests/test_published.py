@@ -325,7 +325,7 @@ def test_a_published_file_exported_as_published_is_itself(simmatch_file, evaluat
     assert checkpoint.digest(before) == checkpoint.digest(after)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_a_run_of_ours_exported_and_evaluated_as_published(command, tmp_path):
     """Trained here, written as published, loaded by the published modules with strict keys, evaluated to the
     same figures.
@@ -356,6 +356,8 @@ def test_a_run_of_ours_exported_and_evaluated_as_published(command, tmp_path):
         "0",
         "--device",
         "cpu",
+        "--image-size",
+        "64",
         "--print-freq",
         "1",
         "--output-dir",
@@ -376,12 +378,9 @@ def test_a_run_of_ours_exported_and_evaluated_as_published(command, tmp_path):
     assert checkpoint.digest(values) == checkpoint.digest(ours["method"])
     assert checkpoint.digest(optimizer) == checkpoint.digest(ours["optimizer"])
     (root / "train").rename(tmp_path / "gone")
-    as_published = command(
-        "eval.py", "--checkpoint", out, "--data", root, "--workers", "0", "--device", "cpu", env=cache
-    )
+    flags = ["--workers", "0", "--device", "cpu", "--image-size", "64"]
+    as_published = command("eval.py", "--checkpoint", out, "--data", root, *flags, env=cache)
     (tmp_path / "gone").rename(root / "train")
-    as_ours = command(
-        "eval.py", "--checkpoint", run / "last.pth", "--workers", "0", "--device", "cpu", env=cache
-    )
+    as_ours = command("eval.py", "--checkpoint", run / "last.pth", *flags, env=cache)
     assert as_published.returncode == as_ours.returncode == 0, as_published.stderr + as_ours.stderr
     assert as_published.stdout.splitlines()[1:] == as_ours.stdout.splitlines()[1:]

@@ -1,5 +1,5 @@
-"""What ranks send each other, as the kernel counts it: nothing grows with the bank, images travel at most
-once.
+"""The bytes that ranks send each other, as the kernel counts them: none depend on the size of the bank, and
+an image is sent at most once.
 """
 
 import socket
@@ -59,7 +59,7 @@ def test_the_ledger_puts_what_is_sent_inside_on_the_inner_cause():
         assert set(ledger.take().values()) == {0}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("teacher", ["ema", "eman"])
 def test_two_ranks(teacher):
     config = parse(
