@@ -132,7 +132,7 @@ class SimMatchReference:
 
         totals = {"loss_x": 0.0, "loss_u": 0.0, "loss_in": 0.0}
         pseudo, masks = [], []
-        for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):
+        for rank, (_, y, _, _, _) in enumerate(batches):
             target = p[rank]
             loss_in = 0.0
             if not first_epoch:
@@ -157,7 +157,7 @@ class SimMatchReference:
             masks.append(mask)
 
         before = list(self.bank)
-        for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):  # the bank of the next step
+        for rank, (_, y, index, _, _) in enumerate(batches):  # the bank of the next step
             for j in range(n_x):
                 self.bank[int(index[j])] = self._row(before[int(index[j])], z_x[rank][j])
                 self.labels[int(index[j])] = int(y[j])

@@ -69,7 +69,9 @@ def batch(step, rank):
 
 
 def spawn(function, world, *args, seconds=300):
-    """function(rank, world, port, *args) in `world` processes; ranks that hang are ended and fail the test."""
+    """Call function(rank, world, port, *args) in `world` processes. Ranks that hang are killed and fail the
+    test.
+    """
     ranks = mp.spawn(function, (world, free_port(), *args), nprocs=world, join=False)
     deadline = time.monotonic() + seconds
     while not ranks.join(timeout=1):

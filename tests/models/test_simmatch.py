@@ -124,7 +124,9 @@ def test_the_head_has_no_gradient_before_the_bank_is_ready(form):
 
 
 def test_the_single_network_takes_nothing_from_its_teacher():
-    """The average is for evaluation: any teacher gives the same terms, and no forward touches its statistics."""
+    """The teacher is for evaluation: any teacher gives the same terms, and no forward changes its
+    statistics.
+    """
     values = []
     for scale in (1.0, 3.0):
         method = small.method("single")
