@@ -17,7 +17,7 @@ from dataset import cifar
 def test_the_recipe_trains_evaluates_and_continues_exactly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         cifar.CIFAR10, "_check_integrity", lambda self: True
-    )  # the checksums are of the real files
+    )  # its checksums are those of the real files
     monkeypatch.setattr(cifar.CIFAR10, "meta", {**cifar.CIFAR10.meta, "md5": None})
     root = cifar10(tmp_path / "cifar")
 

@@ -1,4 +1,4 @@
-"""Real image files through both programs, as a user runs them: train, evaluate, predict, bad images, moved
+"""Image files in both programs, as a user runs them: training, evaluation, prediction, bad images and moved
 data.
 """
 
@@ -96,7 +96,7 @@ def test_the_same_bits_with_any_workers_and_after_a_move(train_photos, root, tmp
     assert train_photos(tmp_path / "a", "--workers", "0").returncode == 0
     assert train_photos(tmp_path / "b", "--workers", "2", "--epochs", "1").returncode == 0
     half = torch.load(tmp_path / "b" / "last.pth", weights_only=True)
-    half["config"]["epochs"] = 2  # the cosine of one epoch is warm-up alone, as the first of two is
+    half["config"]["epochs"] = 2  # with one epoch or two, the first one is warm-up
     checkpoint.save(tmp_path / "b" / "last.pth", without_frame(half))
     moved = tmp_path / "elsewhere"
     moved.symlink_to(root)
@@ -104,7 +104,7 @@ def test_the_same_bits_with_any_workers_and_after_a_move(train_photos, root, tmp
     for path in (tmp_path / run / name for run in "ab" for name in ("best.pth", "last.pth")):
         values = torch.load(path, weights_only=True)
         del values["config"]["data"]
-        values["config"]["epochs"] = 2  # best.pth may be of the first start
+        values["config"]["epochs"] = 2  # best.pth may be from the first start
         checkpoint.save(path, without_frame(values))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 

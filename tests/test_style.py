@@ -8,7 +8,9 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "mypy"])
+@pytest.mark.parametrize(
+    "command", ["ruff check", "ruff format --check", pytest.param("mypy", marks=pytest.mark.slow(15))]
+)
 def test_style(command):
     tool, *flags = command.split()
     if importlib.util.find_spec(tool) is None:

@@ -1,6 +1,4 @@
-"""train_semi.py as a user runs it: what it writes, that seeds are honored, that it continues, and what
-mistakes print.
-"""
+"""train_semi.py as a user runs it: its output, seeds, interrupted runs that continue, and mistakes."""
 
 import json
 import os
@@ -35,7 +33,7 @@ EVAL = {"event", "step", "student_top1", "student_top5", "teacher_top1", "teache
 
 
 def assert_same_run(a, b):
-    """Bit for bit: logs, weights, bank, prior, teacher, optimizer, best score."""
+    """The runs agree bit for bit: logs, weights, bank, prior, teacher, optimizer, best score."""
     assert difference(a, b) == ""
 
 
@@ -81,7 +79,7 @@ def test_tensorboard_reads_the_same_values(finished):
         for key, value in event.items():
             if key in ("event", "step") or event["event"] == "start":
                 continue
-            if not isinstance(value, (int, float)):  # null, and lists of the diagnostics
+            if not isinstance(value, (int, float)):  # null and the lists of the diagnostics are not scalars
                 continue
             found = [s.value for s in reader.Scalars(f"{event['event']}/{key}") if s.step == event["step"]]
             assert found == [pytest.approx(value, rel=1e-6)]
@@ -103,8 +101,7 @@ def test_a_second_start_continues_and_says_so(finished, train):
     assert (folder / "log.jsonl").read_bytes() == before
 
 
-# Eight steps of the 20 that a pass over the digits has.
-SHORT = ["--steps-per-epoch", "8"]
+SHORT = ["--steps-per-epoch", "8"]  # of the 20 in a pass over the digits
 
 
 @pytest.mark.slow(10)
@@ -134,7 +131,7 @@ def test_diagnostics_change_no_bit(train, tmp_path):
 
 
 def wait_for(path, process, seconds=120):
-    """Until `process` has written `path`."""
+    """Wait until `process` has written `path`."""
     end = time.monotonic() + seconds
     while not path.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
@@ -273,9 +270,7 @@ def test_another_run_in_the_same_directory_is_refused(finished, mistake, flags, 
 
 
 def test_a_non_finite_loss_names_term_and_step_and_keeps_the_checkpoint(mistake, tmp_path):
-    """A weight so large that it overflows; L_in counts from the second epoch on, so the first goes well and
-    is saved.
-    """
+    """The weight of L_in overflows. L_in is on from the second epoch on, so the first one is saved."""
     mistake(
         train_semi.main,
         [*DIGITS, tmp_path, "--lambda-in", "3e38"],
