@@ -1,4 +1,4 @@
-"""A real Slurm as the tests use it: submitting, waiting, looking, and cleaning up."""
+"""A real Slurm as the tests use it: submit a job, wait for it, look at it, and clean up."""
 
 import os
 import re
@@ -23,8 +23,8 @@ def slurm(*words, cwd=ROOT):
 
 
 def nodes():
-    """Names of the nodes that can take jobs; none where no Slurm is. (sinfo alone takes 9 s to find that
-    nobody answers.)
+    """Names of the nodes that can take jobs; none without Slurm. (Where no controller answers, sinfo alone
+    takes 9 s to say so.)
     """
     if not shutil.which("sbatch") or slurm("scontrol", "ping").returncode:
         return []
@@ -32,30 +32,18 @@ def nodes():
 
 
 needs_slurm = [
-    pytest.mark.slow,
+    pytest.mark.slow(60),
     pytest.mark.skipif(len(nodes()) < 2, reason="no Slurm with two nodes is running here (sbatch, sinfo)"),
 ]
 JOBS = []
 ON_CPUS = ["--nodes=2", "--ntasks-per-node=1", "--gres=none", "--cpus-per-task=1", "--time=10"]
-DIGITS = [
-    "configs/digits.yaml",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "5",
-    "--epochs",
-    "20",
-    "--print-freq",
-    "10",
-    "--eval-freq",
-    "5",
-    "--workers",
-    "1",
-]  # on two ranks 400 steps
+DIGITS = (
+    "configs/digits.yaml --device cpu --batch-size 5 --epochs 12 --print-freq 10 --eval-freq 4 --save-freq 20"
+).split()  # on two ranks 240 steps
 
 
 def sbatch(*words, **how):
-    """The number of the submitted job."""
+    """Submit a job; returns its number."""
     done = slurm("sbatch", "--parsable", *words, **how)
     assert done.returncode == 0, done.stderr
     JOBS.append(done.stdout.strip())
@@ -63,7 +51,7 @@ def sbatch(*words, **how):
 
 
 def digits(folder, *flags, options=(), **how):
-    """Train on digits with two ranks on two nodes, into `folder`; the log is <folder>.out."""
+    """Submit a training on digits with two ranks on two nodes. It writes into `folder` and <folder>.out."""
     return sbatch(
         *ON_CPUS,
         f"--output={folder}.out",
@@ -81,27 +69,31 @@ def listed(job):
     return bool(slurm("squeue", "-h", "-j", job).stdout.strip())
 
 
-def wait(job, until=lambda: False, seconds=240):
-    """Until the job has left the queue, or `until` is true."""
-    end = time.monotonic() + seconds
-    while listed(job) and not until():
+def wait(job, until=lambda: False, seconds=400):
+    """Wait until the job has left the queue, or `until` is true."""
+    end, look = time.monotonic() + seconds, 0
+    while not until():
+        if time.monotonic() > look:  # squeue takes longer than `until`
+            if not listed(job):
+                return
+            look = time.monotonic() + 1
         assert time.monotonic() < end, f"job {job} took longer than {seconds} s: {show(job)}"
-        time.sleep(0.5)
+        time.sleep(0.1)
 
 
-def wait_running(job, path, seconds=120):
-    """Until the running job has written `path`."""
+def wait_running(job, path, seconds=240):
+    """Wait until the running job has written `path`."""
     wait(job, until=path.exists, seconds=seconds)
     assert path.exists() and show(job)["JobState"] == "RUNNING", show(job)
 
 
 def show(job):
-    """What `scontrol show job` says, by name."""
+    """The fields of `scontrol show job`, by name."""
     return dict(re.findall(r"(\S+?)=(\S*)", slurm("scontrol", "show", "job", job).stdout))
 
 
 def task(job, rank, node):
-    """Process number of a rank of the job's first step; a test needs to be on the node for that."""
+    """The process number of a rank of the job's first step. The test must run on the node of the rank."""
     for pid, _, _, _, number in map(
         str.split, slurm("scontrol", "listpids", f"{job}.0", node).stdout.splitlines()[1:]
     ):
@@ -111,7 +103,7 @@ def task(job, rank, node):
 
 
 def clean_up():
-    """End what a test left behind."""
+    """Cancel the jobs that the tests left behind."""
     left = [job for job in JOBS if listed(job)]
     if left:
         slurm("scancel", *left)

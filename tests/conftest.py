@@ -1,8 +1,8 @@
-"""Shared by all tests: the repository on the path, one thread, small settings, and commands as a user types
-them.
-"""
+"""Shared by all tests: the path, one thread, the order of the tests, and scripts as a user starts them."""
 
+import itertools
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,33 +14,102 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 
-from util import errors  # noqa: E402  (the repository is on the path only now)
+import fork_server  # noqa: E402  (the repository is on the path only now)
+
+from util import errors  # noqa: E402
+
+# Several processes (pytest-xdist, script/test.sh) take from one list: Slurm's tests first, since they mostly
+# wait; then the slow tests, the longest first; then the others.
+
+
+def pytest_collection_modifyitems(items):
+    def order(item):
+        mark = item.get_closest_marker("slow")
+        return unit(item.nodeid) != "slurm", -mark.args[0] if mark and unit(item.nodeid) != "slurm" else 0
+
+    items.sort(key=order)
+
+
+def unit(nodeid):
+    """What one process takes at a time: all of Slurm's tests; one test of a file with slow tests; else a
+    file.
+    """
+    file = nodeid.partition("::")[0]
+    if file.startswith("tests/test_slurm"):
+        return "slurm"
+    return nodeid if "mark.slow" in (ROOT / file).read_text(encoding="utf-8") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return unit(nodeid)
+
+    config.option.loadscopereorder = False  # the order is that above
+    return Scheduling(config, log)
+
+
+def one_thread(env=None):
+    """The environment of a script that is started beside others."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+
+
+def start_python(*args, env=None, **how):
+    """`python *args` in a new process, at the root of the repository."""
+    how = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    return subprocess.Popen([sys.executable, *map(str, args)], env=one_thread(env), **how)
 
 
 @pytest.fixture
 def command():
-    """Run a script of the repository as a user would; returns the finished process, output as text."""
+    """Run a script of the repository with `python *args`; returns the finished process, output as text.
 
-    def call(script, *args, timeout=300, env=None):
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, args)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        )
+    new_process: start Python for it, as a user does, in place of a fork of tests/fork_server.py.
+    """
+
+    def call(*args, timeout=300, cwd=ROOT, env=None, new_process=False):
+        if not new_process:
+            return fork_server.run(args, cwd=cwd, env=one_thread(env), timeout=timeout)
+        process = start_python(*args, cwd=cwd, env=env)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return call
 
 
 @pytest.fixture
-def mistake(monkeypatch, capsys):
-    """Call a script's main with flags it must refuse: exit code 2, one line on stderr with `words`, no
-    traceback; returns it.
+def train(command):
+    """A short digits training: train(output_dir, *flags)."""
 
-    In this process, since a new one needs seconds to import PyTorch; tests/test_train.py starts some for
-    real.
+    def call(output_dir, *flags, **how):
+        return command("train_semi.py", *DIGITS, output_dir, *flags, **how)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(output directory, process) of a finished run of two epochs, in a process of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    process = start_python("train_semi.py", *DIGITS, folder, "--print-freq", "3")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+DIGITS = "--config configs/digits.yaml --epochs 2 --eval-freq 1 --output-dir".split()
+
+
+@pytest.fixture
+def mistake(monkeypatch, capsys):
+    """Call a script's main in this process, with flags that it must refuse: exit code 2, one line on stderr
+    with `words`, no traceback. Returns that line.
     """
 
     def call(main, flags, *words):
@@ -61,23 +130,18 @@ def one_line(code, stderr, *words):
     return stderr[:-1]
 
 
-@pytest.fixture
-def train(command):
-    """A short digits training: train(output_dir, *flags)."""
+# Each test process takes its ports from another hundred, all below those that systems hand out.
+_ports = itertools.cycle(range(first := 10000 + 100 * (os.getpid() % 200), first + 100))
 
-    def call(output_dir, *flags, **how):
-        return command(
-            "train_semi.py",
-            "--config",
-            "configs/digits.yaml",
-            "--epochs",
-            "2",
-            "--eval-freq",
-            "1",
-            "--output-dir",
-            output_dir,
-            *flags,
-            **how,
-        )
 
-    return call
+def free_port():
+    """A port of this machine that is not in use."""
+    for port in itertools.islice(_ports, 100):
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("none of 100 ports is free")

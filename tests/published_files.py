@@ -1,5 +1,5 @@
-"""Files of the published layouts: modules that register what docs/CHECKPOINTS.md lists, on torchvision's own
-ResNets.
+"""Files of the published layouts: modules with the parameters and buffers that docs/CHECKPOINTS.md lists, on
+torchvision's own ResNets.
 """
 
 import torch
@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 class Published(nn.Module):
-    """main and ema, and the buffers of a program."""
+    """The networks main and ema, and the buffers of a program."""
 
     def __init__(self, main, ema=None, **buffers):
         super().__init__()
@@ -85,7 +85,7 @@ def fixmatch(arch="resnet18", classes=3, eman=True):
 
 
 def randomized(model):
-    """`model` with running statistics away from their start."""
+    """Change the initial BN and LayerNorm values of `model`, so that a test notices a lost one."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -98,8 +98,8 @@ def randomized(model):
 
 
 def sgd(model, without_gradient=()):
-    """The published optimizer over all parameters, those of the teacher too, after a step that only moves the
-    student.
+    """The published optimizer over all parameters, including the teacher's, after a step that changes only
+    the student.
     """
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, nesterov=True)
     for name, p in model.named_parameters():
@@ -110,7 +110,7 @@ def sgd(model, without_gradient=()):
 
 
 def contents(model, arch, epoch=12, optimizer=None, prefix=True, **more):
-    """What torch.save is given; the model in DataParallel, as it is published, where prefix."""
+    """The content of a file. prefix: with the model in DataParallel, as published."""
     held = nn.DataParallel(model) if prefix else model
     state = {"epoch": epoch, "arch": arch, "state_dict": held.state_dict(), **more}
     return state if optimizer is None else {**state, "optimizer": optimizer.state_dict()}

@@ -1,8 +1,7 @@
-"""SimMatch's step the slow way: loops over ranks, images, classes and bank rows, written from the method's
-description.
+"""The reference: SimMatch's step as loops over ranks, images, classes and bank rows, written from the paper.
 
-Only the networks' forward and backward are PyTorch's. The fast path must agree with this to rounding in
-float64.
+Only the networks' forward and backward are PyTorch's. The methods of models/ must agree with it to rounding
+in float64.
 """
 
 import copy
@@ -12,14 +11,14 @@ import torch
 
 
 def softmax(values):
-    """Of a list of 0-dim tensors or floats."""
+    """The softmax of a list of 0-dim tensors or floats."""
     top = max(float(torch.as_tensor(v).detach()) for v in values)
     powers = [torch.exp(torch.as_tensor(v, dtype=torch.float64) - top) for v in values]
     return [p / sum(powers) for p in powers]
 
 
 def unfold(q, p, labels):
-    """Row i: q[i][j] times the class probability of bank row j's label, brought back to sum 1."""
+    """Row i: q[i][j] times the class probability of bank row j's label, normalized to sum 1."""
     out = []
     for q_i, p_i in zip(q, p):
         products = [q_ij * p_i[label] for q_ij, label in zip(q_i, labels)]
@@ -44,8 +43,8 @@ def cross_entropy(p, q):
 
 
 def align(p, ring, ptr, mean):
-    """Put `mean` into the ring (a list of rows) at ptr, then divide each row of p by the ring's mean; sum 1
-    again.
+    """Write `mean` into the ring (a list of rows) at ptr, divide each row of p by the ring's mean, and
+    normalize it to sum 1.
     """
     ring[ptr] = list(mean)
     prior = [sum(row[c] for row in ring) / len(ring) for c in range(len(mean))]
@@ -61,9 +60,9 @@ def cosines(z, bank):
 
 
 class SimMatchReference:
-    """State of a whole training: student, teacher, bank, labels, ring; `step` advances it by one global step.
+    """The state of a training: student, teacher, bank, labels, ring. `step` computes one step of all ranks.
 
-    Two networks, with `bn` shuffle (the EMA teacher) or average (EMAN).
+    It has two networks. bn_mode: "shuffle" (the EMA teacher) or "average" (EMAN).
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class SimMatchReference:
 
         totals = {"loss_x": 0.0, "loss_u": 0.0, "loss_in": 0.0}
         pseudo, masks = [], []
-        for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):
+        for rank, (_, y, _, _, _) in enumerate(batches):
             target = p[rank]
             loss_in = 0.0
             if not first_epoch:
@@ -157,7 +156,7 @@ class SimMatchReference:
             masks.append(mask)
 
         before = list(self.bank)
-        for rank, (x, y, index, u_weak, u_strong) in enumerate(batches):  # the bank of the next step
+        for rank, (_, y, index, _, _) in enumerate(batches):  # the bank of the next step
             for j in range(n_x):
                 self.bank[int(index[j])] = self._row(before[int(index[j])], z_x[rank][j])
                 self.labels[int(index[j])] = int(y[j])
@@ -184,13 +183,13 @@ class SimMatchReference:
         )
 
     def _row(self, old, z):
-        """What becomes of a bank row."""
+        """The bank row after the step."""
         mixed = [self.h["bank_m"] * a + (1 - self.h["bank_m"]) * b for a, b in zip(old, z)]
         length = math.sqrt(sum(float(v) ** 2 for v in mixed))
         return torch.stack([v / length for v in mixed])
 
     def _student_forward(self, x, first):
-        """Running statistics are the first rank's, as all ranks have after a broadcast."""
+        """The running statistics are the first rank's, which all ranks have after a broadcast."""
         if first:
             return self.student(x)
         own = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
@@ -203,7 +202,7 @@ class SimMatchReference:
         if self.h["bn_mode"] == "average" or world == 1:
             outputs = [self.teacher(x) for x in inputs]
             return [logits for logits, _ in outputs], [z for _, z in outputs]
-        # shuffle-BN: global image i goes to place slot[i]; places g·n … g·n+n−1 are forwarded as one BN group
+        # shuffle-BN: global image i moves to index slot[i]; indices g·n … g·n+n−1 are one BN group
         slot = torch.randperm(world * n, generator=torch.Generator().manual_seed(step)).tolist()
         images = torch.cat(inputs)
         logits, z = [None] * (world * n), [None] * (world * n)
@@ -251,8 +250,8 @@ class SimMatchReference:
 
 
 class SimMatchSingleReference(SimMatchReference):
-    """One network: it gives the weak views' predictions too, and the teacher, for evaluation, copies its
-    buffers.
+    """SimMatch with one network, which also predicts the weak views. The teacher is for evaluation and copies
+    the network's buffers.
     """
 
     def _forwards(self, batches, step):
@@ -271,7 +270,7 @@ class SimMatchSingleReference(SimMatchReference):
 
     @torch.no_grad()
     def _average(self):
-        """Over ranks this is the first one's teacher: the student's statistics here are the first rank's."""
+        """The statistics are the first rank's, as those of the student."""
         super()._average()
         for mine, theirs in zip(self.teacher.buffers(), self.student.buffers()):
             mine.copy_(theirs)

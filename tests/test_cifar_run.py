@@ -13,11 +13,11 @@ import train_semi
 from dataset import cifar
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_the_recipe_trains_evaluates_and_continues_exactly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         cifar.CIFAR10, "_check_integrity", lambda self: True
-    )  # the checksums are of the real files
+    )  # its checksums are those of the real files
     monkeypatch.setattr(cifar.CIFAR10, "meta", {**cifar.CIFAR10.meta, "md5": None})
     root = cifar10(tmp_path / "cifar")
 
@@ -37,11 +37,11 @@ def test_the_recipe_trains_evaluates_and_continues_exactly(tmp_path, monkeypatch
             "--mu",
             "2",
             "--steps-per-epoch",
-            "100",
+            "4",
             "--epochs",
             "2",
             "--print-freq",
-            "20",
+            "2",
             "--device",
             "cpu",
             "--output-dir",
@@ -72,7 +72,7 @@ def test_the_recipe_trains_evaluates_and_continues_exactly(tmp_path, monkeypatch
 
 
 def once(save):
-    """The first epoch's checkpoint is written; then somebody presses Ctrl-C."""
+    """Write the first epoch's checkpoint, and end with Ctrl-C before the next one."""
     written = []
 
     def call(writer, state, best):

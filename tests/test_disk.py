@@ -1,18 +1,17 @@
-"""A disk that is full: the run says so, keeps what was there, and stops or goes on as configured. A real,
-small file system.
+"""A full disk: the run says so, keeps the files that it has, and stops or continues as configured. The file
+system is real, and small.
 """
 
 import os
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from conftest import ROOT, one_line
+from conftest import one_line, start_python
 from test_train import assert_same_run, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(15)
 FLAGS = [
     "--config",
     "configs/digits.yaml",
@@ -24,6 +23,10 @@ FLAGS = [
     "5",
     "--save-freq",
     "10",
+    "--mu",
+    "2",
+    "--steps-per-epoch",
+    "20",
 ]
 
 
@@ -44,15 +47,8 @@ def disk(tmp_path):
 
 
 def run(folder, *flags, at_line=lambda line: None):
-    """(exit code, stdout, stderr); every line of output is shown to `at_line` as it comes."""
-    process = subprocess.Popen(
-        [sys.executable, "train_semi.py", *FLAGS, "--output-dir", str(folder), *flags],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    """Run to the end, with a call of `at_line` for every line of output: (exit code, stdout, stderr)."""
+    process = start_python("train_semi.py", *FLAGS, "--output-dir", folder, *flags)
     errors = []
     reader = threading.Thread(target=lambda: errors.extend(process.stderr))
     reader.start()
@@ -74,8 +70,8 @@ def fill(disk):
 
 
 def fill_after_a_checkpoint(disk, until="nothing"):
-    """Keep the disk full (a file that goes leaves room) from the first checkpoint on, until a line of output
-    has `until`.
+    """Keep the disk full (a file that is deleted leaves room) from the first checkpoint on, until a line of
+    output contains `until`.
     """
     state = {"full": False, "over": False}
 
@@ -94,18 +90,18 @@ def fill_after_a_checkpoint(disk, until="nothing"):
     return at_line
 
 
-def test_stop(disk, tmp_path):
+def test_stop(disk, command, tmp_path):
     code, _, err = run(disk / "run", at_line=fill_after_a_checkpoint(disk))
     one_line(code, err, "cannot write", "No space left on device")
     kept = weights(disk / "run")
     assert 0 < kept["step"] < 160
     (disk / "filler").unlink()
     assert run(disk / "run")[0] == 0
-    assert run(tmp_path / "whole")[0] == 0
+    assert command("train_semi.py", *FLAGS, "--output-dir", tmp_path / "whole").returncode == 0
     assert_same_run(tmp_path / "whole", disk / "run")
 
 
-def test_continue_until_there_is_room(disk, tmp_path):
+def test_continue_until_there_is_room(disk, command, tmp_path):
     code, out, err = run(
         disk / "run",
         "--on-save-error",
@@ -114,7 +110,8 @@ def test_continue_until_there_is_room(disk, tmp_path):
     )
     assert code == 0 and "Traceback" not in err, err
     assert "training goes on" in out and "No space left" in out
-    assert run(tmp_path / "whole", "--on-save-error", "continue")[0] == 0
+    flags = [*FLAGS, "--on-save-error", "continue", "--output-dir"]
+    assert command("train_semi.py", *flags, tmp_path / "whole").returncode == 0
     assert_same_run(tmp_path / "whole", disk / "run")
 
 
@@ -122,4 +119,4 @@ def test_continue_to_an_end_that_cannot_be_saved(disk):
     code, out, err = run(disk / "run", "--on-save-error", "continue", at_line=fill_after_a_checkpoint(disk))
     assert "training goes on" in out
     one_line(code, err, "cannot write", "No space left on device")
-    assert 0 < weights(disk / "run")["step"] < 160  # what was there is whole
+    assert 0 < weights(disk / "run")["step"] < 160  # the checkpoint is not damaged

@@ -7,13 +7,12 @@ import torch
 from conftest import one_line
 
 import eval as eval_script
-from tests.test_train import finished  # noqa: F401  (a fixture)
 from util import checkpoint
 
 
-def test_it_needs_the_checkpoint_alone_and_ends_with_the_published_line(finished, command):  # noqa: F811
+def test_it_needs_only_the_checkpoint_and_ends_with_the_published_line(finished, command):
     folder, trained = finished
-    done = command("eval.py", "--checkpoint", folder / "best.pth", "--per-class")
+    done = command("eval.py", "--checkpoint", folder / "best.pth", "--per-class", new_process=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3}", lines[-1])
@@ -23,7 +22,7 @@ def test_it_needs_the_checkpoint_alone_and_ends_with_the_published_line(finished
     assert lines[-1].startswith(f"* Acc@1 {best} ")  # the accuracy that training reported
 
 
-def test_per_class_is_on_demand(finished, command):  # noqa: F811
+def test_accuracies_of_classes_are_printed_on_request(finished, command):
     folder, _ = finished
     assert "class " not in command("eval.py", "--checkpoint", folder / "best.pth").stdout
 
@@ -46,7 +45,7 @@ def test_per_class_is_on_demand(finished, command):  # noqa: F811
         (lambda s: s.pop("method"), ["a.pth", "was not written by train_semi.py", "'method'"]),
     ],
 )
-def test_checkpoints_of_something_else(finished, mistake, tmp_path, change, words):  # noqa: F811
+def test_checkpoints_that_do_not_fit_are_refused(finished, mistake, tmp_path, change, words):
     state = torch.load(finished[0] / "best.pth", weights_only=True)
     change(state)
     checkpoint.save(
@@ -55,7 +54,7 @@ def test_checkpoints_of_something_else(finished, mistake, tmp_path, change, word
     mistake(eval_script.main, ["--checkpoint", tmp_path / "a.pth"], *words)
 
 
-def test_missing_truncated_and_foreign_files(finished, mistake, tmp_path):  # noqa: F811
+def test_missing_truncated_and_foreign_files_are_refused(finished, mistake, tmp_path):
     mistake(eval_script.main, ["--checkpoint", tmp_path / "none.pth"], "none.pth", "does not exist")
     whole = (finished[0] / "best.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
@@ -71,5 +70,5 @@ def test_missing_truncated_and_foreign_files(finished, mistake, tmp_path):  # no
 
 
 def test_a_mistake_in_a_real_process(command, tmp_path):
-    done = command("eval.py", "--checkpoint", tmp_path / "none.pth")
+    done = command("eval.py", "--checkpoint", tmp_path / "none.pth", new_process=True)
     one_line(done.returncode, done.stderr, "none.pth", "does not exist")

@@ -1,16 +1,17 @@
-"""The direction of imports (README, "What to read, in which order"), read from the source, not from what
-happens to be loaded.
+"""The direction of imports (README, "What to read, in which order"). The tests read the source, since an
+import inside a function may never run.
 """
 
 import ast
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"models", "dataset", "util"}
+FOLDERS = {"models", "dataset", "util"}
 
 
 def imported(path):
-    """Dotted names of every module that a file imports, at its top or inside functions."""
+    """The dotted names of all modules that a file imports, at its top or inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -21,25 +22,25 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def files(room):
-    return sorted((ROOT / room).rglob("*.py"))
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
 
 
 def test_dataset_and_util_import_nothing_of_models():
-    for room in ("dataset", "util"):
-        assert files(room)
-        for path in files(room):
+    for folder in ("dataset", "util"):
+        assert files(folder)
+        for path in files(folder):
             assert not any(
                 name.split(".")[0] in ("models", "train_semi", "eval") for name in imported(path)
             ), path
 
 
-def test_util_imports_no_other_room():
+def test_util_imports_no_other_folder():
     for path in files("util"):
-        assert {name.split(".")[0] for name in imported(path)} & ROOMS <= {"util"}, path
+        assert {name.split(".")[0] for name in imported(path)} & FOLDERS <= {"util"}, path
 
 
-def test_models_reach_ranks_through_one_file_and_nothing_else_of_other_rooms():
+def test_models_import_only_dist_utils_of_other_folders():
     for path in files("models"):
         for name in imported(path):
             assert name.split(".")[0] != "dataset", path
@@ -47,7 +48,7 @@ def test_models_reach_ranks_through_one_file_and_nothing_else_of_other_rooms():
                 assert name in ("util", "util.dist_utils"), (path, name)
 
 
-def test_only_dist_utils_talks_to_torch_distributed():
+def test_only_dist_utils_imports_torch_distributed():
     for path in [
         *files("models"),
         *files("dataset"),
@@ -69,8 +70,8 @@ def test_models_neither_print_nor_choose_devices():
                 assert called not in ("print", "cuda", "get_rank", "rank"), (path, node.lineno)
 
 
-def test_the_packages_of_requirements_are_all_that_is_imported():
-    """… but for those of tests/optional.txt that a function imports where a user asks for what they do."""
+def test_only_the_packages_of_requirements_are_imported():
+    """The exception is a package of tests/optional.txt, imported in a function that a user asks for."""
     allowed = {
         "torch",
         "torchvision",
@@ -80,9 +81,7 @@ def test_the_packages_of_requirements_are_all_that_is_imported():
         "PIL",
         "onnxruntime",
         "eval",
-    } | ROOMS  # PIL: of torchvision
-    import sys
-
+    } | FOLDERS  # torchvision requires PIL
     for path in [
         *files("models"),
         *files("dataset"),

@@ -1,4 +1,4 @@
-"""benchmark/kill_campaign.py: a handful of its kills, and that it tells runs apart that differ."""
+"""benchmark/kill_campaign.py: four of its kills; and any two runs that differ are found to differ."""
 
 import json
 
@@ -9,7 +9,7 @@ from benchmark.kill_campaign import KINDS, Case, campaign, table
 from benchmark.same_run import difference
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_four_kills_are_survived_to_the_same_bits(tmp_path):
     kills, differences = campaign(
         4, 0, tmp_path, [Case("simmatch"), Case("fixmatch", eman=True, ranks=2)], jobs=2

@@ -1,4 +1,4 @@
-"""Real image files through both programs, as a user runs them: train, evaluate, predict, bad images, moved
+"""Image files in both programs, as a user runs them: training, evaluation, prediction, bad images and moved
 data.
 """
 
@@ -16,7 +16,7 @@ from util import checkpoint
 
 
 def without_frame(state):
-    """A loaded file as `save` takes it."""
+    """A loaded checkpoint, as `checkpoint.save` takes it."""
     return {key: value for key, value in state.items() if key not in ("format", "sha256")}
 
 
@@ -59,38 +59,26 @@ def train_photos(command, root):
     return call
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_train_evaluate_and_predict(train_photos, command, root, tmp_path):
-    done = train_photos(tmp_path / "run", "--workers", "1")
+    done = train_photos(tmp_path / "run", "--workers", "0")
     assert done.returncode == 0, done.stderr
     assert "6 labeled, 30 unlabeled, 12 test images, 3 classes" in done.stdout and "split" not in done.stderr
-    done = command("eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--per-class")
+    evaluate = ["eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--workers"]
+    done = command(*evaluate, "0", "--per-class")
     assert done.returncode == 0 and "class n00000002: " in done.stdout, done.stderr
 
-    pile = tmp_path / "new photos"
-    (pile / "deep").mkdir(parents=True)
-    picture(5).save(pile / "a.png")
-    picture(6, size=(500, 20)).save(pile / "deep" / "b, c.jpg")
-    (pile / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
+    photos = tmp_path / "new photos"
+    (photos / "deep").mkdir(parents=True)
+    picture(5).save(photos / "a.png")
+    picture(6, size=(500, 20)).save(photos / "deep" / "b, c.jpg")
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
     out = tmp_path / "answers.csv"
-    done = command(
-        "eval.py", "--checkpoint", tmp_path / "run" / "best.pth", "--predict", pile, "--output", out
-    )
+    done = command(*evaluate, "1", "--predict", photos, "--output", out)
     one_line(done.returncode, done.stderr, "torn.jpg")
     assert not out.exists()
-    done = command(
-        "eval.py",
-        "--checkpoint",
-        tmp_path / "run" / "best.pth",
-        "--predict",
-        pile,
-        "--output",
-        out,
-        "--on-bad-image",
-        "skip",
-        "--data",
-        "/moved/away",
-    )  # no training data needed
+    flags = ["--on-bad-image", "skip", "--data", "/moved/away"]  # predictions need no training data
+    done = command(*evaluate, "0", "--predict", photos, "--output", out, *flags)
     assert done.returncode == 0 and "left out" in done.stdout and "2 images" in done.stdout, done.stderr
     lines = list(csv.DictReader(open(out, newline="")))
     assert [line["path"] for line in lines] == ["a.png", "deep/b, c.jpg"]
@@ -102,13 +90,13 @@ def test_train_evaluate_and_predict(train_photos, command, root, tmp_path):
         assert top[line["class"]] == line["probability"] == max(top.values(), key=float)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(12)
 def test_the_same_bits_with_any_workers_and_after_a_move(train_photos, root, tmp_path):
-    """… and when the data have moved in between."""
+    """The data move while the run is stopped."""
     assert train_photos(tmp_path / "a", "--workers", "0").returncode == 0
     assert train_photos(tmp_path / "b", "--workers", "2", "--epochs", "1").returncode == 0
     half = torch.load(tmp_path / "b" / "last.pth", weights_only=True)
-    half["config"]["epochs"] = 2  # the cosine of one epoch is warm-up alone, as the first of two is
+    half["config"]["epochs"] = 2  # with one epoch or two, the first one is warm-up
     checkpoint.save(tmp_path / "b" / "last.pth", without_frame(half))
     moved = tmp_path / "elsewhere"
     moved.symlink_to(root)
@@ -116,12 +104,12 @@ def test_the_same_bits_with_any_workers_and_after_a_move(train_photos, root, tmp
     for path in (tmp_path / run / name for run in "ab" for name in ("best.pth", "last.pth")):
         values = torch.load(path, weights_only=True)
         del values["config"]["data"]
-        values["config"]["epochs"] = 2  # best.pth may be of the first start
+        values["config"]["epochs"] = 2  # best.pth may be from the first start
         checkpoint.save(path, without_frame(values))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(14)
 def test_bad_images_stop_the_run_or_are_skipped_and_listed(train_photos, tmp_path):
     root = imagenet(tmp_path / "in", classes=3, train=12, val=4)
     torn = [root / "train" / "n00000001" / f"n00000001_{k}.JPEG" for k in (3, 7)]
@@ -133,7 +121,7 @@ def test_bad_images_stop_the_run_or_are_skipped_and_listed(train_photos, tmp_pat
     assert done.returncode == 0 and "2 bad images were replaced by others" in done.stdout, done.stderr
     bad_test = root / "val" / "n00000002" / "n00000002_0.JPEG"
     bad_test.write_bytes(b"")
-    done = train_photos(tmp_path / "test", "--workers", "1", "--on-bad-image", "skip", data=root)
+    done = train_photos(tmp_path / "test", "--workers", "0", "--on-bad-image", "skip", data=root)
     assert f"left out of testing (1 times):\n  {bad_test}: the file is empty" in done.stdout
     events = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
     bad = [event for event in events if event["event"] == "bad_images"]

@@ -1,5 +1,5 @@
-"""benchmark/parity.py notices wrong steps; the example in docs/PARITY.md runs, and gives the reference's
-numbers.
+"""benchmark/parity.py detects wrong steps. The example in docs/PARITY.md runs and computes the numbers of the
+reference.
 """
 
 import os
@@ -23,7 +23,7 @@ EXACT, FAST = parity.Mode("float64", precision="fp64"), parity.Mode("float32")
 
 @pytest.fixture(scope="module")
 def steps():
-    """Steps of the reference, of the first epoch and after it."""
+    """Steps of the reference, in the first epoch and after it."""
     return {
         eman: parity_steps.trajectory(parity_steps.settings("small_encoder", eman=eman), 1, 2)
         for eman in (False, True)
@@ -103,7 +103,7 @@ def prior_without_this_step(patch):
 
 
 def teacher_before_the_optimizer(patch):
-    """It averages the student as it was, and not what the step makes of it."""
+    """The teacher averages the student of before the step instead of after it."""
     right, update = SimMatch.targets, Teacher.update
 
     def targets(self, *args, **how):
@@ -142,7 +142,7 @@ def test_float32_too_catches_wrong_losses(mistake, steps, monkeypatch):
 
 
 def test_a_head_with_a_gradient_of_zero_in_the_first_epoch_is_caught(steps, monkeypatch):
-    """It would be decayed; the published head is not (a compiled network once did this)."""
+    """Weight decay would then apply to the head; in the published program it does not."""
     right = SimMatch.losses
 
     def losses(self, *args, **how):
@@ -156,7 +156,7 @@ def test_a_head_with_a_gradient_of_zero_in_the_first_epoch_is_caught(steps, monk
     assert rows(EXACT, steps)["momentum"] == float("inf")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 @pytest.mark.skipif(
     parity.missing(parity.Mode("compiled", compiled=True)) is not None, reason="no C++ compiler"
 )
@@ -166,7 +166,7 @@ def test_a_compiled_step_holds_the_bounds(steps):
     assert parity.holds(mode, row), row
 
 
-# docs/PARITY.md, part by part.
+# The example of docs/PARITY.md
 
 
 def example():
@@ -175,11 +175,11 @@ def example():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("eman", [False, True])
 def test_the_example_gives_the_references_numbers(eman):
-    """Two ranks in one process, as the text stands there but for the teacher's kind, a threshold that some
-    images pass, and float64.
+    """Two ranks in one process. The text is changed in the kind of teacher, in the threshold, so that some
+    images pass it, and to float64.
     """
     text, space = example(), {}
     for old, new in (
@@ -210,7 +210,7 @@ def test_the_example_gives_the_references_numbers(eman):
 
 
 def reference_from(state, method, config):
-    """The reference in the state of a SimMatch method's state_dict."""
+    """The reference, with the state_dict of a SimMatch method as its state."""
     method.load_state_dict(state)
     slow = SimMatchReference(
         method.student,
@@ -238,7 +238,7 @@ def reference_from(state, method, config):
     return slow
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_the_example_with_a_process_for_each_rank_prints_the_same(tmp_path):
     (tmp_path / "check.py").write_text(example(), encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""eval.py on files of the published layouts, and what it writes for other programs, as a user runs it."""
+"""eval.py as a user runs it: on files of the published layouts, and exporting for other programs."""
 
 import shutil
 import sys
@@ -27,7 +27,7 @@ def val(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(val):
-    """(x [6, 3, 224, 224], y [6]): by torchvision's own transforms."""
+    """(x [6, 3, 224, 224], y [6]), read with torchvision's own transforms."""
     view = v2.Compose(
         [
             v2.Resize(256),
@@ -42,9 +42,9 @@ def photos(val):
 
 
 @torch.no_grad()
-def taught(net, photos, right):
-    """Set the classifier of `net` to know the first `right` of the 6 photographs, and to take the others for
-    another class.
+def fit_classifier(net, photos, right):
+    """Set the classifier of `net` so that it is right on the first `right` of the 6 photographs and wrong on
+    the others. Returns the logits.
     """
     x, y = photos
     feature = net.eval().backbone(x)
@@ -63,7 +63,7 @@ def taught(net, photos, right):
 
 @pytest.fixture
 def evaluate(monkeypatch, capsys):
-    """Call eval.py's main in this process with flags; returns what it prints."""
+    """Call the main of eval.py in this process with flags. Returns its output."""
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["eval.py", "--workers", "0", "--device", "cpu", *map(str, flags)])
@@ -79,13 +79,13 @@ def simmatch_file(photos, tmp_path_factory):
     """(path, module, logits of the student [6, C], logits of the teacher [6, C])."""
     torch.manual_seed(0)
     model = simmatch()
-    student, teacher = taught(model.main, photos, 5), taught(model.ema, photos, 3)
+    student, teacher = fit_classifier(model.main, photos, 5), fit_classifier(model.ema, photos, 3)
     path = tmp_path_factory.mktemp("published") / "simmatch-1p.pth"
     torch.save(contents(model, "SimMatch", 400, sgd(simmatch())), path)
     return path, model, student, teacher
 
 
-def test_a_simmatch_file_needs_itself_and_val_alone(simmatch_file, val, evaluate):
+def test_a_simmatch_file_is_evaluated_with_val_alone(simmatch_file, val, evaluate):
     assert evaluate("--checkpoint", simmatch_file[0], "--data", val, "--per-class").splitlines() == [
         "SimMatch as published, resnet18_encoder; epoch 400, 7 labeled images; 6 test images",
         "class n00000000: 100.000",
@@ -100,8 +100,8 @@ def test_a_simmatch_file_needs_itself_and_val_alone(simmatch_file, val, evaluate
 def test_simmatchv2_with_its_layernorm(photos, val, evaluate, tmp_path):
     torch.manual_seed(0)
     model = simmatchv2(labeled=12)
-    taught(model.main, photos, 4)
-    taught(model.ema, photos, 2)
+    fit_classifier(model.main, photos, 4)
+    fit_classifier(model.ema, photos, 2)
     more = dict(best_acc1=71.9, best_acc5=90.0, scaler={"scale": 65536.0})
     torch.save(contents(model, "SimMatchV2", 300, **more), tmp_path / "v2.pth")
     lines = evaluate("--checkpoint", tmp_path / "v2.pth", "--data", val).splitlines()
@@ -115,7 +115,7 @@ def test_simmatchv2_with_its_layernorm(photos, val, evaluate, tmp_path):
 def test_fixmatch_with_and_without_a_teacher(eman, prefix, photos, val, evaluate, mistake, tmp_path):
     torch.manual_seed(0)
     model = fixmatch(eman=eman)
-    taught(model.main, photos, 1)
+    fit_classifier(model.main, photos, 1)
     torch.save(
         contents(model, "FixMatch", 300, prefix=prefix, best_acc1=torch.tensor(63.0)), tmp_path / "f.pth"
     )
@@ -134,14 +134,14 @@ def test_fixmatch_with_and_without_a_teacher(eman, prefix, photos, val, evaluate
         mistake(eval_script.main, flags, "has no teacher")
 
 
-def test_the_number_of_labeled_images_tells_the_list():
+def test_the_number_of_labeled_images_identifies_the_list():
     found = published_checkpoints.NetworkSpec("resnet50_encoder", 3, 1000, 128, False, 13000)
     assert published_checkpoints.describe({"epoch": 400}, "simmatch", found).endswith(
         "13000 labeled images (as many as simmatch-1p)"
     )
 
 
-def test_predictions_of_a_published_file_are_numbers(simmatch_file, val, evaluate, tmp_path):
+def test_predictions_of_a_published_file_are_class_numbers(simmatch_file, val, evaluate, tmp_path):
     evaluate("--checkpoint", simmatch_file[0], "--predict", val / "val", "--output", tmp_path / "a.csv")
     lines = (tmp_path / "a.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in lines[1:]] == [str(c) for c in simmatch_file[2].argmax(1).tolist()]
@@ -269,11 +269,11 @@ def test_onnx(simmatch_file, photos, evaluate, mistake, tmp_path):
         pytest.skip(
             "onnx and onnxscript are not installed (tests/optional.txt): only their absence was tested"
         )
-    said = evaluate(*flags)
+    output = evaluate(*flags)
     onnxruntime = pytest.importorskip(
         "onnxruntime", reason="onnxruntime is not installed (tests/optional.txt)"
     )
-    assert "onnxruntime's outputs differ by at most" in said
+    assert "onnxruntime's outputs differ by at most" in output
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     logits, z = session.run(None, {"x": photos[0].numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), simmatch_file[2], rtol=1e-3, atol=1e-3)
@@ -317,19 +317,17 @@ def test_networks_that_torchvision_does_not_have(mistake, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_published_file_exported_as_published_is_itself(simmatch_file, evaluate, tmp_path):
-    said = evaluate("--checkpoint", simmatch_file[0], "--export", tmp_path / "x", "--format", "published")
-    assert "400 whole epochs" in said
+def test_a_published_file_exported_as_published_is_unchanged(simmatch_file, evaluate, tmp_path):
+    output = evaluate("--checkpoint", simmatch_file[0], "--export", tmp_path / "x", "--format", "published")
+    assert "400 whole epochs" in output
     before, after = (torch.load(path, weights_only=True) for path in (simmatch_file[0], tmp_path / "x"))
-    before["state_dict"] = dict(before["state_dict"])  # an OrderedDict, which a digest tells from a dict
+    before["state_dict"] = dict(before["state_dict"])  # the digests of OrderedDict and dict differ
     assert checkpoint.digest(before) == checkpoint.digest(after)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_a_run_of_ours_exported_and_evaluated_as_published(command, tmp_path):
-    """Trained here, written as published, loaded by the published modules with strict keys, evaluated to the
-    same figures.
-    """
+    """The published modules load it with strict keys, and its accuracy is the same."""
     root = imagenet(tmp_path / "in", classes=3, train=8, val=4)
     run, out, cache = tmp_path / "run", tmp_path / "out.pth", {"SIMMATCH_CACHE": str(tmp_path / "cache")}
     done = command(
@@ -356,6 +354,8 @@ def test_a_run_of_ours_exported_and_evaluated_as_published(command, tmp_path):
         "0",
         "--device",
         "cpu",
+        "--image-size",
+        "64",
         "--print-freq",
         "1",
         "--output-dir",
@@ -376,12 +376,9 @@ def test_a_run_of_ours_exported_and_evaluated_as_published(command, tmp_path):
     assert checkpoint.digest(values) == checkpoint.digest(ours["method"])
     assert checkpoint.digest(optimizer) == checkpoint.digest(ours["optimizer"])
     (root / "train").rename(tmp_path / "gone")
-    as_published = command(
-        "eval.py", "--checkpoint", out, "--data", root, "--workers", "0", "--device", "cpu", env=cache
-    )
+    flags = ["--workers", "0", "--device", "cpu", "--image-size", "64"]
+    as_published = command("eval.py", "--checkpoint", out, "--data", root, *flags, env=cache)
     (tmp_path / "gone").rename(root / "train")
-    as_ours = command(
-        "eval.py", "--checkpoint", run / "last.pth", "--workers", "0", "--device", "cpu", env=cache
-    )
+    as_ours = command("eval.py", "--checkpoint", run / "last.pth", *flags, env=cache)
     assert as_published.returncode == as_ours.returncode == 0, as_published.stderr + as_ours.stderr
     assert as_published.stdout.splitlines()[1:] == as_ours.stdout.splitlines()[1:]

@@ -1,74 +1,43 @@
 """Training on several processes as a user starts it: killed, continued with other numbers of processes, and
-with a rank lost.
+with a rank that is lost.
 """
 
-import os
 import re
 import signal
 import subprocess
-import sys
-import time
 
+import fork_server
 import pytest
 import torch
-from conftest import ROOT, one_line
-from test_train import assert_same_run, events, weights
+from conftest import ROOT, free_port, one_line, one_thread, start_python
+from test_train import assert_same_run, events, wait_for, weights
 
 import train_semi
-from tests.models.test_ranks import free
+from util import checkpoint
 
-pytestmark = pytest.mark.slow
-FLAGS = [
-    "--config",
-    "configs/digits.yaml",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "5",
-    "--epochs",
-    "3",
-    "--eval-freq",
-    "1",
-    "--print-freq",
-    "4",
-    "--workers",
-    "0",
-    "--save-freq",
-    "7",
-]
+pytestmark = pytest.mark.slow(9)
+FLAGS = (
+    "--config configs/digits.yaml --device cpu --batch-size 5 --epochs 3 --eval-freq 1 --print-freq 4 "
+    "--workers 0 --save-freq 7"
+).split()
 
 
-def start(folder, *flags, processes=2, others=()):
-    """The ranks, as torchrun starts them; each with its own output. others: flags that ranks other than 0
-    have besides.
+def start(folder, *flags, processes=2, others=(), new_processes=True):
+    """Start the ranks as torchrun does, each with its own output.
+
+    others: flags that ranks other than 0 have besides. new_processes: see `command`.
     """
-    port = next(p for p in range(20000 + os.getpid() % 5000, 30000) if free(p))
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "train_semi.py",
-                *FLAGS,
-                "--output-dir",
-                str(folder),
-                *flags,
-                *(others if rank else ()),
-            ],
-            cwd=ROOT,
-            text=True,
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(processes)
-    ]
+    env = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(processes):
+        args = ["train_semi.py", *FLAGS, "--output-dir", str(folder), *flags, *(others if rank else ())]
+        own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if new_processes:
+            ranks.append(start_python(*args, env=own))
+        else:
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            ranks.append(fork_server.popen(args, cwd=ROOT, env=one_thread(own), **pipes))
+    return ranks
 
 
 def finish(ranks, seconds=180):
@@ -86,24 +55,18 @@ def finish(ranks, seconds=180):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of two ranks that nothing disturbs."""
+    """The output directory of a run of two ranks that nothing interrupts."""
     folder = tmp_path_factory.mktemp("ranks") / "whole"
-    (code, out, err), other = finish(start(folder))
+    (code, out, err), other = finish(start(folder, new_processes=False))
     assert code == 0 and other[0] == 0, err
     assert "2 ranks of 5 labeled images" in out and other[1] == ""
     return folder
 
 
-def until_saved(folder, process):
-    deadline = time.monotonic() + 120
-    while not (folder / "last.pth").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def killed(folder, *flags):
-    """Two ranks that are killed somewhere after their first checkpoint. Returns the step of the last one."""
-    ranks = start(folder, *flags)
-    until_saved(folder, ranks[0])
+def killed(folder, *flags, **how):
+    """Start two ranks and kill them after their first checkpoint. Returns the step of the last one."""
+    ranks = start(folder, *flags, **how)
+    wait_for(folder / "last.pth", ranks[0])
     for process in ranks:
         process.kill()
     finish(ranks)
@@ -120,7 +83,8 @@ def test_two_ranks_that_are_killed_go_on_to_the_same_bits(whole, tmp_path):
 
 
 def test_virtual_ranks_are_the_ranks_rounded_otherwise(whole, tmp_path):
-    ((code, out, err),) = finish(start(tmp_path / "virtual", "--virtual-ranks", "2", processes=1))
+    flags = ["--virtual-ranks", "2"]
+    ((code, out, err),) = finish(start(tmp_path / "virtual", *flags, processes=1, new_processes=False))
     assert code == 0 and "2 ranks of 5 labeled images, 2 on each of 1 processes" in out, err
     first, second = (
         [event for event in events(folder) if event["event"] == "train"]
@@ -137,7 +101,7 @@ def test_virtual_ranks_are_the_ranks_rounded_otherwise(whole, tmp_path):
 
 def test_another_number_of_processes_is_refused_or_goes_on_as_the_user_says(mistake, tmp_path):
     folder = tmp_path / "run"
-    reached = killed(folder)
+    reached = killed(folder, new_processes=False)
     before = (folder / "last.pth").read_bytes()
     mistake(
         train_semi.main,
@@ -147,25 +111,25 @@ def test_another_number_of_processes_is_refused_or_goes_on_as_the_user_says(mist
         "--other-ranks continue",
     )
     assert (folder / "last.pth").read_bytes() == before
-    ((code, out, err),) = finish(start(folder, "--other-ranks", "continue", processes=1))
+    flags = ["--other-ranks", "continue"]
+    ((code, out, err),) = finish(start(folder, *flags, processes=1, new_processes=False))
     assert code == 0 and "the same step, up to rounding" in out and f"at step {reached}" in out, err
     steps = [event["step"] for event in events(folder) if event["event"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 60 and weights(folder)["world"] == 2
 
 
-def test_ranks_grouped_anew_keep_the_images_of_a_step(whole, tmp_path):
-    alone = finish(start(tmp_path / "run", "--batch-size", "10", "--epochs", "2", processes=1))
+def test_another_number_of_ranks_keeps_the_images_of_a_step(whole, tmp_path):
+    flags = ["--batch-size", "10", "--epochs", "2"]
+    alone = finish(start(tmp_path / "run", *flags, processes=1, new_processes=False))
     assert alone[0][0] == 0, alone[0][2]
     one = weights(tmp_path / "run")
     one["config"]["epochs"] = 3  # another three epochs would be another run
-    from util import checkpoint
-
     checkpoint.save(
         tmp_path / "run" / "last.pth",
         {key: value for key, value in one.items() if key not in ("sha256", "format")},
     )
     (code, out, err), other = finish(
-        start(tmp_path / "run", "--batch-size", "10", "--other-ranks", "continue")
+        start(tmp_path / "run", *flags[:2], "--other-ranks", "continue", new_processes=False)
     )
     assert (
         code == 0
@@ -187,12 +151,20 @@ def test_evaluation_counts_every_image_once(whole, command):
 
 @pytest.mark.parametrize("how, victim", [("hangs", 1), ("dies", 1), ("dies", 0)])
 def test_a_lost_rank_ends_the_run_with_its_name(how, victim, tmp_path):
-    ranks = start(tmp_path / "run", "--epochs", "200", "--timeout-minutes", "0.1", processes=3)
-    until_saved(tmp_path / "run", ranks[0])
+    ranks = start(
+        tmp_path / "run",
+        "--epochs",
+        "200",
+        "--timeout-minutes",
+        "0.3",
+        processes=3,
+        new_processes=how == "hangs",
+    )
+    wait_for(tmp_path / "run" / "last.pth", ranks[0])
     ranks[victim].send_signal(signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
-    survivors = finish([process for process in ranks if process is not ranks[victim]], seconds=90)
+    survivors = finish([process for process in ranks if process is not ranks[victim]], seconds=180)
     ranks[victim].kill()
-    for code, out, err in survivors:
+    for code, _, err in survivors:
         assert code == 1 and "Traceback" not in err, err
         line = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(line) == 1 and re.search(
@@ -215,12 +187,12 @@ def test_ranks_that_cannot_be_shared(mistake, tmp_path):
 
 @pytest.mark.parametrize("what, flags", [("seed", ["--seed", "4"]), ("step", ["--output-dir", "elsewhere"])])
 def test_ranks_that_do_not_run_the_same_say_so(what, flags, tmp_path):
-    """Another command; or another output folder, where the checkpoint that rank 0 goes on from is not."""
+    """Another command; or another output directory, without the checkpoint that rank 0 continues from."""
     if what == "step":
-        killed(tmp_path / "run")
+        killed(tmp_path / "run", new_processes=False)
         flags = ["--output-dir", str(tmp_path / "elsewhere")]
     for code, _, err in finish(start(tmp_path / "run", others=flags)):
-        one_line(code, err, f"rank 1 on ", f"has {what} ", "the same command, data and output directory")
+        one_line(code, err, "rank 1 on ", f"has {what} ", "the same command, data and output directory")
 
 
 def test_one_line_when_the_mistake_is_every_ranks(tmp_path):

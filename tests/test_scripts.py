@@ -1,4 +1,4 @@
-"""The shell scripts: they parse, find an environment that will do, and refuse one that will not."""
+"""The shell scripts: their syntax, and how they choose a Python environment."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""What script/train.sh and script/eval.sh ask a real Slurm for, and the tables of docs/SLURM.md: each row by
-its name, against what Slurm says; skipped where none is running.
+"""What script/train.sh and script/eval.sh ask a real Slurm for, and the tables of docs/SLURM.md: each row, by
+its name, is compared with what Slurm answers. Skipped where no Slurm is running.
 """
 
 import re
@@ -7,12 +7,13 @@ import time
 
 import pytest
 import torch
-from cluster import DIGITS, clean_up, digits, needs_slurm, nodes, sbatch, show, slurm, wait, wait_running
+from cluster import DIGITS, clean_up, needs_slurm, nodes, sbatch, show, slurm, wait
 from conftest import ROOT
 
 pytestmark = needs_slurm
 PAGE = (ROOT / "docs" / "SLURM.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| (.+?) \| (.+?) \|", PAGE, re.M))
+ONE_EPOCH = [*DIGITS, "--epochs", "1", "--steps-per-epoch", "2"]
 ONE = ["--nodes=1", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1"]
 
 
@@ -23,17 +24,14 @@ def nothing_is_left_behind():
 
 
 def says(quoted, text):
-    """Whether `text` has what a row quotes, … standing for anything."""
+    """Whether `text` contains what a row quotes, with any text in place of each …."""
     return re.search(".+".join(map(re.escape, quoted.split("…"))), text)
 
 
 def cpus():
-    """The most that a node has."""
-    return (
-        max([int(n.rstrip("+")) for n in slurm("sinfo", "-h", "-N", "-o", "%c").stdout.split()])
-        if nodes()
-        else 0
-    )
+    """The largest number of CPUs of a node."""
+    counts = slurm("sinfo", "-h", "-N", "-o", "%c").stdout.split() if nodes() else []
+    return max((int(count.rstrip("+")) for count in counts), default=0)
 
 
 REFUSED = {
@@ -78,7 +76,7 @@ WAITING = {
 
 @pytest.mark.parametrize("name", WAITING)
 def test_a_request_that_waits(name):
-    """Slurm takes some seconds to find its reason."""
+    """Slurm needs some seconds to find the reason."""
     options = list(WAITING[name])
     if name == "nodes that others use":
         sbatch("--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 60")
@@ -132,73 +130,66 @@ def test_what_the_script_asks_for_and_that_the_command_line_goes_before_it(tmp_p
     assert own["StdOut"] == f"{tmp_path}/mine-{own['JobId']}.txt"
 
 
-def finished(tmp_path, *words, **how):
-    """(state, log) of a job that has run to its end."""
-    job = sbatch(f"--output={tmp_path}/job.out", *words, **how)
-    wait(job, seconds=120)
-    return show(job), (tmp_path / "job.out").read_text() if (tmp_path / "job.out").exists() else ""
+def submit(folder, *words, **how):
+    """A function that waits for the job and returns (state, log)."""
+    job = sbatch(f"--output={folder}.out", *words, **how)
+
+    def finish():
+        wait(job)
+        out = folder.with_name(folder.name + ".out")
+        return show(job), out.read_text() if out.exists() else ""
+
+    return finish
 
 
-def test_more_tasks_than_gpus_is_an_error(tmp_path):
-    run = tmp_path / "run"
-    state, said = finished(
-        tmp_path, *ONE, "--ntasks-per-node=2", "script/train.sh", *DIGITS, "--output-dir", run
-    )
-    assert state["ExitCode"] == "2:0" and said == ROWS["more tasks than GPUs"] + "\n"
-    assert not run.exists()
-
-
-def test_fewer_tasks_than_gpus_is_a_warning(tmp_path):
-    run = tmp_path / "run"
-    state, said = finished(
-        tmp_path, *ONE, "--gres=gpu:2", "script/train.sh", *DIGITS, "--epochs", "1", "--output-dir", run
-    )
-    assert state["JobState"] == "COMPLETED" and said.startswith(ROWS["fewer tasks than GPUs"] + "\n"), said
-    assert (run / "last.pth").exists()
+def test_other_numbers_of_tasks_than_gpus(tmp_path):
+    """More are an error, fewer a warning."""
+    jobs = {
+        name: submit(
+            tmp_path / name, *ONE, *options, "script/train.sh", *ONE_EPOCH, "--output-dir", tmp_path / name
+        )
+        for name, options in (("more", ["--ntasks-per-node=2"]), ("fewer", ["--gres=gpu:2"]))
+    }
+    state, text = jobs["more"]()
+    assert state["ExitCode"] == "2:0" and text == ROWS["more tasks than GPUs"] + "\n"
+    assert not (tmp_path / "more").exists()
+    state, text = jobs["fewer"]()
+    assert state["JobState"] == "COMPLETED" and text.startswith(ROWS["fewer tasks than GPUs"] + "\n"), text
+    assert (tmp_path / "fewer" / "last.pth").exists()
 
 
 def test_a_job_from_another_folder(tmp_path):
-    state, said = finished(tmp_path, *ONE, ROOT / "script" / "train.sh", cwd=tmp_path)
-    assert (
-        state["ExitCode"] == "2:0"
-        and said.count("\n") == 1
-        and says(ROWS["sbatch from another folder"], said)
-    ), said
-    state, _ = finished(
-        tmp_path, *ONE, f"--output={tmp_path}/log/%j.out", ROOT / "script" / "train.sh", cwd=tmp_path
-    )
+    script = ROOT / "script" / "train.sh"
+    first = submit(tmp_path / "job", *ONE, script, cwd=tmp_path)
+    second = submit(tmp_path / "log" / "job", *ONE, script, cwd=tmp_path)
+    state, text = first()
+    assert state["ExitCode"] == "2:0" and text.count("\n") == 1, text
+    assert says(ROWS["sbatch from another folder"], text), text
+    state, _ = second()
     assert "`ExitCode=0:53`" in PAGE and state["ExitCode"] == "0:53" and not (tmp_path / "log").exists()
 
 
-def test_one_that_may_not_be_requeued_says_how_to_go_on(tmp_path):
-    folder = tmp_path / "run"
-    job = digits(folder, options=["--no-requeue"])
-    wait_running(job, folder / "last.pth")
-    slurm("scancel", "--signal=USR1", job)
-    wait(job)
-    said = (tmp_path / "run.out").read_text()
-    assert "asked to stop: saved step" in said and "the same sbatch command continues" in said, said
-    assert show(job)["JobState"] == "FAILED" and show(job)["ExitCode"] == "75:0"
-
-
 def test_eval_sh(tmp_path, train):
-    """Under Slurm the same lines as without."""
-    assert train(tmp_path / "run", "--device", "cpu").returncode == 0
+    """Under Slurm it prints the same lines as without."""
+    assert train(tmp_path / "run", "--device", "cpu", "--steps-per-epoch", "2").returncode == 0
     words = ["script/eval.sh", "--device", "cpu", "--checkpoint"]
-    state, said = finished(
-        tmp_path, "--gres=none", "--cpus-per-task=1", *words, tmp_path / "run" / "last.pth"
+    options = ["--gres=none", "--cpus-per-task=1"]
+    right, wrong = (
+        submit(tmp_path / name, *options, *words, tmp_path / "run" / name)
+        for name in ("last.pth", "none.pth")
     )
-    assert state["JobState"] == "COMPLETED", said
-    here = slurm("bash", *words, tmp_path / "run" / "last.pth")
-    assert here.returncode == 0 and here.stdout == said, said
-    assert re.fullmatch(r"\* Acc@1 \S+ Acc@5 \S+", said.splitlines()[-1])
-    state, said = finished(tmp_path, "--gres=none", "--cpus-per-task=1", *words, tmp_path / "none.pth")
-    assert state["ExitCode"] == "2:0" and "none.pth does not exist" in said, said
+    alone = slurm("bash", *words, tmp_path / "run" / "last.pth")
+    state, text = right()
+    assert state["JobState"] == "COMPLETED", text
+    assert alone.returncode == 0 and alone.stdout == text, text
+    assert re.fullmatch(r"\* Acc@1 \S+ Acc@5 \S+", text.splitlines()[-1])
+    state, text = wrong()
+    assert state["ExitCode"] == "2:0" and "none.pth does not exist" in text, text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_on_a_login_node_without_gpu_train_sh_names_sbatch(tmp_path):
-    done = slurm("bash", "script/train.sh", *DIGITS, "--epochs", "1", "--output-dir", tmp_path / "run")
+    done = slurm("bash", "script/train.sh", *ONE_EPOCH, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert (
         "no GPU on this machine, so training uses the CPU. To use the cluster's: sbatch script/train.sh configs/digits.yaml"

@@ -1,5 +1,5 @@
-"""What ranks send each other, as the kernel counts it: nothing grows with the bank, images travel at most
-once.
+"""The bytes that ranks send each other, as the kernel counts them: none depend on the size of the bank, and
+an image is sent at most once.
 """
 
 import socket
@@ -12,44 +12,44 @@ from benchmark import traffic
 from util.config import parse
 
 
-def test_every_byte_of_a_connection_is_counted_once_read_or_not():
+def test_every_byte_sent_is_counted_once_whether_it_is_read_or_not():
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
-        socket.create_connection(server.getsockname()) as here,
+        socket.create_connection(server.getsockname()) as client,
     ):
-        there, _ = server.accept()
-        with there:
+        peer, _ = server.accept()
+        with peer:
             before = traffic.bytes_sent()
-            here.setblocking(False)
-            sent = here.send(bytes(10**8))  # more than the other end has room for: a part waits here
+            client.setblocking(False)
+            sent = client.send(bytes(10**8))  # more than the buffers hold: a part is not sent yet
             assert sent > 10**5 and traffic.bytes_sent() - before == sent
             read = 0
             while read < sent:
-                read += len(there.recv(2**20))
-            there.sendall(bytes(1003))
+                read += len(peer.recv(2**20))
+            peer.sendall(bytes(1003))
             assert traffic.bytes_sent() - before == sent + 1003
 
 
-def test_the_ledger_puts_what_is_sent_inside_on_the_inner_cause():
+def test_the_ledger_counts_bytes_of_a_nested_call_for_the_inner_cause():
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
-        socket.create_connection(server.getsockname()) as here,
+        socket.create_connection(server.getsockname()) as client,
     ):
 
-        class Place:
+        class Sender:
             def inner(self, n):
-                here.sendall(bytes(n))
+                client.sendall(bytes(n))
 
             def outer(self, n):
-                here.sendall(bytes(10 * n))
+                client.sendall(bytes(10 * n))
                 self.inner(n)
-                here.sendall(bytes(100 * n))
+                client.sendall(bytes(100 * n))
 
         ledger = traffic.Ledger()
-        ledger.wrap(Place, "inner", "features")
-        ledger.wrap(Place, "outer", "other")
-        here.sendall(bytes(5))
-        Place().outer(1)
+        ledger.wrap(Sender, "inner", "features")
+        ledger.wrap(Sender, "outer", "other")
+        client.sendall(bytes(5))
+        Sender().outer(1)
         assert ledger.take() == {
             **dict.fromkeys(traffic.CAUSES, 0),
             "features": 1,
@@ -59,7 +59,7 @@ def test_the_ledger_puts_what_is_sent_inside_on_the_inner_cause():
         assert set(ledger.take().values()) == {0}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("teacher", ["ema", "eman"])
 def test_two_ranks(teacher):
     config = parse(

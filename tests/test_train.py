@@ -1,18 +1,15 @@
-"""train_semi.py as a user runs it: what it writes, that seeds are honored, that it continues, and what
-mistakes print.
-"""
+"""train_semi.py as a user runs it: its output, seeds, interrupted runs that continue, and mistakes."""
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
-from conftest import one_line
+from conftest import DIGITS, one_line, start_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_semi
@@ -36,35 +33,8 @@ EVAL = {"event", "step", "student_top1", "student_top5", "teacher_top1", "teache
 
 
 def assert_same_run(a, b):
-    """Bit for bit: logs, weights, bank, prior, teacher, optimizer, best score."""
+    """The runs agree bit for bit: logs, weights, bank, prior, teacher, optimizer, best score."""
     assert difference(a, b) == ""
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One finished run of two epochs that several tests look at."""
-    folder = tmp_path_factory.mktemp("run")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "train_semi.py",
-            "--config",
-            "configs/digits.yaml",
-            "--epochs",
-            "2",
-            "--eval-freq",
-            "1",
-            "--print-freq",
-            "3",
-            "--output-dir",
-            str(folder),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done
 
 
 def test_the_output_directory(finished):
@@ -109,7 +79,7 @@ def test_tensorboard_reads_the_same_values(finished):
         for key, value in event.items():
             if key in ("event", "step") or event["event"] == "start":
                 continue
-            if not isinstance(value, (int, float)):  # null, and lists of the diagnostics
+            if not isinstance(value, (int, float)):  # null and the lists of the diagnostics are not scalars
                 continue
             found = [s.value for s in reader.Scalars(f"{event['event']}/{key}") if s.step == event["step"]]
             assert found == [pytest.approx(value, rel=1e-6)]
@@ -131,64 +101,55 @@ def test_a_second_start_continues_and_says_so(finished, train):
     assert (folder / "log.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
+SHORT = ["--steps-per-epoch", "8"]  # of the 20 in a pass over the digits
+
+
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("method", ["simmatch", "fixmatch", "supervised"])
 def test_same_seed_same_bits_with_any_number_of_workers(method, train, tmp_path):
     for name, workers in (("a", "0"), ("b", "2")):
-        assert train(tmp_path / name, "--method", method, "--workers", workers).returncode == 0
+        done = train(tmp_path / name, "--method", method, "--workers", workers, *SHORT)
+        assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
 def test_another_seed_is_another_run(train, tmp_path):
     for seed in "01":
-        assert train(tmp_path / seed, "--seed", seed).returncode == 0
+        assert train(tmp_path / seed, "--seed", seed, *SHORT).returncode == 0
     assert events(tmp_path / "0") != events(tmp_path / "1")
     assert weights(tmp_path / "0")["split"] != weights(tmp_path / "1")["split"]
 
 
-@pytest.mark.slow
 def test_diagnostics_change_no_bit(train, tmp_path):
+    ranks = ["--virtual-ranks", "2", "--batch-size", "5", *SHORT]
     for name, every in (("each", 1), ("never", 1000)):
-        assert (
-            train(
-                tmp_path / name, "--diagnose-freq", every, "--virtual-ranks", 2, "--batch-size", 5
-            ).returncode
-            == 0
-        )
+        assert train(tmp_path / name, "--diagnose-freq", every, *ranks).returncode == 0
     each, never = (weights(tmp_path / name) for name in ("each", "never"))
     assert [e for e in events(tmp_path / "each") if e["event"] != "diagnostics"] == events(tmp_path / "never")
     for key in ("method", "optimizer", "best"):
         assert first_difference(each[key], never[key], key) == ""
 
 
-@pytest.mark.slow
+def wait_for(path, process, seconds=120):
+    """Wait until `process` has written `path`."""
+    end = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert path.exists(), process.communicate()
+
+
+@pytest.mark.slow(9)
 @pytest.mark.parametrize(
     "method, flags", [("simmatch", []), ("simmatch", ["--eman"]), ("fixmatch", []), ("supervised", [])]
 )
 def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path):
     flags = ["--method", method, "--epochs", "4", *flags]
     assert train(tmp_path / "whole", *flags).returncode == 0
-    command = [
-        sys.executable,
-        "train_semi.py",
-        "--config",
-        "configs/digits.yaml",
-        "--eval-freq",
-        "1",
-        "--output-dir",
-        str(tmp_path / "killed"),
-        "--save-freq",
-        "7",
-        *flags,
-    ]
-    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (tmp_path / "killed" / "last.pth").exists() and time.time() < deadline:
-        time.sleep(0.01)
+    run = start_python("train_semi.py", *DIGITS, tmp_path / "killed", "--save-freq", "7", *flags)
+    wait_for(tmp_path / "killed" / "last.pth", run)
     time.sleep(0.15)  # somewhere between two checkpoints
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
+    run.communicate()
     reached = weights(tmp_path / "killed")["step"]
     assert reached % 7 == 0 and 0 < reached < weights(tmp_path / "whole")["step"]
     again = train(tmp_path / "killed", *flags)
@@ -196,52 +157,29 @@ def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_saves_and_continues_to_the_same_bits(number, train, tmp_path):
+@pytest.mark.slow(15)
+def test_a_run_that_is_asked_to_stop_saves_and_continues_to_the_same_bits(train, tmp_path):
     assert train(tmp_path / "whole", "--epochs", "6", "--workers", "0").returncode == 0
-    command = [
-        sys.executable,
-        "train_semi.py",
-        "--config",
-        "configs/digits.yaml",
-        "--eval-freq",
-        "1",
-        "--epochs",
-        "6",
-        "--workers",
-        "2",
-        "--output-dir",
-        str(tmp_path / "asked"),
-    ]
-    run = subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.time() + 120
-    while not (tmp_path / "asked" / "last.pth").exists() and time.time() < deadline:
-        time.sleep(0.01)
-    os.killpg(run.pid, number)  # to its workers too, as Slurm does
-    out, err = run.communicate(timeout=120)
-    reached = weights(tmp_path / "asked")["step"]
-    assert run.returncode == 75 and f"asked to stop: saved step {reached}" in out and err == "", err
-    assert reached < weights(tmp_path / "whole")["step"]
-    assert train(tmp_path / "asked", "--epochs", "6").returncode == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "asked")
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        folder = tmp_path / number.name
+        flags = [*DIGITS, folder, "--epochs", "6", "--workers", "2"]
+        run = start_python("train_semi.py", *flags, start_new_session=True)
+        wait_for(folder / "last.pth", run)
+        os.killpg(run.pid, number)  # to its workers too, as Slurm does
+        out, err = run.communicate(timeout=120)
+        reached = weights(folder)["step"]
+        assert run.returncode == 75 and f"asked to stop: saved step {reached}" in out and err == "", err
+        assert reached < weights(tmp_path / "whole")["step"]
+        assert train(folder, "--epochs", "6").returncode == 0
+        assert_same_run(tmp_path / "whole", folder)
 
 
-@pytest.mark.slow
 def test_a_damaged_or_missing_last_checkpoint_is_replaced_by_the_one_before_it(train, tmp_path):
-    assert train(tmp_path / "whole").returncode == 0
+    assert train(tmp_path / "whole", *SHORT).returncode == 0
     for damage in ("cut", "flipped", "gone"):
-        folder = tmp_path / damage
-        assert train(folder).returncode == 0
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / damage)
         data = bytearray((folder / "last.pth").read_bytes())
-        assert weights(folder, "last.previous.pth")["step"] == 20 and weights(folder)["step"] == 40
+        assert weights(folder, "last.previous.pth")["step"] == 8 and weights(folder)["step"] == 16
         if damage == "gone":
             (folder / "last.pth").unlink()
         elif damage == "cut":
@@ -249,12 +187,9 @@ def test_a_damaged_or_missing_last_checkpoint_is_replaced_by_the_one_before_it(t
         else:
             data[data.index(weights(folder)["method"]["student.fc.weight"].numpy().tobytes())] ^= 1
             (folder / "last.pth").write_bytes(data)
-        again = train(folder)
-        assert (
-            again.returncode == 0
-            and "last.previous.pth" in again.stdout
-            and "at step 20: 20 steps to go" in again.stdout
-        )
+        again = train(folder, *SHORT)
+        assert again.returncode == 0 and "last.previous.pth" in again.stdout
+        assert "at step 8: 8 steps to go" in again.stdout
         assert_same_run(tmp_path / "whole", folder)
 
 
@@ -287,9 +222,6 @@ def test_a_folder_or_a_published_file_in_the_place_of_a_checkpoint(mistake, tmp_
     assert (tmp_path / "last.pth").read_bytes() == before
 
 
-DIGITS = ("--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1", "--output-dir")
-
-
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -303,7 +235,7 @@ DIGITS = ("--config", "configs/digits.yaml", "--epochs", "2", "--eval-freq", "1"
         (["--cls", "9"], ["cls is 9", "10 classes"]),
         (["--batch-size", "300"], ["1437", "--batch-size"]),
         (["--output-dir", "/proc/run"], ["/proc/run", "--output-dir"]),
-        (["--output-dir", "pytest.ini/run"], ["pytest.ini/run", "Not a directory"]),
+        (["--output-dir", "LICENSE/run"], ["LICENSE/run", "Not a directory"]),
     ],
 )
 def test_mistakes(flags, words, mistake, tmp_path):
@@ -312,7 +244,7 @@ def test_mistakes(flags, words, mistake, tmp_path):
 
 
 def test_a_mistake_in_a_real_process(command, tmp_path):
-    done = command("train_semi.py", "--config", tmp_path / "none.yaml")
+    done = command("train_semi.py", "--config", tmp_path / "none.yaml", new_process=True)
     one_line(done.returncode, done.stderr, "none.yaml", "No such file")
 
 
@@ -338,9 +270,7 @@ def test_another_run_in_the_same_directory_is_refused(finished, mistake, flags, 
 
 
 def test_a_non_finite_loss_names_term_and_step_and_keeps_the_checkpoint(mistake, tmp_path):
-    """A weight so large that it overflows; L_in counts from the second epoch on, so the first goes well and
-    is saved.
-    """
+    """The weight of L_in overflows. L_in is on from the second epoch on, so the first one is saved."""
     mistake(
         train_semi.main,
         [*DIGITS, tmp_path, "--lambda-in", "3e38"],

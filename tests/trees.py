@@ -33,9 +33,7 @@ def imagenet(root: Path, classes=3, train=8, val=2, flat_val=False) -> Path:
 
 
 def cifar10(root: Path, train=200, test=20) -> Path:
-    """Files of CIFAR-10's format with made-up images; torchvision's checksums do not fit (tests replace
-    them).
-    """
+    """Files in CIFAR-10's format with made-up images. Tests must replace torchvision's checksums."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -45,7 +43,7 @@ def cifar10(root: Path, train=200, test=20) -> Path:
         data = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         data[:, 0] = (data[:, 0] // 4 + np.array(labels)[:, None, None] * 19).astype(
             np.uint8
-        )  # classes differ in red
+        )  # the classes differ in red
         (folder / name).write_bytes(pickle.dumps({"data": data.reshape(count, -1), "labels": labels}))
 
     for k in range(1, 6):

@@ -433,7 +433,7 @@ def test_as_a_user_calls_it(tree):
     assert err.splitlines()[-1] == "14 of 14 images, 0 s to go" and "Traceback" not in err
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_ctrl_c_at_a_terminal(tree):
     """The signal goes to the workers too."""
     for k in range(20_000):

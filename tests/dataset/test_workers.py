@@ -110,7 +110,7 @@ def main(end):
         }[end]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 @pytest.mark.parametrize(
     "end, code, lines",
     [
@@ -145,7 +145,7 @@ def start(end, folder):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 def test_nothing_is_left_when_the_process_is_killed(tmp_path):
     process = start("killed", tmp_path)
     worker, helper = map(int, process.stdout.readline().split())

@@ -24,7 +24,7 @@ SETTINGS = dict(
     bank_m=0.0,
     ema_m=0.9,
 )
-# The three forms of SimMatch: the class, its reference, its settings.
+# The three forms of SimMatch: (class, reference, settings)
 FORMS = {
     "ema": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn_mode": "shuffle"}),
     "eman": (SimMatch, reference.SimMatchReference, {**SETTINGS, "bn_mode": "average"}),
@@ -44,7 +44,7 @@ def method(form="ema", net=None, **changes):
 
 
 def network(seed=0, dtype=torch.float64):
-    """A network with convolution and BN, so that batch statistics and running statistics differ."""
+    """A network with a convolution and BN, whose batch statistics and running statistics differ."""
     torch.manual_seed(seed)
     net = Network("small_encoder", channels=1, num_classes=C, dim=D)
     net.backbone = nn.Sequential(
@@ -67,7 +67,7 @@ def batch(seed, dtype=torch.float64):
 
 
 class Fixed(nn.Module):
-    """Stands in for a network: returns what it is given, whatever the images."""
+    """A network that returns the same outputs for any images."""
 
     def __init__(self, logits, z):
         super().__init__()
@@ -78,7 +78,7 @@ class Fixed(nn.Module):
 
 
 def losses(method, batch, student=None, *, step=0, bank_ready=False):
-    """Terms and what is fresh, of one rank alone."""
+    """(terms, StepOutput) of a single rank."""
     student = method.student if student is None else student
     (target,) = method.targets([batch], student, step=step)
     return method.losses(batch, target, student, bank_ready=bank_ready)

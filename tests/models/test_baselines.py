@@ -14,7 +14,7 @@ def test_fixmatch_equals_the_loop(eman):
     method = FixMatch(small.network(), lambda_u=3.0, threshold=0.5, ema_m=0.9, eman=eman).double().train()
     with torch.no_grad():
         for p in method.teacher.net.parameters():
-            p *= 2  # so that it matters who labels the weak views
+            p *= 2  # so that student and teacher label the weak views differently
     batch = small.batch(0)
     parts = [batch.x, batch.u_strong] if eman else [batch.x, batch.u_strong, batch.u_weak]
     logits, _ = small.network().train()(torch.cat(parts))

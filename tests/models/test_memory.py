@@ -34,7 +34,7 @@ def test_the_last_of_duplicate_rows_wins():
 
 
 def test_an_ensemble_keeps_a_share_of_the_old_row():
-    """bank[i] <- normalize(0.7·bank[i] + 0.3·z), where of a repeated index the last row counts, and once."""
+    """bank[i] <- normalize(0.7·bank[i] + 0.3·z). Of a repeated index only the last row is used, once."""
     bank, rows = LabelBank(torch.zeros(7), dim=3, m=0.7).double(), [torch.zeros(3, dtype=torch.float64)] * 7
     for step in range(6):
         g = torch.Generator().manual_seed(step)
@@ -49,7 +49,7 @@ def test_an_ensemble_keeps_a_share_of_the_old_row():
         torch.testing.assert_close(bank.z, torch.stack(rows), rtol=1e-12, atol=1e-15)
 
 
-def test_an_ensembles_row_is_nothing_until_its_first_write_makes_it_the_embedding():
+def test_the_first_write_of_an_ensembles_row_sets_it_to_the_embedding():
     bank, z = LabelBank(torch.zeros(3), dim=4, m=0.7), torch.eye(4)[2:3]
     bank.write(torch.tensor([1]), z, torch.tensor([5]))
     assert torch.equal(bank.z, torch.stack([torch.zeros(4), z[0], torch.zeros(4)])) and bank.labels[1] == 5
@@ -66,7 +66,7 @@ def test_alignment_equals_the_loop_until_the_ring_has_gone_round():
         expected = torch.tensor(reference.align(p.tolist(), ring, ptr, mean.tolist()), dtype=torch.float64)
         before = align.ring.clone()
         aligned = align(p.log(), mean)
-        assert torch.equal(align.ring, before)  # reading writes nothing
+        assert torch.equal(align.ring, before)  # reading does not write
         torch.testing.assert_close(aligned.exp(), expected, rtol=1e-12, atol=0)
         align.write(mean)
         ptr = (ptr + 1) % 5

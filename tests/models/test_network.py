@@ -54,7 +54,7 @@ def test_a_normalized_feature_and_no_head():
     ],
 )
 def test_backbone_sizes(name, millions):
-    """torchvision's counts less their classifier; 2x: SimCLR's 94 M."""
+    """torchvision's counts without the classifier; for 2x, SimCLR's 94 M."""
     with torch.device("meta"):
         net = Network(name, channels=3, num_classes=10, dim=8)
     assert sum(p.numel() for p in net.backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
@@ -77,7 +77,7 @@ def test_2x_forward():
 
 @pytest.mark.parametrize("name, classes, count", [("wrn_28_2", 10, 1_467_610), ("wrn_28_8", 100, 23_401_012)])
 def test_wide_resnet_sizes(name, classes, count):
-    """With the classifier, without the projection head."""
+    """The counts include the classifier, but not the projection head."""
     with torch.device("meta"):
         net = Network(name, channels=3, num_classes=classes, dim=8)
     assert sum(p.numel() for part in (net.backbone, net.fc) for p in part.parameters()) == count
@@ -112,7 +112,7 @@ def test_wide_resnet_equals_its_formulas():
     net = Network("wrn_28_2", channels=3, num_classes=10, dim=8).backbone.double().eval()
     with torch.no_grad():
         for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):  # away from the identity, and eps is felt
+            if isinstance(module, nn.BatchNorm2d):  # not the identity, and with an effect of eps
                 for value in (module.running_mean, module.weight, module.bias):
                     value.add_(0.3 * torch.randn_like(value))
                 module.running_var.uniform_(0.01, 1)

@@ -1,14 +1,14 @@
 """Real gloo ranks, and virtual ones, against the loops over ranks: shuffle-BN, the prior of the global batch,
-bank rows of all.
+and the bank rows of all ranks.
 """
 
 import os
-import socket
 import time
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import free_port
 
 from models import train_step
 from tests.models import small
@@ -18,7 +18,8 @@ SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 STEPS = 4
 
 
-def run_rank(rank, world, port, ranks, form, folder):
+def run_rank(rank, world, port, ranks, folder):
+    """A process of `world`: some steps of each form of SimMatch with its share of the ranks."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
@@ -28,6 +29,13 @@ def run_rank(rank, world, port, ranks, form, folder):
         MASTER_PORT=str(port),
     )
     dist_utils.dist_init("cpu", 2, 0)
+    own = range(rank * ranks // world, (rank + 1) * ranks // world)  # this process's virtual ranks
+    torch.save({form: steps(form, own) for form in small.FORMS}, f"{folder}/{rank}.pt")
+    dist_utils.dist_end()
+
+
+def steps(form, own):
+    """[(terms, pseudo-label, mask) of each step], state_dict."""
     net = small.network()
     torch.manual_seed(5)
     method = small.method(form, net)
@@ -40,31 +48,18 @@ def run_rank(rank, world, port, ranks, form, folder):
         nesterov=SGD["nesterov"],
     )
     out = []
-    here = range(rank * ranks // world, (rank + 1) * ranks // world)  # the ranks that this process plays
     for step in range(STEPS):
-        terms, output = train_step(
-            method,
-            student,
-            optimizer,
-            [batch(step, number) for number in here],
-            step=step,
-            bank_ready=step > 0,
-        )
-        out.append(
-            (
-                {name: dist_utils.all_mean(term).item() for name, term in terms.items()},
-                output.pseudo_label,
-                output.mask,
-            )
-        )
+        batches = [batch(step, rank) for rank in own]
+        terms, output = train_step(method, student, optimizer, batches, step=step, bank_ready=step > 0)
+        means = {name: dist_utils.all_mean(term).item() for name, term in terms.items()}
+        out.append((means, output.pseudo_label, output.mask))
     dist_utils.broadcast_buffers(method.student)
-    torch.save((out, method.state_dict()), f"{folder}/{rank}.pt")
-    dist_utils.dist_end()
+    return out, method.state_dict()
 
 
 def batch(step, rank):
-    """Where a row is in the batches of several ranks, as at the end of a pass over the labels, the last
-    rank's write holds.
+    """In every second step all ranks have one bank row in common, as at the end of a pass over the labeled
+    images: the last rank's write holds.
     """
     own = small.batch(10 * step + rank)
     if rank and step % 2:
@@ -73,12 +68,11 @@ def batch(step, rank):
     return own
 
 
-def spawn(function, world, *args, seconds=120):
-    """function(rank, world, port, *args) in `world` processes; ranks that hang are ended and fail the test."""
-    port = next(
-        p for p in range(10000 + os.getpid() % 10000, 30000) if free(p)
-    )  # below the ports that systems hand out
-    ranks = mp.spawn(function, (world, port, *args), nprocs=world, join=False)
+def spawn(function, world, *args, seconds=300):
+    """Call function(rank, world, port, *args) in `world` processes. Ranks that hang are killed and fail the
+    test.
+    """
+    ranks = mp.spawn(function, (world, free_port(), *args), nprocs=world, join=False)
     deadline = time.monotonic() + seconds
     while not ranks.join(timeout=1):
         if time.monotonic() > deadline:
@@ -87,19 +81,19 @@ def spawn(function, world, *args, seconds=120):
             pytest.fail(f"{world} ranks did not finish in {seconds} s")
 
 
-def free(port):
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) != 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes, ranks", [(2, 2), (3, 3), (4, 4), (1, 4), (2, 4)])
-@pytest.mark.parametrize("form", small.FORMS)
-def test_ranks_equal_the_loops(processes, ranks, form, tmp_path):
-    """ranks / processes of them, each with BN of its own batch, share a process."""
-    spawn(run_rank, processes, ranks, form, str(tmp_path))
+@pytest.mark.slow(12)
+@pytest.mark.parametrize(
+    "processes, ranks", [(3, 3), (2, 4), (1, 4)], ids=["processes", "both", "virtual ranks"]
+)
+def test_ranks_equal_the_loops(processes, ranks, tmp_path):
+    """A rank for each process; several in each; all in one. Every rank has BN of its own batch."""
+    spawn(run_rank, processes, ranks, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+    for form in small.FORMS:
+        compare(form, [result[form] for result in results], ranks)
 
+
+def compare(form, results, ranks):
     net = small.network()
     torch.manual_seed(5)
     bank, (_, slow, settings) = small.method(form, net).bank.z, small.FORMS[form]

@@ -1,4 +1,4 @@
-"""The configs: each is its recipe; and the published command lines, which are too."""
+"""Each config and each published command line sets the values of its recipe."""
 
 import re
 
@@ -52,7 +52,7 @@ def test_a_config_is_the_recipe(name):
     config, (dataset, labels) = parse(["--config", str(path)], ""), name.split("_")
     expected = {**RECIPE, **BY_DATASET[dataset], "dataset": dataset}
     expected["labels_per_class"] = int(labels) // expected["cls"]
-    ours = {"output_dir", "print_freq"}  # how it is watched
+    ours = {"output_dir", "print_freq"}  # not part of a recipe
     assert {key: value for key, value in to_dict(config).items() if key not in ours} == {
         key: value for key, value in {**to_dict(Config()), **expected}.items() if key not in ours
     }
@@ -75,19 +75,21 @@ def test_its_method_has_the_recipes_parts(name):
     assert method.teacher.bn_mode == "copy" and type(method).__name__ == "SimMatchSingle"
 
 
-# The published commands (simmatch.py), as they stand in the authors' instructions, with train_semi.py in its
-# place.
-TRAIN = "--nesterov --lambda_in 5 --lr 0.03 --epochs 400 --cos --warmup-epoch 5 --st 0.1 --tt 0.1 --anno-percent {} --c_smooth 0.9 --DA"
+# The published commands, from the authors' instructions; their simmatch.py is train_semi.py.
+TRAIN = (
+    "--nesterov --lambda_in 5 --lr 0.03 --epochs 400 --cos --warmup-epoch 5 --st 0.1 --tt 0.1 "
+    "--anno-percent {} --c_smooth 0.9 --DA"
+)
 PUBLISHED = {
     "imagenet_1p": TRAIN.format("0.01") + " --checkpoint simmatch-1p.pth",
     "imagenet_10p": TRAIN.format("0.1") + " --checkpoint simmatch-10p.pth",
 }
-WHERE = {"output_dir", "checkpoint"}  # what a run writes, and where
+WHERE = {"output_dir", "checkpoint"}  # where a run writes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_command_is_the_recipe(name):
-    """The recipe as METHOD states it, as our config states it, and as the authors type it."""
+    """The recipe as the paper states it, as our config states it, and as the authors type it."""
     share = {"imagenet_1p": 0.01, "imagenet_10p": 0.1}[name]
     recipe = dict(
         method="simmatch",
@@ -224,8 +226,8 @@ def test_published_flags_that_are_refused(flags, words):
     "config, labeled, steps", [("imagenet_1p", 13_000, 3_963), ("imagenet_10p", 128_000, 3_603)]
 )
 def test_steps_of_an_epoch(config, labeled, steps):
-    """64 + 320 images a step over 8 ranks; unlabeled is train minus the labeled images; the last incomplete
-    step is dropped.
+    """A step takes 64 + 320 images over 8 ranks. The unlabeled images are the training images without the
+    labeled ones; an incomplete last step is dropped.
     """
     config, images = parse(["--config", str(ROOT / "configs" / f"{config}.yaml")], ""), 1_281_167
     data = Data(

@@ -29,7 +29,7 @@ def test_unfold_equals_the_loop():
 
 
 def test_unfold_keeps_a_distribution_where_the_product_underflows():
-    """Each factor may be 1e-300: the product is 0 in any format, its log is not."""
+    """With factors of 1e-300 the product underflows in every format, but its log does not."""
     log_q = torch.tensor([[0.0, -690.0]], dtype=torch.float64)
     log_p = torch.tensor([[-2000.0, 0.0]], dtype=torch.float64)
     q_hat = unfold(log_q, log_p, torch.tensor([0, 1])).exp()
@@ -75,7 +75,7 @@ def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
     seen = []
     for step in range(6):
         batch = small.batch(step)
-        if step % 2:  # the first labeled image comes a second time, in another view
+        if step % 2:  # the first labeled image occurs twice, in two views
             batch.index[2], batch.y[2] = batch.index[0], batch.y[0]
         terms, output = train_step(method, method.student, optimizer, [batch], step=step, bank_ready=step > 1)
         expected, pseudo, mask = slow.step([batch], step, first_epoch=step <= 1)
@@ -94,7 +94,7 @@ def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
             torch.testing.assert_close(method.align.ring, rows, rtol=1e-10, atol=1e-14)
         for mine, theirs in ((method.student, slow.student), (method.teacher.net, slow.teacher)):
             torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-10, atol=1e-12)
-    assert 0 < sum(seen) < len(seen)  # both sides of the threshold were met
+    assert 0 < sum(seen) < len(seen)  # some images pass the threshold, some do not
 
 
 @pytest.mark.parametrize("form", small.FORMS)
@@ -114,7 +114,7 @@ def test_losses_write_no_bank_prior_or_teacher_weight(form):
 
 @pytest.mark.parametrize("form", small.FORMS)
 def test_the_head_has_no_gradient_before_the_bank_is_ready(form):
-    """As published: without L_in the head is not part of the graph, so SGD does not even decay it."""
+    """As published: without L_in the head is not in the graph, so SGD applies no weight decay to it."""
     method = small.method(form)
     terms, _ = small.losses(method, small.batch(0), step=0, bank_ready=False)
     sum(terms.values()).backward()
@@ -123,8 +123,10 @@ def test_the_head_has_no_gradient_before_the_bank_is_ready(form):
     assert all(p.grad is not None for p in method.student.fc.parameters())
 
 
-def test_the_single_network_takes_nothing_from_its_teacher():
-    """The average is for evaluation: any teacher gives the same terms, and no forward touches its statistics."""
+def test_the_single_network_does_not_read_its_teacher():
+    """The teacher is for evaluation: any teacher gives the same terms, and no forward changes its
+    statistics.
+    """
     values = []
     for scale in (1.0, 3.0):
         method = small.method("single")
@@ -197,7 +199,7 @@ def test_a_class_that_underflows_everywhere_stays_finite():
     assert reference.all_finite(terms.values()) and torch.isfinite(output.pseudo_label).all()
 
 
-def test_update_gathers_what_the_bank_needs():
+def test_update_writes_the_bank():
     method = small.method("ema", DA=False)
     assert method.align is None
     z = torch.eye(small.D, dtype=torch.float64)[:2]

@@ -305,7 +305,7 @@ SICK_RUNS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("flags, code, expected", SICK_RUNS)
 def test_real_sick_runs(flags, code, expected, train, tmp_path):
     done = train(tmp_path, "--print-freq", "5", *flags)
@@ -313,7 +313,7 @@ def test_real_sick_runs(flags, code, expected, train, tmp_path):
     assert expected <= set(findings(tmp_path, load(tmp_path)))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(13)
 @pytest.mark.parametrize("method", ["simmatch", "simmatch_single", "supervised"])
 def test_real_healthy_runs(method, train, tmp_path):
     assert train(tmp_path, "--method", method, "--epochs", "20", "--print-freq", "10").returncode == 0
@@ -321,7 +321,7 @@ def test_real_healthy_runs(method, train, tmp_path):
     assert findings(tmp_path, events) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(12)
 def test_a_real_run_that_loses_a_class(train, tmp_path):
     """FixMatch on one label a class, without alignment: hardly any image is labeled a 3."""
     assert train(tmp_path, "--method", "fixmatch", "--epochs", "20").returncode == 0
