@@ -183,7 +183,9 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_log_names_it(result):
 
 def test_a_rank_that_hangs_ends_the_job_with_its_name_after_the_timeout(result):
     folder, state = result(hung)
-    assert re.search(r"timed out waiting for rank 1 on \S+, which hangs or has ended", log(folder)), log(folder)
+    assert re.search(r"timed out waiting for rank 1 on \S+, which hangs or has ended", log(folder)), log(
+        folder
+    )
     assert_failed_for_good(state, log(folder))
 
 

@@ -8,8 +8,7 @@ import torchvision
 from published_files import MoCo, contents, fixmatch, sgd, simmatch, simmatchv2
 
 from models import build_method, parameter_groups
-from models.network import Network
-from models.network import BACKBONES
+from models.network import BACKBONES, Network
 from util import published_checkpoints
 from util.checkpoint import load_module
 from util.config import Config
