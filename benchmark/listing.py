@@ -69,7 +69,7 @@ def measure(work: Path, images: int) -> None:
     tree, cache = work / "train", work / "cache"
     print(machine())
     timed(f"making {images:,} names in {CLASSES:,} folders", lambda: make_tree(tree, images))
-    time.sleep(listing.RACY / 1e9 + 0.1)  # a tree that has just changed is not remembered
+    time.sleep(listing.TIMESTAMP_NS / 1e9 + 0.1)  # a scan is not cached while the tree may change unnoticed
     found = timed("first start: scan, and write the cache", lambda: listing.scan(tree, cache))
     size = sum(file.stat().st_size for file in cache.iterdir())
     again = timed(f"next start: cache of {size / 1e6:.0f} MB", lambda: listing.scan(tree, cache))
