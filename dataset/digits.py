@@ -28,7 +28,7 @@ def build(labels_per_class: int, seed: int) -> Data:
     with np.load(FILE, allow_pickle=False) as file:
         images, labels, test = file["images"], file["labels"].astype(np.int64), file["test"]
     train_images, train_labels = images[~test], labels[~test]  # [1437, 8, 8], [1437]
-    labeled, sha = splits.draw(train_labels, labels_per_class, seed)  # [10·labels_per_class]
+    labeled, sha = splits.draw_rows(train_labels, labels_per_class, seed)  # [10·labels_per_class]
     return Data(
         images=Arrays(train_images),
         labels=train_labels,

@@ -108,14 +108,15 @@ def read_list(file: str | Path, root: str | Path) -> Listing:
     for number, path, text in zip(numbers, paths, texts):
         if text is None or not 0 <= int(text) < MAX_CLASSES:
             raise UserError(
-                f"{file}, line {number}: expected `path label`, the label a whole number from 0; got `{path}`, "
-                f"label {text or 'missing'}"
+                f"{file}, line {number}: expected `path label`, the label a whole number from 0; "
+                f"got `{path}`, label {text or 'missing'}"
             )
         values.append(int(text))
     # One file is enough to detect a wrong root; the loader finds other missing files.
     if not os.path.exists(os.path.join(root, paths[0])):
         raise UserError(
-            f"{file}, line {numbers[0]}: there is no {os.path.join(root, paths[0])}; paths are relative to {root}"
+            f"{file}, line {numbers[0]}: there is no {os.path.join(root, paths[0])}; "
+            f"paths are relative to {root}"
         )
     labels = np.array(values, np.int64)  # [N]
     pairs = set()  # (label, name of its class): the folder, or "n01440764" of "n01440764_10026.JPEG"
@@ -287,8 +288,8 @@ def _save_cache(cache: Path, tree: _Tree) -> None:
         write_bytes(cache, stream.getvalue(), hashlib.sha256(stream.getbuffer()).digest())
     except OSError as error:
         _warn_once(
-            f"listing: cannot write to {cache.parent} ({error.strerror}), so every start reads the whole tree; "
-            "SIMMATCH_CACHE=DIR chooses another folder"
+            f"listing: cannot write to {cache.parent} ({error.strerror}), so every start reads the whole "
+            "tree; SIMMATCH_CACHE=DIR chooses another folder"
         )
 
 

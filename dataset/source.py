@@ -80,8 +80,8 @@ def decode(path: Path) -> Image.Image:
     """Read and decode an image file as RGB. Raises BadImage with the cause if this is not possible.
 
     The content decides the format, not the extension. Gray, palette, CMYK and 16-bit images are converted to
-    RGB, transparent images are put on white, and the first frame of an animation is taken. EXIF orientation is
-    not applied, as in torchvision's loader.
+    RGB, transparent images are put on white, and of an animation the first frame is taken. EXIF orientation
+    is not applied, as in torchvision's loader.
     """
     try:
         with warnings.catch_warnings():
