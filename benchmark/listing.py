@@ -69,18 +69,22 @@ def measure(work: Path, images: int) -> None:
     tree, cache = work / "train", work / "cache"
     print(machine())
     timed(f"making {images:,} names in {CLASSES:,} folders", lambda: make_tree(tree, images))
-    time.sleep(listing.RACY / 1e9 + 0.1)  # a tree that has just changed is not remembered
+    time.sleep(listing.TIMESTAMP_NS / 1e9 + 0.1)  # a scan is not cached while the tree may change unnoticed
     found = timed("first start: scan, and write the cache", lambda: listing.scan(tree, cache))
     size = sum(file.stat().st_size for file in cache.iterdir())
     again = timed(f"next start: cache of {size / 1e6:.0f} MB", lambda: listing.scan(tree, cache))
     assert np.array_equal(found.names.array, again.names.array) and len(again.names) == images
-    split = timed("drawing 10 % of each class", lambda: splits.make(splits.by_class(again), percent=0.1))
+    split = timed(
+        "drawing 10 % of each class", lambda: splits.make(splits.names_by_class(again), percent=0.1)
+    )
     rng = np.random.default_rng(0)
     for what, names in (("paths", split.names), ("bare names", splits.basenames(split.names))):
         shuffled = split._replace(names=rng.permutation(names))
-        rows = timed(f"looking up {len(names):,} {what}", lambda: splits.rows(shuffled, again.names.array))
+        rows = timed(
+            f"looking up {len(names):,} {what}", lambda: splits.find_rows(shuffled, again.names.array)
+        )
         assert np.array_equal(
-            again.labels[np.sort(rows)], again.labels[splits.rows(split, again.names.array)]
+            again.labels[np.sort(rows)], again.labels[splits.find_rows(split, again.names.array)]
         )
     timed("the unlabeled rest", lambda: splits.complement(rows, images))
 

@@ -1,24 +1,30 @@
-"""The data sets, by name."""
+"""The table of data sets."""
 
+from collections.abc import Callable
 from typing import Any
 
-from dataset import cifar, digits, folder, imagenet
+from dataset import digits, folder, imagenet
 from dataset.imagenet import Validation
 from dataset.loader import Data, View
 from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, IMAGENET_NORM, photo_view, pipeline
 from util.errors import UserError
 
-DATASETS = {
+
+def _build_cifar(config: Any, on_device: bool) -> Data:
+    from dataset import cifar  # imports torchvision, which takes seconds: only if a CIFAR set is used
+
+    c = config
+    return cifar.build(c.dataset, c.data, c.labels_per_class, c.seed, c.weak, c.strong, on_device)
+
+
+# name -> (config, on_device) -> Data
+DATASETS: dict[str, Callable[[Any, bool], Data]] = {
     "digits": lambda c, on_device: digits.build(c.labels_per_class, c.seed),
     "imagenet": lambda c, on_device: imagenet.build(
         c.data, c.split, c.labels_per_class, c.anno_percent, c.seed, c.weak, c.strong, c.image_size, on_device
     ),
-    "cifar10": lambda c, on_device: cifar.build(
-        "cifar10", c.data, c.labels_per_class, c.seed, c.weak, c.strong, on_device
-    ),
-    "cifar100": lambda c, on_device: cifar.build(
-        "cifar100", c.data, c.labels_per_class, c.seed, c.weak, c.strong, on_device
-    ),
+    "cifar10": _build_cifar,
+    "cifar100": _build_cifar,
     "folder": lambda c, on_device: folder.build(
         c.data,
         c.unlabelled,
@@ -36,7 +42,7 @@ DATASETS = {
 }
 
 
-# The view for evaluation and the channels, for those whose images may come from files.
+# Stages and normalization of the evaluation view, for image files that do not belong to the data set.
 EVAL_VIEWS = {
     "imagenet": lambda c: (pipeline("eval", c.image_size), IMAGENET_NORM),
     "folder": lambda c: (pipeline("eval", c.image_size), IMAGENET_NORM),
@@ -46,10 +52,12 @@ EVAL_VIEWS = {
 
 
 def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:
-    """(view, channels) in which a network of this config sees image files, without any of its training data."""
+    """The evaluation view of image files for a network of this config, and the number of channels. Training
+    data are not needed. Raises UserError.
+    """
     if config.dataset not in EVAL_VIEWS:
         raise UserError(
-            f"image files cannot be classified by a network for {config.dataset}, whose images are no files"
+            f"a network for {config.dataset} cannot classify image files: its training images are not files"
         )
     return photo_view(*EVAL_VIEWS[config.dataset](config), _on_device(config, gpu)), 3
 
@@ -59,20 +67,25 @@ def _on_device(config: Any, gpu: bool) -> bool:
 
 
 def build_data(config: Any, gpu: bool) -> Data:
-    """config: anything with the fields of util.config.Config; gpu: whether the network runs on one.
+    """The data set of a config, with its split and its views.
 
-    Raises UserError where the data cannot serve the settings.
+    config: an object with the fields of util.config.Config. gpu: whether the network runs on a GPU, where
+    `device_views: auto` applies the color stages of the views. Raises UserError if the data set cannot be
+    built with these settings.
     """
     if config.dataset not in DATASETS:
         raise UserError(f"unknown dataset {config.dataset!r}; known: {', '.join(DATASETS)}")
     data = DATASETS[config.dataset](config, _on_device(config, gpu))
     if config.cls and len(data.classes) != config.cls:
         raise UserError(
-            f"cls is {config.cls}, but {config.dataset} has {len(data.classes)} classes: use --cls {len(data.classes)}"
+            f"cls is {config.cls}, but {config.dataset} has {len(data.classes)} classes: "
+            f"use --cls {len(data.classes)}"
         )
     return data
 
 
 def build_validation(config: Any, gpu: bool) -> Validation:
-    """ImageNet's val/ alone, below config.data: what a published checkpoint is evaluated on."""
+    """The images of val/ of the ImageNet folder config.data, on which published checkpoints are evaluated.
+    Raises UserError.
+    """
     return imagenet.validation(config.data, config.image_size, _on_device(config, gpu))

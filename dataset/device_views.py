@@ -1,13 +1,12 @@
-"""The color stages of a view in batches on the training device, each image with its own parameters.
+"""The color stages of a view, applied in batches on the training device, with own parameters for each image.
 
-They follow Pillow's 8-bit arithmetic, every op rounding to whole values of 0 to 255 as Pillow does, so that
-for the same parameters both paths give the same image to about one level. Images are [n, 3, h, w] float32
-holding whole numbers. Parameters stay on the CPU, where which images an op is for is decided: asking a GPU
-for it would wait for all its work.
+Every op rounds to whole values of 0 to 255 as Pillow does, so that for the same parameters both paths give
+the same image to about one level. Images are [n, 3, h, w] float32 with whole numbers. The parameters stay on
+the CPU, where the images that an op applies to are selected; a selection on a GPU would have to wait for it.
 """
 
 import itertools
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,8 +19,9 @@ BLUR_PASSES = 3  # Pillow's Gaussian is three box filters in each direction
 
 
 def crop_resize(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
-    """The crop (left, top, width, height), resized as Pillow would to within one level, in half the time.
-    [size, size, 3]
+    """Crop and resize (bilinear): the result is Pillow's to within one level, in half the time.
+
+    box: left, top, width, height -> [size, size, 3] uint8
     """
     left, top, w, h = map(int, box)
     pixels = torch.from_numpy(np.array(image.crop((left, top, left + w, top + h))))  # [h, w, 3]
@@ -32,50 +32,52 @@ def crop_resize(image: Image.Image, box: Sequence[float], size: int) -> np.ndarr
 
 
 def finish(
-    raw: tuple[Tensor, ...], stages: Sequence[str], mean: Sequence[float], std: Sequence[float]
+    tensors: tuple[Tensor, ...], stages: Sequence[str], mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """raw: pixels [n, h, w, 3] uint8, then the parameters [n, k] of each of `stages` -> normalized [n, 3, h,
-    w] float32.
+    """Apply `stages`, names in STAGES, and normalize.
+
+    tensors: pixels [n, h, w, 3] uint8, and the parameters [n, k] of each stage -> [n, 3, h, w] float32
     """
-    pixels, *params = raw
+    pixels, *params = tensors
     x = pixels.permute(0, 3, 1, 2).float()  # [n, 3, h, w], channels last in memory
     for name, p in zip(stages, params, strict=True):
         x = STAGES[name](x, p)  # [n, 3, h, w]
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))  # [1, 3, 1, 1] each
-    return (x / 255 - mean) / std  # [n, 3, h, w]
+    m, s = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))  # [1, 3, 1, 1] each
+    return (x / 255 - m) / s  # [n, 3, h, w]
 
 
 def flip(x: Tensor, p: Tensor) -> Tensor:
-    """p [n, 1]: 1 to exchange left and right."""
-    return torch.where(_chosen(x, p), x.flip(3), x)  # [n, 3, h, w]
+    """Horizontal flip. p [n, 1]: whether to apply it."""
+    return torch.where(_applies(x, p), x.flip(3), x)  # [n, 3, h, w]
 
 
 def grayscale(x: Tensor, p: Tensor) -> Tensor:
-    """p [n, 1]: 1 to make three equal channels."""
-    return torch.where(_chosen(x, p), luma(x), x)  # [n, 3, h, w]
+    """Conversion to three equal channels. p [n, 1]: whether to apply it."""
+    return torch.where(_applies(x, p), luma(x), x)  # [n, 3, h, w]
 
 
 def solarize(x: Tensor, p: Tensor) -> Tensor:
-    """p [n, 1]: 1 to invert the values of 128 and more."""
-    return torch.where(_chosen(x, p) & (x >= 128), 255 - x, x)  # [n, 3, h, w]
+    """Inversion of the values of 128 and more. p [n, 1]: whether to apply it."""
+    return torch.where(_applies(x, p) & (x >= 128), 255 - x, x)  # [n, 3, h, w]
 
 
-def _chosen(x: Tensor, p: Tensor) -> Tensor:
+def _applies(x: Tensor, p: Tensor) -> Tensor:
     return p.bool().view(-1, 1, 1, 1).to(x.device, non_blocking=True)  # [n, 1, 1, 1]
 
 
 def jitter(x: Tensor, p: Tensor) -> Tensor:
-    """p [n, 6]: whether to apply it, the place in ORDERS, factors of brightness, contrast, saturation, and
-    the hue's shift.
+    """Brightness, contrast, saturation and hue in random order.
+
+    p [n, 6]: whether to apply it, the index in ORDERS, three factors, and the shift of the hue
     """
     orders = torch.tensor(ORDERS)[p[:, 1].long()]  # [n, 4]
     x = x.clone()
-    for place in range(4):
-        for op, change in enumerate((brightness, contrast, saturation, hue)):
-            here = torch.nonzero((orders[:, place] == op) & p[:, 0].bool()).flatten()  # [m]
-            amount = p[here, 2 + op].view(-1, 1, 1, 1).to(x.device, non_blocking=True)  # [m, 1, 1, 1]
-            here = here.to(x.device, non_blocking=True)  # [m]
-            x[here] = change(x[here], amount)
+    for position in range(4):
+        for k, op in enumerate((brightness, contrast, saturation, hue)):
+            rows = torch.nonzero((orders[:, position] == k) & p[:, 0].bool()).flatten()  # [m]
+            amount = p[rows, 2 + k].view(-1, 1, 1, 1).to(x.device, non_blocking=True)  # [m, 1, 1, 1]
+            rows = rows.to(x.device, non_blocking=True)  # [m]
+            x[rows] = op(x[rows], amount)
     return x
 
 
@@ -93,21 +95,20 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def blend(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-    """a + factor·(b − a), cut to whole numbers of 0 to 255."""
+    """a + factor·(b − a), clipped to 0 … 255 and truncated to whole numbers."""
     return (a + factor * (b - a)).clamp(0, 255).floor()
 
 
 def luma(x: Tensor) -> Tensor:
-    """[n, 3, h, w] -> [n, 1, h, w], ITU-R 601-2 in the 16-bit integers that Pillow uses."""
+    """[n, 3, h, w] -> [n, 1, h, w] by ITU-R 601-2, in the 16-bit fixed-point arithmetic of Pillow."""
     x = x.int()
     return ((19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:] + 32768) >> 16).float()
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` turns [n, 1, 1, 1], through Pillow's HSV of 8 bits a channel.
+    """Rotate the hue by `shift` full turns [n, 1, 1, 1], in Pillow's HSV with 8 bits per channel.
 
-    float64 where Pillow's C code has doubles: a value rounded down to the level below would turn the color
-    by 1.4 degrees.
+    float64 is used where Pillow's C code uses doubles: an error of one level is 1.4 degrees of hue.
     """
     top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)  # [n, 1, h, w] each
     span = (top - low).clamp_min(1)  # [n, 1, h, w]
@@ -139,39 +140,38 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, p: Tensor) -> Tensor:
-    """p [n, 2]: whether to apply it, the standard deviation in pixels. Edges are continued by their last
-    pixel.
-    """
-    here = torch.nonzero(p[:, 0]).flatten()  # [m]
-    radius = box_radius(p[here, 1].double())  # [m]
-    reach = 1 + int(radius.max()) if len(here) else 1
+    """Gaussian blur with replicate padding. p [n, 2]: whether to apply it, and the standard deviation."""
+    rows = torch.nonzero(p[:, 0]).flatten()  # [m]
+    radius = box_radius(p[rows, 1].double())  # [m]
+    reach = 1 + int(radius.max()) if len(rows) else 1
     offsets = torch.arange(-reach, reach + 1)  # [k]
     weight = (radius[:, None] + 1 - offsets.abs()).clamp(0, 1)  # [m, k]: 1 inside, the fraction at both ends
     weight = (weight / (2 * radius[:, None] + 1)).float().to(x.device, non_blocking=True)  # [m, k]
-    here = here.to(x.device, non_blocking=True)  # [m]
-    y = x[here]  # [m, 3, h, w]
+    rows = rows.to(x.device, non_blocking=True)  # [m]
+    y = x[rows]  # [m, 3, h, w]
     for dim in (3, 2):
         for _ in range(BLUR_PASSES):
             y = box(y, weight, dim)
     x = x.clone()
-    x[here] = y
+    x[rows] = y
     return x
 
 
 def box(x: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """Weighted mean over 2·reach + 1 neighbors along `dim` (2 or 3): x [m, 3, h, w], weight [m, 2·reach +
-    1].
+    """Weighted mean of 2·reach + 1 neighbors along `dim` (2 or 3).
+
+    x [m, 3, h, w], weight [m, 2·reach + 1] -> [m, 3, h, w]
     """
     reach, length = weight.shape[1] // 2, x.shape[dim]
     padded = F.pad(x, (reach, reach, 0, 0) if dim == 3 else (0, 0, reach, reach), mode="replicate")
-    y = sum(weight[:, k].view(-1, 1, 1, 1) * padded.narrow(dim, k, length) for k in range(2 * reach + 1))
+    y = torch.zeros_like(x)  # [m, 3, h, w]
+    for k in range(2 * reach + 1):
+        y = y + weight[:, k].view(-1, 1, 1, 1) * padded.narrow(dim, k, length)
     return y.add(0.5).floor()  # [m, 3, h, w]
 
 
 def box_radius(sigma: Tensor) -> Tensor:
-    """The radius, whole and fractional, of the box filter that BLUR_PASSES times in a row has variance
-    sigma².
-    """
+    """The fractional radius of the box filter that has variance sigma² if it is applied BLUR_PASSES times."""
     variance = sigma**2 / BLUR_PASSES
     whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))

@@ -1,8 +1,6 @@
-"""The images of a data set by name, from a tree of class folders or from a list file, and files written whole
-or not at all.
+"""The names of a data set's images, from a tree of class folders or from a list file.
 
-A scan of a tree is remembered in a cache file, so that the next start only looks at the time stamps of the
-folders.
+The result of a scan is kept in a cache file, so that the next start only compares the folders' time stamps.
 """
 
 import functools
@@ -13,34 +11,40 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Optional, Sequence, Union
+from typing import NamedTuple
 
 import numpy as np
 
 from util.errors import UserError
 
-EXTENSIONS = tuple(b".jpg .jpeg .jfif .jpe .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())  # in any case
-RACY = 2 * 10**9  # ns: the coarsest time stamp of a file system in use (FAT) is 2 s
-THREADS = 16  # folders read at a time: file servers answer many at once, and a local disk loses nothing
-MOST_CLASSES = 10**6  # a larger label is a slip, and would only cost memory
+EXTENSIONS = tuple(
+    b".jpg .jpeg .jfif .jpe .png .webp .gif .bmp .tif .tiff .ppm .pgm".split()
+)  # or in capitals
+TIMESTAMP_NS = 2 * 10**9  # the coarsest time stamps of a file system in use: FAT's, of 2 s
+THREADS = 16  # folders read at a time: a file server answers many requests at once, a local disk is as fast
+MAX_CLASSES = 10**6  # a larger label is a mistake in the list, and would cost memory
 INTEGER = re.compile("[+-]?[0-9]{1,18}")
 
 
-class Names(Sequence[str]):
-    """File names in one array, which goes to a worker as one piece; a list of texts would take three times
-    the memory there.
+class Names:
+    """A sequence of file names in one array. Every worker gets a copy; a list of strings would take three
+    times the memory.
     """
 
     def __init__(self, array: np.ndarray):
-        self.array = array  # [N] bytes, as wide as the longest name
+        self.array = array  # [N] bytes of one width, that of the longest name
 
     def __len__(self) -> int:
         return len(self.array)
 
     def __getitem__(self, row: int) -> str:
         return os.fsdecode(self.array[row])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self.array.tolist())
 
 
 class Listing(NamedTuple):
@@ -50,34 +54,41 @@ class Listing(NamedTuple):
     labels: np.ndarray  #                                       [N] int64
 
 
-def scan(
-    root: Union[str, Path], cache_dir: Optional[Union[str, Path]] = None, recursive: bool = False
-) -> Listing:
-    """The tree root/<class>/<image>, sorted by class, then by name (as bytes); `recursive`:
-    root/<class>/…/<image>.
+class _Tree(NamedTuple):
+    """What a scan reads, and the cache file holds."""
 
-    Links are followed; hidden files and names without an image extension do not count. The cache is in
-    `cache_dir`, else $SIMMATCH_CACHE, else ~/.cache/simmatch. Raises UserError for a tree that is not of this
+    classes: np.ndarray  # [C] bytes
+    counts: np.ndarray  # numbers of their images    [C] int64
+    names: np.ndarray  # [N] bytes
+    folders: np.ndarray  # all that were read         [F] bytes
+    stamps: np.ndarray  # their time stamps          [F, 2] int64
+
+
+def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool = False) -> Listing:
+    """List the tree root/<class>/<image> (root/<class>/…/<image> if `recursive`), sorted by class, then by
+    name, as bytes.
+
+    Links are followed; hidden files and files without an image extension are left out. The cache is in
+    `cache_dir`, else $SIMMATCH_CACHE, else ~/.cache/simmatch. Raises UserError if the tree does not have this
     form or cannot be read.
     """
-    begun = time.time_ns()
+    start_ns = time.time_ns()
     root = _folder(root)
-    start = os.fsencode(root)
-    cache = _cache_file(start, recursive, cache_dir)
+    top = os.fsencode(root)
+    cache = _cache_file(top, recursive, cache_dir)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = cache and _load_cache(cache, start, pool)
-        if not found:
-            found = _walk_tree(start, recursive, pool)
-            # A folder changed this recently may change again without a new time stamp, so this scan would not
-            # notice.
-            if cache and found["stamps"].max() < begun - RACY:
-                _save_cache(cache, found)
-    labels = np.repeat(np.arange(len(found["classes"]), dtype=np.int64), found["counts"])  # [N]
-    return Listing(root, [os.fsdecode(c) for c in found["classes"]], Names(found["names"]), labels)
+        tree = _load_cache(cache, top, pool) if cache else None
+        if tree is None:
+            tree = _walk_tree(top, recursive, pool)
+            # A folder that changed this recently may change again without getting a new time stamp.
+            if cache and tree.stamps.max() < start_ns - TIMESTAMP_NS:
+                _save_cache(cache, tree)
+    labels = np.repeat(np.arange(len(tree.classes), dtype=np.int64), tree.counts)  # [N]
+    return Listing(root, [os.fsdecode(c) for c in tree.classes], Names(tree.names), labels)
 
 
-def list_images(root: Union[str, Path]) -> Listing:
-    """All images below root, in any nesting, sorted (as bytes), without labels: they are −1. Not cached."""
+def list_images(root: str | Path) -> Listing:
+    """List all images below root, in any nesting, sorted as bytes. The labels are −1. There is no cache."""
     root = _folder(root)
     names = sorted(_walk(os.fsencode(root), b"", True, ())[0])
     if not names:
@@ -85,53 +96,53 @@ def list_images(root: Union[str, Path]) -> Listing:
     return Listing(root, [], Names(np.array(names)), np.full(len(names), -1, np.int64))
 
 
-def read_list(file: Union[str, Path], root: Union[str, Path]) -> Listing:
-    """The images of a list file, in its order: lines `path label`, paths relative to root, labels from 0.
+def read_list(file: str | Path, root: str | Path) -> Listing:
+    """Read a list file with lines `path label`: paths are relative to root, labels count from 0.
 
-    A class is called by the folder of its images, or the part of their names before "_", where these and
-    labels correspond one to one, else by its number. Raises UserError naming file and line.
+    A class is named after the folder of its images, or the part of their names before "_", if these and the
+    labels correspond one to one, else by its label. Raises UserError with the file and the line.
     """
     root, file = _folder(root), Path(file)
     numbers, paths, texts = entries(read_bytes(file), str(file))
+    values = []
     for number, path, text in zip(numbers, paths, texts):
-        if text is None or not 0 <= int(text) < MOST_CLASSES:
+        if text is None or not 0 <= int(text) < MAX_CLASSES:
             raise UserError(
-                f"{file}, line {number}: expected `path label`, the label a whole number from 0; got `{path}`, "
-                f"label {text or 'missing'}"
+                f"{file}, line {number}: expected `path label`, the label a whole number from 0; "
+                f"got `{path}`, label {text or 'missing'}"
             )
-    if not os.path.exists(
-        os.path.join(root, paths[0])
-    ):  # one look tells a wrong root; the loader sees the rest
+        values.append(int(text))
+    # One file is enough to detect a wrong root; the loader finds other missing files.
+    if not os.path.exists(os.path.join(root, paths[0])):
         raise UserError(
-            f"{file}, line {numbers[0]}: there is no {os.path.join(root, paths[0])}; paths are relative to {root}"
+            f"{file}, line {numbers[0]}: there is no {os.path.join(root, paths[0])}; "
+            f"paths are relative to {root}"
         )
-    labels = np.array([int(text) for text in texts], np.int64)  # [N]
-    parts = [
-        path.rpartition("/") for path in paths
-    ]  # without folders, what stands before "_": n01440764_10026.JPEG
-    pairs = {
-        (label, a.rpartition("/")[2] or c.rpartition("_")[0])
-        for label, (a, _, c) in zip(labels.tolist(), parts)
-    }
-    folders = dict(pairs)
-    named = len(pairs) == len(folders) == len(set(folders.values())) and "" not in folders.values()
-    classes = [folders.get(c, str(c)) if named else str(c) for c in range(labels.max() + 1)]
+    labels = np.array(values, np.int64)  # [N]
+    pairs = set()  # (label, name of its class): the folder, or "n01440764" of "n01440764_10026.JPEG"
+    for label, path in zip(values, paths):
+        folder, _, name = path.rpartition("/")
+        pairs.add((label, folder.rpartition("/")[2] or name.rpartition("_")[0]))
+    class_names = dict(pairs)
+    one_to_one = len(pairs) == len(class_names) == len(set(class_names.values()))
+    if not one_to_one or "" in class_names.values():
+        class_names = {}
+    classes = [class_names.get(c, str(c)) for c in range(max(values) + 1)]
     return Listing(root, classes, Names(np.array([path.encode() for path in paths])), labels)
 
 
-def entries(data: bytes, where: str) -> tuple[list[int], list[str], list[Optional[str]]]:
-    """Line numbers, names and labels (None where a line has none) of a list: one name a line, blank lines
-    left out.
+def entries(data: bytes, where: str) -> tuple[list[int], list[str], list[str | None]]:
+    """Parse the content of a list file: line numbers, names, and labels (None for a line without one).
 
-    An integer after the last space is a label: names of images end in letters. Raises UserError naming
-    `where` and line.
+    Blank lines are skipped. An integer after the last space is a label, since names of images end in letters.
+    Raises UserError with `where`, the name of the file, and the line.
     """
     text = data.decode("utf-8-sig", "replace")
     if bad := re.search("[\0\ufffd]", text):
         number = text.count("\n", 0, bad.start()) + 1
         raise UserError(f"{where}, line {number}: this is not text; a list has one name a line")
     lines: dict[str, int] = {}
-    labels = []
+    labels: list[str | None] = []
     for number, line in enumerate(text.split("\n"), 1):
         parts = line.rsplit(None, 1)
         label = parts.pop() if len(parts) == 2 and INTEGER.fullmatch(parts[1]) else None
@@ -150,7 +161,7 @@ def entries(data: bytes, where: str) -> tuple[list[int], list[str], list[Optiona
 
 
 def read_bytes(file: Path) -> bytes:
-    """Raises UserError if there is no such file or it cannot be read."""
+    """The content of a list file. Raises UserError if it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -158,7 +169,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def write_bytes(file: Path, *parts: bytes) -> None:
-    """Write `file` whole or not at all, also when several processes do so at once. Raises OSError."""
+    """Write `file` atomically, also if several processes write it at once. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -171,65 +182,59 @@ def write_bytes(file: Path, *parts: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _folder(root: Union[str, Path]) -> Path:
+def _folder(root: str | Path) -> Path:
     path = os.path.expanduser(root)
     if not os.path.isdir(path):
-        raise UserError(
-            f"data folder {path} {'is not a folder' if os.path.exists(path) else 'does not exist'}; check the path"
-        )
+        problem = "is not a folder" if os.path.exists(path) else "does not exist"
+        raise UserError(f"data folder {path} {problem}; check the path")
     return Path(path).resolve()
 
 
-def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> dict[str, np.ndarray]:
-    """classes [C], counts of their images [C], names [N]; folders that were read [F] and their time stamps
-    [F, 2].
-    """
-    names, counts, read = (
-        [],
-        [],
-        [(b"", _mtimes(root))],
-    )  # before reading: a change meanwhile shows on the next start
+def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> _Tree:
+    names: list[bytes] = []
+    counts: list[int] = []
+    # Time stamps are taken before a folder is read, so that the next start notices a change in between.
+    visited = [(b"", _mtimes(root))]
     try:
         with os.scandir(root) as found:
-            classes = sorted(
-                entry.name for entry in found if not entry.name.startswith(b".") and entry.is_dir()
-            )
+            classes = sorted(e.name for e in found if not e.name.startswith(b".") and e.is_dir())
     except OSError as error:
         raise _unreadable(root, error) from None
     if not classes:
         raise UserError(
             f"data folder {os.fsdecode(root)} has no class folders; expected <class>/<image> below it"
         )
-    for c, (images, seen) in zip(classes, pool.map(lambda c: _walk(root, c, recursive, ()), classes)):
+    for c, (images, below) in zip(classes, pool.map(lambda c: _walk(root, c, recursive, ()), classes)):
         if not images:
             raise UserError(
                 f"class folder {os.fsdecode(os.path.join(root, c))} holds no images; add some or remove it"
             )
         names += sorted(images)
         counts.append(len(images))
-        read += seen
-    folders, mtimes = zip(*read)
-    return {
-        "classes": np.array(classes),
-        "counts": np.array(counts, np.int64),
-        "names": np.array(names),
-        "folders": np.array(folders),
-        "stamps": np.array(mtimes, np.int64),
-    }
+        visited += below
+    folders, mtimes = zip(*visited)
+    return _Tree(
+        classes=np.array(classes),
+        counts=np.array(counts, np.int64),
+        names=np.array(names),
+        folders=np.array(folders),
+        stamps=np.array(mtimes, np.int64),
+    )
 
 
 def _walk(
-    root: bytes, folder: bytes, recursive: bool, above: tuple
+    root: bytes, folder: bytes, recursive: bool, parents: tuple[bytes, ...]
 ) -> tuple[list[bytes], list[tuple[bytes, tuple[int, int]]]]:
-    """Images below root/folder, and every folder read with its stamp, all relative to root; above: real paths
-    of parents.
+    """Images below root/folder, and the folders that were read with their time stamps, all relative to root.
+
+    parents: the real paths of the folders above, by which a cycle of links is detected.
     """
-    here = os.path.join(root, folder)
-    images, seen, real = [], [(folder, _mtimes(here))], os.path.realpath(here)
-    if real in above:
-        raise UserError(f"{os.fsdecode(here)} is a link to a folder above it; remove it")
+    path = os.path.join(root, folder)
+    images, visited, real = [], [(folder, _mtimes(path))], os.path.realpath(path)
+    if real in parents:
+        raise UserError(f"{os.fsdecode(path)} is a link to a folder above it; remove it")
     try:
-        with os.scandir(here) as found:
+        with os.scandir(path) as found:
             for entry in found:
                 if entry.name.startswith(b"."):
                     continue
@@ -241,14 +246,14 @@ def _walk(
                         raise UserError(
                             f"{os.fsdecode(entry.path)} is a folder in a class folder; move its images up"
                         )
-                    more = _walk(root, name, recursive, (*above, real))
-                    images += more[0]
-                    seen += more[1]
+                    more_images, more_visited = _walk(root, name, recursive, (*parents, real))
+                    images += more_images
+                    visited += more_visited
                 elif image:
-                    raise UserError(f"{os.fsdecode(entry.path)} is a broken link; mend or remove it")
+                    raise UserError(f"{os.fsdecode(entry.path)} is a broken link; fix or remove it")
     except OSError as error:
-        raise _unreadable(here, error) from None
-    return images, seen
+        raise _unreadable(path, error) from None
+    return images, visited
 
 
 def _unreadable(folder: bytes, error: OSError) -> UserError:
@@ -256,8 +261,8 @@ def _unreadable(folder: bytes, error: OSError) -> UserError:
 
 
 def _mtimes(folder: bytes) -> tuple[int, int]:
-    """Times of modification and of change, ns: archivers put the first one back, nobody the second. −1: no
-    such folder.
+    """Times of modification and of change in ns, or −1, −1 if there is no such folder. An archiver may set
+    the first one back, but not the second.
     """
     try:
         status = os.stat(folder)
@@ -266,43 +271,41 @@ def _mtimes(folder: bytes) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_ctime_ns
 
 
-def _cache_file(root: bytes, recursive: bool, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
+def _cache_file(root: bytes, recursive: bool, cache_dir: str | Path | None) -> Path | None:
     key = hashlib.sha256(b"format 2\0%d\0%s" % (recursive, root)).hexdigest()[:32]
+    folder = Path(cache_dir or os.environ.get("SIMMATCH_CACHE") or "~/.cache/simmatch")
     try:
-        return (
-            Path(cache_dir or os.environ.get("SIMMATCH_CACHE") or "~/.cache/simmatch").expanduser()
-            / f"listing-{key}.npz"
-        )
-    except RuntimeError:  # no home folder
+        return folder.expanduser() / f"listing-{key}.npz"
+    except RuntimeError:  # the user has no home folder
         return None
 
 
-def _save_cache(cache: Path, found: dict[str, np.ndarray]) -> None:
+def _save_cache(cache: Path, tree: _Tree) -> None:
     """Write an npz file followed by its SHA-256."""
     stream = io.BytesIO()
-    np.savez(stream, **found)
+    np.savez(stream, **tree._asdict())
     try:
         write_bytes(cache, stream.getvalue(), hashlib.sha256(stream.getbuffer()).digest())
     except OSError as error:
         _warn_once(
-            f"listing: cannot write to {cache.parent} ({error.strerror}), so every start reads the whole tree; "
-            "SIMMATCH_CACHE=DIR chooses another folder"
+            f"listing: cannot write to {cache.parent} ({error.strerror}), so every start reads the whole "
+            "tree; SIMMATCH_CACHE=DIR chooses another folder"
         )
 
 
-def _load_cache(cache: Path, root: bytes, pool: ThreadPoolExecutor) -> Optional[dict[str, np.ndarray]]:
-    """What `_remember` wrote, if it is undamaged and no folder has changed since."""
+def _load_cache(cache: Path, root: bytes, pool: ThreadPoolExecutor) -> _Tree | None:
+    """Read what `_save_cache` wrote. None if it is damaged, or if a folder has changed since."""
     try:
         data = cache.read_bytes()
     except OSError:
         return None
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
         return None
-    found = dict(np.load(io.BytesIO(data), allow_pickle=False))
-    mtimes = pool.map(lambda folder: _mtimes(os.path.join(root, folder)), found["folders"])
-    return found if np.array_equal(found["stamps"], list(mtimes)) else None
+    tree = _Tree(**np.load(io.BytesIO(data), allow_pickle=False))
+    mtimes = pool.map(lambda folder: _mtimes(os.path.join(root, folder)), tree.folders)
+    return tree if np.array_equal(tree.stamps, list(mtimes)) else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

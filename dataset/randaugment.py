@@ -1,24 +1,27 @@
-"""RandAugment (arXiv 1909.13719), in the two variants of the published recipes: every op from one integer
-strength v.
+"""RandAugment (arXiv 1909.13719) in the two variants of the published recipes, ImageNet's and CIFAR's.
 
-An op's value is v·max/10 + bias for v in 1 … 9; a signed op turns it round with probability ½.
+The strength v is drawn from 1 … 9 for every op. The value of an op is v·max/10 + bias, and the value of a
+signed op is negative with probability ½.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 
 class Op(NamedTuple):
-    """apply(image, value) -> image, with how a value is drawn."""
+    """An operation apply(image, value) -> image, and the range of its value."""
 
     name: str
     apply: Callable[[Image.Image, float], Image.Image]
     max: float = 0.0
     bias: float = 0.0
     signed: bool = False
-    integer: bool = False  # v·max/10 is cut to an integer
+    integer: bool = False  # v·max/10 is truncated to an integer
 
     def value(self, v: np.ndarray, negative: np.ndarray) -> np.ndarray:
         """v [n] in 1 … 9, negative [n] bool -> [n]."""
@@ -40,8 +43,14 @@ def _translate_y(image: Image.Image, v: float) -> Image.Image:
 
 
 def _solarize_add(image: Image.Image, v: float) -> Image.Image:
-    """Every value plus v, clipped; then solarize at 128."""
+    """Add v to every pixel value, clip to 0 … 255, and solarize at 128."""
     return ImageOps.solarize(image.point([min(255, max(0, i + int(v))) for i in range(256)] * 3), 128)
+
+
+def _enhance(
+    enhancer: Callable[[Image.Image], ImageEnhance._Enhance], image: Image.Image, v: float
+) -> Image.Image:
+    return enhancer(image).enhance(v)
 
 
 AUTOCONTRAST = Op("autocontrast", lambda image, v: ImageOps.autocontrast(image))
@@ -56,19 +65,16 @@ SOLARIZE = Op("solarize", lambda image, v: ImageOps.solarize(image, 256 - int(v)
 SOLARIZE_ADD = Op("solarize_add", _solarize_add, 110, signed=True, integer=True)
 
 
-def _enhance(top: float, bias: float) -> list[Op]:
+def _enhancements(max: float, bias: float) -> list[Op]:
     return [
-        Op(name, lambda image, v, kind=kind: kind(image).enhance(v), top, bias)
-        for name, kind in (
-            ("brightness", ImageEnhance.Brightness),
-            ("color", ImageEnhance.Color),
-            ("contrast", ImageEnhance.Contrast),
-            ("sharpness", ImageEnhance.Sharpness),
-        )
+        Op("brightness", partial(_enhance, ImageEnhance.Brightness), max, bias),
+        Op("color", partial(_enhance, ImageEnhance.Color), max, bias),
+        Op("contrast", partial(_enhance, ImageEnhance.Contrast), max, bias),
+        Op("sharpness", partial(_enhance, ImageEnhance.Sharpness), max, bias),
     ]
 
 
-def _translate(share: float) -> list[Op]:
+def _translations(share: float) -> list[Op]:
     return [
         Op("translate_x", _translate_x, share, signed=True),
         Op("translate_y", _translate_y, share, signed=True),
@@ -77,7 +83,7 @@ def _translate(share: float) -> list[Op]:
 
 IMAGENET = [
     AUTOCONTRAST,
-    *_enhance(1.8, 0.1),
+    *_enhancements(1.8, 0.1),
     EQUALIZE,
     IDENTITY,
     INVERT,
@@ -87,11 +93,11 @@ IMAGENET = [
     SHEAR_Y,
     SOLARIZE,
     SOLARIZE_ADD,
-    *_translate(0.45),
+    *_translations(0.45),
 ]
 CIFAR = [
     AUTOCONTRAST,
-    *_enhance(0.9, 0.05),
+    *_enhancements(0.9, 0.05),
     EQUALIZE,
     IDENTITY,
     POSTERIZE,
@@ -99,13 +105,14 @@ CIFAR = [
     SHEAR_X,
     SHEAR_Y,
     SOLARIZE,
-    *_translate(0.3),
+    *_translations(0.3),
 ]
 OPS = {"imagenet": IMAGENET, "cifar": CIFAR}
 
 
-class RandAugment(NamedTuple):
-    """`n` ops drawn with replacement, each applied with probability `p`."""
+@dataclass(frozen=True)
+class RandAugment:
+    """`n` ops are drawn with replacement, and each is applied with probability `p`."""
 
     n: int
     ops: str  # a name in OPS
@@ -116,20 +123,20 @@ class RandAugment(NamedTuple):
         return 4 * self.n
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """u [n, numbers] -> parameters [n, 3·self.n]: for each op its place in the list, whether to apply it,
-        its value.
+        """u [n, num_uniforms] -> [n, 3·self.n]: for each op its index in OPS[self.ops], whether to apply it,
+        and its value.
         """
         ops, out = OPS[self.ops], []
         for k in range(self.n):
             which, v, sign, apply = u[:, 4 * k : 4 * k + 4].T  # [n] each
-            place = (which * len(ops)).astype(int)  # [n]
+            index = (which * len(ops)).astype(int)  # [n]
             v, negative = 1 + np.floor(9 * v), sign < 0.5  # [n], [n]
             values = np.stack([op.value(v, negative) for op in ops], 1)  # [n, ops]
-            out += [place, apply < self.p, values[np.arange(len(u)), place]]
+            out += [index, apply < self.p, values[np.arange(len(u)), index]]
         return np.stack(out, 1)  # [n, 3·self.n]
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
-        for place, apply, value in p.reshape(self.n, 3).tolist():
+        for index, apply, value in p.reshape(self.n, 3).tolist():
             if apply:
-                image = OPS[self.ops][int(place)].apply(image, value)
+                image = OPS[self.ops][int(index)].apply(image, value)
         return image

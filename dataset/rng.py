@@ -1,19 +1,19 @@
-"""Random numbers as pure functions of their keys: no worker, prefetch or restart changes them."""
+"""Random numbers as pure functions of a key: workers, prefetching and restarts do not change them."""
 
 from functools import lru_cache
 
 import numpy as np
 
-# What a random number is for; the second half of a generator's key, beside the seed.
+# Stream ids: a generator's key is the seed and the id of what its numbers are used for.
 ORDER_X, ORDER_U, VIEW_X, VIEW_WEAK, VIEW_STRONG, REPLACE_X, REPLACE_U = range(7)
 
 
 def uniforms(
     rows: np.ndarray, num_uniforms: int, seed: int, stream_id: int, passes: np.ndarray
 ) -> np.ndarray:
-    """[n, numbers] in [0, 1): line i depends on (seed, purpose, passes[i], rows[i]) alone.
+    """Uniform numbers [n, num_uniforms] in [0, 1): row i depends on seed, stream_id, passes[i] and rows[i].
 
-    Philox is a counter-based generator: every image and pass has a range of counters of its own.
+    rows, passes [n] int64. Philox is a counter-based generator: each image and pass has its own counters.
     """
     philox = np.random.Philox(0)
     generator, state = np.random.Generator(philox), philox.state
@@ -28,10 +28,10 @@ def uniforms(
 
 @lru_cache(maxsize=8)
 def permutation(n: int, seed: int, stream_id: int, number: int) -> np.ndarray:
-    """[n]: the order of pass `number`; it is asked for with every step of the pass."""
+    """[n]: the order of the images in pass `number`, cached because every step of the pass needs it."""
     return shuffled(n, seed, stream_id, number)
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:
-    """[n]: 0 … n − 1 in a random order that depends on the key alone."""
+    """[n]: a random permutation of 0 … n − 1 that depends on the key only."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).permutation(n)

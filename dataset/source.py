@@ -1,17 +1,19 @@
-"""Where images come from: arrays in memory, or files that may be anything."""
+"""Sources of images: arrays in memory, or files, whose content is not trusted."""
 
 import warnings
 from pathlib import Path
-from typing import Protocol, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-Image.MAX_IMAGE_PIXELS = (
-    150_000_000  # Pillow refuses twice as many: above a scan of 17,000 × 17,000, memory is at risk
-)
-# Formats of data sets. Pillow knows more, of which some are damaged in ways of their own, and PostScript
-# starts a program.
+from dataset.listing import Names
+
+# Pillow refuses images of more than twice as many pixels: those above 17,000 × 17,000 may exhaust the memory.
+MAX_PIXELS = 300_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+# The formats of data sets. Pillow reads more, but damaged files of some of them raise errors of other types,
+# and a PostScript file starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
@@ -20,19 +22,17 @@ class BadImage(Exception):
 
 
 class Source(Protocol):
-    """A row number -> an image. `name` is what an error message calls it; `at_once`: how many a worker holds
-    at a time.
-    """
+    """A sequence of images, indexed by row."""
 
-    max_decoded: int
+    max_decoded: int  # the number of decoded images that a worker holds at a time
 
     def __len__(self) -> int: ...
-    def __getitem__(self, row: int) -> object: ...  # raises BadImage
-    def name(self, row: int) -> str: ...
+    def __getitem__(self, row: int) -> Any: ...  # raises BadImage
+    def name(self, row: int) -> str: ...  # the name of the image in messages
 
 
 class Arrays:
-    """Images [N, ...] uint8 in memory; [row] is one of them, as a PIL image when `pil`."""
+    """Images [N, ...] uint8 in memory; [row] is an array, or a PIL image if `pil`."""
 
     max_decoded = 4096
 
@@ -42,7 +42,7 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> object:
+    def __getitem__(self, row: int) -> np.ndarray | Image.Image:
         return Image.fromarray(self.images[row]) if self.pil else self.images[row]
 
     def name(self, row: int) -> str:
@@ -52,10 +52,10 @@ class Arrays:
 class Files:
     """Image files below `root`; [row] is a decoded RGB PIL image."""
 
-    max_decoded = 8  # a telephone's photograph takes 40 MB decoded
+    max_decoded = 8  # a decoded photograph of 12 megapixels takes 36 MB
 
-    def __init__(self, root: Path, names: Sequence[str]):
-        """names: paths relative to root; a compact sequence (dataset/listing.py): every worker gets a copy."""
+    def __init__(self, root: Path, names: Names):
+        """names: paths relative to root."""
         self.root, self.names = Path(root), names
 
     def __len__(self) -> int:
@@ -68,39 +68,41 @@ class Files:
         return str(self.root / self.names[row])
 
 
-def decode(path: Path) -> Image.Image:
-    """The file as an RGB image, its pixels decoded; BadImage with the cause where that cannot be.
+class LabeledFiles(Files):
+    """Image files with labels [N] int64 (−1: the image has none) and the names of the classes [C]."""
 
-    What the file holds counts, not its name. Gray, palette, CMYK, 16-bit and transparent images become RGB,
-    transparency over white; of an animation the first frame. Pixels stay in the file's own orientation, as in
-    torchvision's loader.
+    def __init__(self, root: Path, names: Names, labels: np.ndarray, classes: list[str]):
+        super().__init__(root, names)
+        self.labels, self.classes = labels, classes
+
+
+def decode(path: Path) -> Image.Image:
+    """Read and decode an image file as RGB. Raises BadImage with the cause if this is not possible.
+
+    The content decides the format, not the extension. Gray, palette, CMYK and 16-bit images are converted to
+    RGB, transparent images are put on white, and of an animation the first frame is taken. EXIF orientation
+    is not applied, as in torchvision's loader.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about EXIF blocks and palettes: of no consequence for the pixels
+            warnings.simplefilter("ignore")  # Pillow warns of EXIF blocks and palettes; the pixels are right
             with Image.open(path, formats=FORMATS) as image:
                 return to_rgb(image)
     except FileNotFoundError:
         cause = "the file does not exist"
     except UnidentifiedImageError:
-        cause = "the file is empty" if _is_empty(path) else "it is not an image, or of an unknown format"
+        cause = (
+            "the file is empty" if _is_empty(path) else "it is not an image, or its format is not supported"
+        )
     except IsADirectoryError:
         cause = "it is a directory"
     except PermissionError:
         cause = "no permission to read it"
     except Image.DecompressionBombError:
-        cause = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        IndexError,
-        EOFError,
-        TypeError,
-    ) as error:  # Pillow's ways to say "damaged"
-        if isinstance(error, OSError) and error.errno:  # the system's own word: the file may be sound
+        cause = f"it has more than {MAX_PIXELS:,} pixels"
+    # Pillow raises all of these for damaged files.
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno:  # an error of the disk: the file may be sound
             cause = f"it cannot be read ({error.strerror})"
         else:
             cause = f"it is damaged or cut short ({' '.join(str(error).split())})"
@@ -110,16 +112,16 @@ def decode(path: Path) -> Image.Image:
 def _is_empty(path: Path) -> bool:
     try:
         return path.stat().st_size == 0
-    except OSError:  # it has gone meanwhile
+    except OSError:  # the file was removed in the meantime
         return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB, 8 bits a channel."""
+    """Convert an image of any Pillow mode to RGB with 8 bits per channel."""
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow's convert would clip at 255
+    if image.mode.startswith(("I", "F")):  # 16 bits or more: Pillow's convert would clip at 255
         gray = np.asarray(image, np.float64)  # [h, w]
         top = 65535 if image.mode.startswith("I") else max(1.0, gray.max(initial=0))
         return Image.fromarray((gray * (255 / top)).clip(0, 255).round().astype(np.uint8)).convert("RGB")

@@ -1,16 +1,17 @@
-"""Views of photographs: every pipeline of the recipes in one table, and the stages they are made of.
+"""Views of photographs: the stages, and at the end the table of the recipes' pipelines of stages.
 
-A stage turns uniform numbers into parameters (`sample`), and applies them to one PIL image (`pil`). Where
-dataset/device_views.py knows the stage too, it can be applied in batches on the training device instead.
+A stage turns uniform random numbers into parameters (`sample`) and applies them to one PIL image (`pil`). The
+stages that dataset/device_views.py has too can be applied in batches on the training device instead.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Callable, NamedTuple, Optional, Sequence, Union
+from typing import ClassVar
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
@@ -20,18 +21,21 @@ from dataset.randaugment import RandAugment
 from util.errors import UserError
 
 
-class ResizedCrop(NamedTuple):
-    """A part of the image with `scale` of its area and an aspect ratio of 3/4 to 4/3, resized to size × size
-    (bilinear).
+@dataclass(frozen=True)
+class ResizedCrop:
+    """A crop with a share `scale` of the image's area and an aspect ratio of 3/4 to 4/3, resized to
+    size × size (bilinear).
     """
 
     size: int
     scale: tuple[float, float]
-    num_uniforms = 22
+    num_uniforms: ClassVar[int] = 22
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """u [n, 22], sizes [n, 2] (width, height) -> left, top, width, height [n, 4]. Of ten tries the first
-        that fits; if none does, the middle of the image, as near to the allowed ratios as it is.
+        """u [n, 22], sizes [n, 2] (width, height) -> left, top, width, height [n, 4].
+
+        As in torchvision's RandomResizedCrop: the first of ten draws that fits into the image; if none does,
+        the largest central crop with an allowed ratio.
         """
         width, height = sizes[:, :1], sizes[:, 1:]  # [n, 1], [n, 1]
         low, high = self.scale
@@ -39,61 +43,63 @@ class ResizedCrop(NamedTuple):
         ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * u[:, 10:20])  # [n, 10]
         w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))  # [n, 10] each
         fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)  # [n, 10]
-        first, line = fits.argmax(1), np.arange(len(u))  # [n], [n]
-        w, h = w[line, first], h[line, first]  # [n], [n]
+        first, row = fits.argmax(1), np.arange(len(u))  # [n], [n]
+        w, h = w[row, first], h[row, first]  # [n], [n]
         left = np.floor(u[:, 20] * (width[:, 0] - w + 1))  # [n]
         top = np.floor(u[:, 21] * (height[:, 0] - h + 1))  # [n]
-        middle_w = np.minimum(width, np.round(height * 4 / 3))[:, 0]  # [n]
-        middle_h = np.minimum(height, np.round(width * 4 / 3))[:, 0]  # [n]
-        middle = np.stack(
-            [(width[:, 0] - middle_w) // 2, (height[:, 0] - middle_h) // 2, middle_w, middle_h], 1
-        )  # [n, 4]
-        return np.where(fits.any(1)[:, None], np.stack([left, top, w, h], 1), middle)  # [n, 4]
+        center_w = np.minimum(width, np.round(height * 4 / 3))[:, 0]  # [n]
+        center_h = np.minimum(height, np.round(width * 4 / 3))[:, 0]  # [n]
+        center_left, center_top = (width[:, 0] - center_w) // 2, (height[:, 0] - center_h) // 2  # [n], [n]
+        center = np.stack([center_left, center_top, center_w, center_h], 1)  # [n, 4]
+        return np.where(fits.any(1)[:, None], np.stack([left, top, w, h], 1), center)  # [n, 4]
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
         left, top, w, h = map(int, p)
-        return image.crop((left, top, left + w, top + h)).resize(
-            (self.size, self.size), Image.Resampling.BILINEAR
-        )
+        crop = image.crop((left, top, left + w, top + h))
+        return crop.resize((self.size, self.size), Image.Resampling.BILINEAR)
 
 
-class PadCrop(NamedTuple):
-    """`size` × `size` pixels from the image with `pad` mirrored ones around it."""
+@dataclass(frozen=True)
+class PadCrop:
+    """A random crop of `size` × `size` pixels after reflection padding by `pad` pixels."""
 
     size: int
     pad: int
-    num_uniforms = 2
+    num_uniforms: ClassVar[int] = 2
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """u [n, 2], sizes [n, 2] -> left, top [n, 2]."""
         return np.floor(u * (sizes + 2 * self.pad - self.size + 1))  # [n, 2]
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
-        pixels = np.pad(
-            np.asarray(image), ((self.pad, self.pad), (self.pad, self.pad), (0, 0)), "reflect"
-        )  # [h, w, 3]
+        pad = (self.pad, self.pad)
+        pixels = np.pad(np.asarray(image), (pad, pad, (0, 0)), "reflect")  # [h, w, 3]
         left, top = map(int, p)
         return Image.fromarray(pixels[top : top + self.size, left : left + self.size])
 
 
-class CenterCrop(NamedTuple):
-    """The shorter side resized to `resize` (bilinear), then the middle size × size pixels."""
+@dataclass(frozen=True)
+class CenterCrop:
+    """The shorter side is resized to `resize` (bilinear), then the central size × size pixels are cropped."""
 
     resize: int
     size: int
-    num_uniforms = 0
+    num_uniforms: ClassVar[int] = 0
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return np.empty((len(u), 0))
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
+        import torchvision.transforms.functional as TF  # takes seconds: only where an image needs it
+
         return TF.center_crop(TF.resize(image, self.resize), self.size)
 
 
-class Flip(NamedTuple):
-    """Left and right exchanged with probability ½."""
+@dataclass(frozen=True)
+class Flip:
+    """Horizontal flip with probability ½."""
 
-    num_uniforms = 1
+    num_uniforms: ClassVar[int] = 1
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return (u < 0.5).astype(float)  # [n, 1]
@@ -102,9 +108,10 @@ class Flip(NamedTuple):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if p[0] else image
 
 
-class Jitter(NamedTuple):
-    """Brightness, contrast, saturation and hue changed in random order, with probability p (torchvision's
-    ColorJitter).
+@dataclass(frozen=True)
+class Jitter:
+    """torchvision's ColorJitter with probability p: brightness, contrast, saturation and hue are changed in
+    random order.
     """
 
     brightness: float
@@ -112,36 +119,35 @@ class Jitter(NamedTuple):
     saturation: float
     hue: float
     p: float
-    num_uniforms = 6
+    num_uniforms: ClassVar[int] = 6
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """u [n, 6] -> [n, 6]: whether to apply it, the order's number, three factors, a shift of the hue in
-        turns.
+        """u [n, 6] -> [n, 6]: whether to apply it, the index in device_views.ORDERS, three factors, and the
+        shift of the hue (1 is a full turn).
         """
-        top = np.array([self.brightness, self.contrast, self.saturation])  # [3]
-        return np.concatenate(
-            [
-                u[:, :1] < self.p,
-                np.floor(24 * u[:, 1:2]),
-                1 + (2 * u[:, 2:5] - 1) * top,
-                (2 * u[:, 5:] - 1) * self.hue,
-            ],
-            1,
-        )  # [n, 6]
+        strength = np.array([self.brightness, self.contrast, self.saturation])  # [3]
+        apply, order = u[:, :1] < self.p, np.floor(24 * u[:, 1:2])  # [n, 1], [n, 1]
+        factors = 1 + (2 * u[:, 2:5] - 1) * strength  # [n, 3]
+        hue = (2 * u[:, 5:] - 1) * self.hue  # [n, 1]
+        return np.concatenate([apply, order, factors, hue], 1)  # [n, 6]
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
+        if not p[0]:
+            return image
+        import torchvision.transforms.functional as TF  # takes seconds: only where an image needs it
+
         ops = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-        if p[0]:
-            for k in device_views.ORDERS[int(p[1])]:
-                image = ops[k](image, float(p[2 + k]))
+        for k in device_views.ORDERS[int(p[1])]:
+            image = ops[k](image, float(p[2 + k]))
         return image
 
 
-class Grayscale(NamedTuple):
-    """Three equal channels, with probability p."""
+@dataclass(frozen=True)
+class Grayscale:
+    """Conversion to three equal channels with probability p."""
 
     p: float
-    num_uniforms = 1
+    num_uniforms: ClassVar[int] = 1
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return (u < self.p).astype(float)  # [n, 1]
@@ -150,27 +156,29 @@ class Grayscale(NamedTuple):
         return image.convert("L").convert("RGB") if p[0] else image
 
 
-class Blur(NamedTuple):
-    """Gaussian blur of standard deviation `low` to `high` pixels, with probability p."""
+@dataclass(frozen=True)
+class Blur:
+    """Gaussian blur with a standard deviation of `low` to `high` pixels, with probability p."""
 
     low: float
     high: float
     p: float
-    num_uniforms = 2
+    num_uniforms: ClassVar[int] = 2
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """u [n, 2] -> [n, 2]: whether to apply it, the standard deviation."""
+        """u [n, 2] -> [n, 2]: whether to apply it, and the standard deviation."""
         return np.stack([u[:, 0] < self.p, self.low + (self.high - self.low) * u[:, 1]], 1)  # [n, 2]
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(float(p[1]))) if p[0] else image
 
 
-class Solarize(NamedTuple):
-    """Values of 128 and more inverted, with probability p."""
+@dataclass(frozen=True)
+class Solarize:
+    """Inversion of the values of 128 and more, with probability p."""
 
     p: float
-    num_uniforms = 1
+    num_uniforms: ClassVar[int] = 1
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return (u < self.p).astype(float)  # [n, 1]
@@ -179,33 +187,32 @@ class Solarize(NamedTuple):
         return ImageOps.solarize(image, 128) if p[0] else image
 
 
-class Cutout(NamedTuple):
-    """A gray (127) square of `side` pixels, its center anywhere in the image."""
+@dataclass(frozen=True)
+class Cutout:
+    """A gray (127) square with a side of `side` pixels and its center anywhere in the image."""
 
     side: int
-    num_uniforms = 2
+    num_uniforms: ClassVar[int] = 2
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """u [n, 2] -> the center as shares of width and height [n, 2]."""
+        """u [n, 2] -> the center [n, 2], as shares of width and height."""
         return u
 
     def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
         left, top = (max(0, int(share * side - self.side / 2)) for share, side in zip(p, image.size))
+        right, bottom = min(image.size[0], left + self.side), min(image.size[1], top + self.side)
         image = image.copy()
-        image.paste(
-            (127, 127, 127),
-            (left, top, min(image.size[0], left + self.side), min(image.size[1], top + self.side)),
-        )
+        image.paste((127, 127, 127), (left, top, right, bottom))
         return image
 
 
-Stage = Union[ResizedCrop, PadCrop, CenterCrop, Flip, Jitter, Grayscale, Blur, Solarize, Cutout, RandAugment]
-
-CROP, MOCO = (
-    ResizedCrop(224, (0.2, 1.0)),
-    (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(0.2), Blur(0.1, 2.0, p=0.5)),
+Stage = (
+    ResizedCrop | PadCrop | CenterCrop | Flip | Jitter | Grayscale | Blur | Solarize | Cutout | RandAugment
 )
-MULTICROP = {
+
+CROP = ResizedCrop(224, (0.2, 1.0))
+MOCO = (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(0.2), Blur(0.1, 2.0, p=0.5))
+MULTICROP = {  # name -> (size, scale)
     "multicrop_224": (224, (0.140, 1.000)),
     "multicrop_192": (192, (0.117, 0.860)),
     "multicrop_160": (160, (0.095, 0.715)),
@@ -233,75 +240,82 @@ PIPELINES: dict[str, tuple[Stage, ...]] = {
     "cifar_strong": (PadCrop(32, 4), Flip(), RandAugment(2, "cifar", p=0.5), Cutout(16)),
     "cifar_eval": (),
 }
-CIFAR_FILES = (CenterCrop(32, 32),)  # image files for a CIFAR network
+CIFAR_FILES = (CenterCrop(32, 32),)  # for image files, which a CIFAR network shall classify
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10_NORM = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR100_NORM = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
 def pipeline(name: str, size: int = 224) -> tuple[Stage, ...]:
-    """The stages of PIPELINES[name]; with another `size` than 224, its crops are smaller or larger in
-    proportion.
-    """
+    """The stages of PIPELINES[name], whose crops are scaled by size / 224. Raises UserError."""
     if name not in PIPELINES:
         raise UserError(f"unknown view {name!r}; known: {', '.join(PIPELINES)}")
-    out = []
-    for stage in PIPELINES[name]:
-        if isinstance(stage, (ResizedCrop, CenterCrop)):
-            stage = stage._replace(size=round(stage.size * size / 224))
-        if isinstance(stage, CenterCrop):
-            stage = stage._replace(resize=round(stage.resize * size / 224))
-        out.append(stage)
-    return tuple(out)
+    return tuple(_scaled(stage, size / 224) for stage in PIPELINES[name])
+
+
+def _scaled(stage: Stage, factor: float) -> Stage:
+    if isinstance(stage, ResizedCrop):
+        return replace(stage, size=round(stage.size * factor))
+    if isinstance(stage, CenterCrop):
+        return replace(stage, size=round(stage.size * factor), resize=round(stage.resize * factor))
+    return stage
 
 
 def photo_view(
     stages: Sequence[Stage], norm: tuple[Sequence[float], Sequence[float]], on_device: bool
 ) -> View:
-    """A pipeline as a View over RGB PIL images, normalized by norm = (mean, std) of values from 0 to 1.
+    """The view that a pipeline makes of RGB PIL images, normalized by norm = (mean, std) of values of 0 to 1.
 
-    on_device: leave the stages at the end that device_views has to the training device; otherwise PIL does
-    all of them.
+    on_device: the last stages, as far as device_views has them, are applied on the training device, and a
+    faster resize is used; otherwise PIL applies all stages.
     """
-    cut = len(stages)
-    while on_device and cut and type(stages[cut - 1]).__name__ in device_views.STAGES:
-        cut -= 1
+    on_cpu = len(stages)  # the number of stages that are applied on the CPU
+    while on_device and on_cpu and type(stages[on_cpu - 1]).__name__ in device_views.STAGES:
+        on_cpu -= 1
     resize = device_views.crop_resize if on_device else None
-    left = tuple(type(stage).__name__ for stage in stages[cut:])
+    device_stages = tuple(type(stage).__name__ for stage in stages[on_cpu:])
     return View(
         sum(stage.num_uniforms for stage in stages),
-        partial(_host, tuple(stages), cut, resize),
-        partial(_device, left, *norm),
+        partial(_cpu_transform, tuple(stages), on_cpu, resize),
+        partial(_device_transform, device_stages, *norm),
     )
 
 
-Resize = Optional[Callable[[Image.Image, Sequence[float], int], np.ndarray]]
+Resize = Callable[[Image.Image, Sequence[float], int], np.ndarray]
 
 
-def _host(
-    stages: Sequence[Stage], cut: int, resize: Resize, images: Sequence[Image.Image], u: np.ndarray
+def _cpu_transform(
+    stages: Sequence[Stage],
+    on_cpu: int,
+    resize: Resize | None,
+    images: Sequence[Image.Image],
+    u: np.ndarray,
 ) -> HostTensors:
-    """The first `cut` stages done, and the parameters of the others."""
+    """Apply the first `on_cpu` stages -> pixels [n, h, w, 3] uint8, the other stages' parameters [n, k]."""
     sizes = np.array([image.size for image in images], float)  # [n, 2]
     params, column = [], 0
     for stage in stages:
         p = stage.sample(u[:, column : column + stage.num_uniforms], sizes)  # [n, k]
-        params.append(p.astype(np.float32))  # the precision in which they travel, whoever applies them
+        params.append(p.astype(np.float32))  # on both paths, so that they apply the same parameters
         column += stage.num_uniforms
-    pixels = [_apply(image, stages[:cut], [p[i] for p in params], resize) for i, image in enumerate(images)]
-    return (torch.from_numpy(np.stack(pixels)), *map(torch.from_numpy, params[cut:]))  # [n, h, w, 3], [n, k]…
+    pixels = [
+        _apply(image, stages[:on_cpu], [p[i] for p in params], resize) for i, image in enumerate(images)
+    ]
+    return (torch.from_numpy(np.stack(pixels)), *map(torch.from_numpy, params[on_cpu:]))
 
 
-def _device(stages: Sequence[str], mean: Sequence[float], std: Sequence[float], raw: HostTensors) -> Tensor:
-    return device_views.finish(raw, stages, mean, std)  # [n, 3, h, w]
+def _device_transform(
+    stages: Sequence[str], mean: Sequence[float], std: Sequence[float], tensors: HostTensors
+) -> Tensor:
+    return device_views.finish(tensors, stages, mean, std)  # [n, 3, h, w]
 
 
 def _apply(
-    image: Image.Image, stages: Sequence[Stage], params: Sequence[np.ndarray], resize: Resize
+    image: Image.Image, stages: Sequence[Stage], params: Sequence[np.ndarray], resize: Resize | None
 ) -> np.ndarray:
-    """-> [h, w, 3] uint8."""
+    """Apply the stages to one image -> [h, w, 3] uint8. `resize` replaces Pillow's in a last ResizedCrop."""
     for k, (stage, p) in enumerate(zip(stages, params)):
         if resize and k == len(stages) - 1 and isinstance(stage, ResizedCrop):
-            return resize(image, p, stage.size)
+            return resize(image, p.tolist(), stage.size)
         image = stage.pil(image, p)
     return np.asarray(image)

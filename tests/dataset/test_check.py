@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmark.kill_campaign import has_workers
-from dataset import check
+from dataset import check, findings, inspection
 from dataset.build import build_data
 from util import errors
 
@@ -100,9 +100,9 @@ def test_a_sound_tree_is_good(doctor, tree):
         "each class has 2 to 2 test images",
         "formats: JPEG RGB 14",
     ]
-    assert said["ok"][5].startswith(f"{size / 1e9:,.3f} GB in 4 folders, {size / 14e3:,.1f} kB an image")
-    assert "(processes: 1, CPUs: " in said["ok"][6] and "estimate for 1,000 a second: " in said["ok"][6]
-    assert [problem[2] for problem in check.PROBLEMS.values() if problem[2]] == said["ok"][7:]
+    assert said["ok"][5].startswith(f"{size / 1e9:,.3f} GB in 4 folders, {size / 14e3:,.1f} kB per image")
+    assert "(processes: 1, CPUs: " in said["ok"][6] and "estimate for 1,000 per second: " in said["ok"][6]
+    assert [problem[2] for problem in findings.PROBLEMS.values() if problem[2]] == said["ok"][7:]
 
 
 # Each makes a fault, given the tree.
@@ -233,7 +233,7 @@ def test_one_fault(doctor, tree, fault, expected):
     for word, problem, image, words in expected:
         detail = next(row[2] for row in rows if row[:2] == (image, problem))
         assert words.replace("as /", f"as {tree}/") in detail
-        line = one(said[word], check.PROBLEMS[problem][1])
+        line = one(said[word], findings.PROBLEMS[problem][1])
         assert line.split("\n")[0].endswith(f": {sum(other == problem for _, other, _, _ in expected)}")
         assert f"{image}: {detail}".encode(errors="surrogateescape").decode(errors="backslashreplace") in line
     assert len(said["BAD"] + said["note"]) == len({problem for _, problem, _, _ in expected})
@@ -300,7 +300,7 @@ def test_labels_out_of_range(doctor, monkeypatch):
         data.test_labels[0] = -1
         return data
 
-    monkeypatch.setattr(check, "build_data", broken)
+    monkeypatch.setattr("dataset.build.build_data", broken)
     said, rows = doctor()
     assert said["ok"][2:4] == ["each class has 1 to 2 labeled images", "each class has 1 to 2 test images"]
     wrong = {"train/a/1.jpg": 7, "train/b/2.jpg": -2, "val/a/0.jpg": -1}
@@ -312,9 +312,9 @@ def test_workers_change_nothing_but_the_speed(doctor, tree):
     write(b"", "train/a/3.jpg")(tree)
     same("train/b/0.jpg", "val/b/0.jpg")(tree)
     (alone, rows), (together, same_rows) = (doctor("--workers", n) for n in (0, 2))
-    assert "processes: 2" in one(together["ok"], "images a second")
+    assert "processes: 2" in one(together["ok"], "images per second")
     for said in (alone, together):
-        said["ok"].remove(one(said["ok"], "images a second"))
+        said["ok"].remove(one(said["ok"], "images per second"))
     assert alone == together and rows == same_rows and len(rows) == 2
 
 
@@ -347,9 +347,9 @@ def test_the_file_system(doctor, tree, tmp_path, monkeypatch, kind, network):
             f"20 1 99:999 / /elsewhere rw shared:1 - beegfs other rw\n"
             f"36 35 {os.major(device)}:{os.minor(device)} / {tree} rw - {kind} server:/x rw\n"
         )
-    monkeypatch.setattr(check, "MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(inspection, "MOUNTS", tmp_path / "mounts")
     said, _ = doctor()
-    assert one(said["ok"], " GB in ").endswith(f"kB an image, on {kind}" if kind else "kB an image")
+    assert one(said["ok"], " GB in ").endswith(f"kB per image, on {kind}" if kind else "kB per image")
     assert [line.partition(";")[0] for line in said["note"]] == [f"{kind} is a network file system"] * network
 
 
@@ -358,7 +358,7 @@ def test_a_sample_says_so_and_follows_the_seed(doctor, tree):
     seen = []
     for seed in (0, 0, 1):
         said, rows = doctor("--sample", 5, "--seed", seed)
-        assert one(said["note"], f"only 5 of 14 images were looked at, drawn by seed {seed}")
+        assert one(said["note"], f"only 5 of 14 images were read, drawn by seed {seed}")
         seen.append([row for row in rows if row[1] == "unreadable"])
     assert len(seen[0]) == 5 and seen[0] == seen[1] != seen[2]
     assert not doctor("--sample", 14)[0]["note"]
@@ -373,11 +373,11 @@ def test_images_in_memory(doctor, monkeypatch):
     assert (
         not rows
         and not said["note"]
-        and not any(word in " ".join(said["ok"]) for word in ("GB", "formats", "a second"))
+        and not any(word in " ".join(said["ok"]) for word in ("GB", "formats", "per second"))
     )
     assert (
         said["ok"][1]
-        == "10 labeled, 1,437 unlabeled (the labeled ones among them), 360 test images; 10 classes"
+        == "10 labeled, 1,437 unlabeled (the labeled images among them), 360 test images; 10 classes"
     )
 
     def broken(*args, **how):
@@ -386,7 +386,7 @@ def test_images_in_memory(doctor, monkeypatch):
         data.images.images[data.labeled[1]] = 5
         return data
 
-    monkeypatch.setattr(check, "build_data", broken)
+    monkeypatch.setattr("dataset.build.build_data", broken)
     rows = doctor(file=DIGITS)[1]
     assert [row[1:] for row in rows] == [
         ("labeled in test", "the same as test image 3"),
@@ -448,6 +448,6 @@ def test_ctrl_c_at_a_terminal(tree):
     assert (
         process.returncode == 130
         and out == ""
-        and err.splitlines()[-1] == "interrupted: not every image was looked at"
+        and err.splitlines()[-1] == "interrupted: some images were not read"
     ), err
     assert "Traceback" not in err

@@ -11,7 +11,7 @@ from dataset import cifar as cifar_module
 from dataset import imagenet as imagenet_module
 from dataset import splits
 from dataset.build import build_data
-from dataset.imagenet import Imagenet, ImagenetPercentV2
+from dataset.imagenet import Imagenet
 from dataset.loader import Stream, to_device
 from dataset.workers import PrefetchLoader
 from util.config import Config
@@ -85,12 +85,14 @@ def test_the_path_comes_from_flag_environment_or_source(tmp_path, monkeypatch):
     assert imagenet_module.find_root(str(c)) == c
 
 
-def test_the_labeled_and_the_unlabeled_part(tmp_path):
+def test_a_share_of_train_is_labeled_and_the_rest_unlabeled(tmp_path):
     root = imagenet(tmp_path / "in")
-    labeled, rest = (ImagenetPercentV2(0.25, labeled, root) for labeled in (True, False))
-    assert len(labeled) == 6 and len(rest) == 18 and labeled[0].mode == "RGB"
-    assert sorted(labeled.rows.tolist() + rest.rows.tolist()) == list(range(24))
-    assert labeled.name(0) == str(root / "train" / "n00000000" / labeled.name(0).rpartition("/")[2])
+    data = build(root, labels_per_class=0, anno_percent=0.25)
+    assert len(data.labeled) == 6 and len(data.unlabeled) == 18
+    assert data.images[int(data.labeled[0])].mode == "RGB"
+    assert sorted(data.labeled.tolist() + data.unlabeled.tolist()) == list(range(24))
+    name = data.images.name(data.labeled[0])
+    assert name == str(root / "train" / "n00000000" / name.rpartition("/")[2])
 
 
 def test_a_published_share_is_a_published_list(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from util.errors import UserError
 @pytest.fixture(autouse=True)
 def patience(monkeypatch, tmp_path):
     """No wait of 2 s before a tree is remembered: the tests wait for the next tick of the clock instead."""
-    monkeypatch.setattr(listing, "RACY", 0)
+    monkeypatch.setattr(listing, "TIMESTAMP_NS", 0)
     monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
 
 
@@ -195,7 +195,7 @@ def test_the_second_start_reads_no_folder_but_notices_every_change(tree, looked,
 
 
 def test_a_tree_that_has_just_changed_is_not_remembered(tree, tmp_path, looked, monkeypatch):
-    monkeypatch.setattr(listing, "RACY", 2 * 10**9)
+    monkeypatch.setattr(listing, "TIMESTAMP_NS", 2 * 10**9)
     scan(tree)
     assert not (tmp_path / "cache").exists()
     now = time.time_ns()

@@ -83,7 +83,7 @@ def _(root, monkeypatch):
 
 
 def published(root, monkeypatch, sha):
-    monkeypatch.setitem(splits.PUBLISHED, "simmatch-1p", splits.Published(sha, 3, "nobody"))
+    monkeypatch.setitem(splits.PUBLISHED, "simmatch-1p", splits.Published(sha, 3, "owner/repository/file"))
     monkeypatch.setattr(splits.load, "__defaults__", (root / "lists",))
     (root / "lists").mkdir()
     return ["--labels-per-class", "0", "--anno-percent", "0.01"]
@@ -101,7 +101,7 @@ def _(root, monkeypatch):
     return flags
 
 
-@row("a split nobody knows")
+@row("an unknown split")
 def _(root, monkeypatch):
     return ["--split", "simmatch-2p"]
 

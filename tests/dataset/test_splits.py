@@ -24,13 +24,13 @@ from dataset.splits import (
     Published,
     Split,
     basenames,
-    by_class,
     class_of,
     complement,
     describe,
+    find_rows,
     load,
     make,
-    rows,
+    names_by_class,
 )
 from util.errors import UserError
 
@@ -243,7 +243,9 @@ def test_list_files(tmp_path):
     ):
         with refused(words):
             load(a_file(tmp_path / "list.txt", data))
-    with refused("simmatch-2p is neither a list file nor a published split; those are simmatch-1p, "):
+    with refused(
+        "simmatch-2p is neither a list file nor a published split; the published splits are simmatch-1p, "
+    ):
         load("simmatch-2p")
 
 
@@ -276,7 +278,7 @@ def test_a_share_of_each_class():
             *Counter(map(class_of, split.names.tolist())).values()
         ] == expected and split.id == f"percent-{percent}-seed3"
     gap = Listing(None, ["none", "b"], Names(np.array([b"b/1.png"])), np.array([1]))
-    assert make(by_class(gap), percent=1).names.tolist() == [b"b/1.png"]
+    assert make(names_by_class(gap), percent=1).names.tolist() == [b"b/1.png"]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +291,7 @@ def test_a_share_of_each_class():
         ({}, "not both"),
         ({"per_class": 1, "percent": 1}, "not both"),
         *(
-            ({"names_by_class": {"a": [odd]}, "per_class": 1}, "cannot stand in a list")
+            ({"names_by_class": {"a": [odd]}, "per_class": 1}, "a list cannot hold the name")
             for odd in ("a\nb.png", " a.png", "a.png 3")
         ),
     ],
@@ -323,12 +325,12 @@ def test_the_command_line(tmp_path, said, mistake, monkeypatch):
     assert load(tmp_path / "half.txt").sha256 == make(CLASSES, percent=0.5).sha256
     text = said("describe", names, tmp_path / "half.txt", tmp_path / "lists" / "balanced-2-seed5.txt")
     assert (
-        "names: 60 images of 5 classes, 10 to 14 a class" in text
+        "names: 60 images of 5 classes, 10 to 14 per class" in text
         and "half is contained in names\nbalanced" in text
     )
     text = describe([make({f"{i}": [f"{i}/{j}" for j in range(i + 1)] for i in range(20)}, percent=1)])
     assert (
-        "1 to 20 a class" in text
+        "1 to 20 per class" in text
         and "\n  3 classes with 1 to 3\n" in text
         and text.endswith("\n  2 classes with 19 to 20")
     )
@@ -354,7 +356,7 @@ def test_rows_against_a_plain_loop():
     assert basenames(names).tolist() == last and basenames(np.array(last)).tolist() == last
     for entries in (names.tolist(), last, [*last[:50], *names.tolist()[50:]]):
         order = rng.permutation(len(names))[:60]
-        found = rows(Split("s", "", np.array(entries)[order]), names)
+        found = find_rows(Split("s", "", np.array(entries)[order]), names)
         assert found.tolist() == order.tolist() and found.dtype == np.int64
     rest = complement(found, len(names))
     assert rest.tolist() == sorted(set(range(len(names))) - set(order.tolist())) and rest.dtype == np.int64
@@ -371,7 +373,7 @@ def test_rows_against_a_plain_loop():
 )
 def test_entries_that_name_no_image_or_several(entries, words):
     with refused(words):
-        rows(
+        find_rows(
             Split("s", "", np.array(entries, bytes)),
             np.array([b"a/1.png", b"b/1.png", b"b/2.png"]),
             where="/data",
