@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
+# A shell ignores Ctrl-C for what it starts in the background, and child processes would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import fork_server  # noqa: E402  (the repository is on the path only now)
 
