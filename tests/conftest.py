@@ -1,7 +1,10 @@
 """Shared by all tests: the path, one thread, the order of the tests, and scripts as a user starts them."""
 
+import functools
 import itertools
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
+# A shell ignores Ctrl-C for what it starts in the background, and child processes would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import fork_server  # noqa: E402  (the repository is on the path only now)
 
@@ -31,13 +36,21 @@ def pytest_collection_modifyitems(items):
 
 
 def unit(nodeid):
-    """What one process takes at a time: all of Slurm's tests; one test of a file with slow tests; else a
-    file.
+    """What one process takes at a time: all of Slurm's tests; a slow test; all quick tests of a file, since
+    they share fixtures.
     """
-    file = nodeid.partition("::")[0]
+    file, _, test = nodeid.partition("::")
     if file.startswith("tests/test_slurm"):
         return "slurm"
-    return nodeid if "mark.slow" in (ROOT / file).read_text(encoding="utf-8") else file
+    return nodeid if test.partition("[")[0] in slow_tests(file) else file
+
+
+@functools.cache
+def slow_tests(file):
+    """The names of the tests that are marked as slow, read from the source: pytest-xdist does not tell."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    every = re.search(r"^pytestmark = .*?mark\.slow", text, re.M | re.S)
+    return re.findall(r"^def (test_\w+)" if every else r"mark\.slow.*?^def (test_\w+)", text, re.M | re.S)
 
 
 @pytest.hookimpl(optionalhook=True)

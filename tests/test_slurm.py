@@ -44,11 +44,11 @@ def interrupted(folder, *words):
 
 
 def limited(folder):
-    """The time limit is two minutes and the signal due a minute before it; Slurm looks every 30 s. The ranks
-    stand still (SIGSTOP) until Slurm wakes them with the signal, so that no machine is too fast for it.
+    """The time limit is three minutes and the signal due a minute before it; Slurm looks every 30 s. The
+    ranks stand still (SIGSTOP) until Slurm wakes them with the signal, so that no machine is too fast for it.
     """
-    job = digits(folder, options=["--time=2", "--signal=USR1@60"])
-    wait_running(job, folder / "last.pth", seconds=60)
+    job = digits(folder, options=["--time=3", "--signal=USR1@60"])
+    wait_running(job, folder / "last.pth", seconds=110)
     assert slurm("scancel", "--signal=STOP", job).returncode == 0
     assert "asked to stop" not in log(folder)
     wait(job)
@@ -95,7 +95,7 @@ def mistaken(folder):
     return show(job)
 
 
-SCENARIOS = [hung, limited, whole, requeued, asked, cancelled, not_requeued, killed, mistaken]
+SCENARIOS = [limited, hung, whole, requeued, asked, cancelled, not_requeued, killed, mistaken]
 
 
 @pytest.fixture(scope="module")
