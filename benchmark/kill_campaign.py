@@ -153,7 +153,9 @@ def end(ranks: list[Rank], victims: Sequence[int] = ()) -> tuple[bool, str]:
         return True, f"still there after {PATIENCE} s:\n{tails(ranks)}"
     killed = [r for r in victims if codes[r] == -signal.SIGKILL]
     for r, (code, rank) in enumerate(zip(codes, ranks)):
-        lost = code == 1 and any(f"timed out waiting for rank {k} on " in rank.err.read_text() for k in killed)
+        lost = code == 1 and any(
+            f"timed out waiting for rank {k} on " in rank.err.read_text() for k in killed
+        )
         if r not in killed and code != 0 and not lost:
             return bool(killed), f"rank {r} ended with exit code {code}:\n{tails(ranks)}"
     return bool(killed), ""

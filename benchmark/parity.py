@@ -306,7 +306,9 @@ def views(name: str, n: int = 8) -> tuple[float, float, float]:
     both = [photo_view(pipeline(name), IMAGENET_NORM, on_device) for on_device in (False, True)]
     u = rng.random((n, both[0].num_uniforms))
     std = torch.tensor(IMAGENET_NORM[1]).view(3, 1, 1)
-    off, on = (view.device_transform(view.cpu_transform(pixels, u)) * std * 255 for view in both)  # [n, 3, 224, 224]
+    off, on = (
+        view.device_transform(view.cpu_transform(pixels, u)) * std * 255 for view in both
+    )  # [n, 3, 224, 224]
     levels = (on - off).abs().round()
     return (
         (levels == 0).double().mean().item(),

@@ -96,7 +96,7 @@ def test_a_share_of_train_is_labeled_and_the_rest_unlabeled(tmp_path):
 
 
 def test_a_published_share_is_a_published_list(tmp_path, monkeypatch):
-    """0.01 means SimMatch's list, read from where get_splits.sh puts it; here a list with a hash of its own."""
+    """0.01 means SimMatch's list, where get_splits.sh puts it; here a list with a hash of its own."""
     root = imagenet(tmp_path / "in")
     text = b"n00000001_3.JPEG\nn00000000_0.JPEG\nn00000002_7.JPEG"
     folder = tmp_path / "lists"

@@ -157,7 +157,11 @@ def test_trees_that_are_not_of_this_form(tmp_path, files, root, words):
 
 def test_folders_that_cannot_be_read(tree, scandir):
     for closed in (tree.resolve() / "a", tree.resolve()):
-        scandir(lambda folder, entries: os.listdir("/nothing") if folder == os.fsencode(closed) else entries)
+
+        def refuse(folder, entries, closed=os.fsencode(closed)):
+            return os.listdir("/nothing") if folder == closed else entries
+
+        scandir(refuse)
         with refused(f"cannot read folder {closed}: No such file or directory"):
             scan(tree)
 
@@ -181,7 +185,8 @@ def added_time_put_back(tree):
         lambda t: (t / "b").rename(t.parent / "c"),
         lambda t: [(t / old).rename(t / new) for old, new in (("a", "c"), ("b", "a"), ("c", "b"))],
     ],
-    ids="added added_time_put_back removed renamed moved class_added class_renamed class_removed classes_swapped".split(),
+    ids="added added_time_put_back removed renamed moved class_added class_renamed class_removed "
+    "classes_swapped".split(),
 )
 def test_the_second_start_reads_no_folder_but_notices_every_change(tree, looked, change):
     assert looked(tree)[0]

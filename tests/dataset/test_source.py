@@ -1,4 +1,4 @@
-"""Image files as people have them: every kind becomes the right RGB pixels, or an error that names the cause."""
+"""Image files as people have them: each becomes the right RGB pixels, or an error that names the cause."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""Views of photographs: what the stages draw, what PIL makes of it, and that the batched half makes the same."""
+"""Views of photographs: what the stages draw, what PIL computes, and that the batched part computes the same."""
 
 import io
 import math
