@@ -81,6 +81,8 @@ def main() -> None:
             "lower --batch-size or --mu"
         )
     total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
+    if rank == 0:  # already now, because building the optimizer takes a second
+        print(describe_data(config, data), flush=True)
 
     # Networks, bank and optimizer as they start a new run.
     torch.manual_seed(config.seed)
@@ -132,7 +134,7 @@ def main() -> None:
     configure_execution(method, config.precision, config.channels_last, config.compile)
     student = dist_utils.wrap_ddp(method.student)
     log = Logger(out, start, total, active=rank == 0, buffer_on_error=config.on_save_error == "continue")
-    describe(log, config, data, stream, ranks, method, device, start, total, last, warnings)
+    describe_run(log, config, data, stream, ranks, method, device, start, total, last, warnings)
     writer = checkpoint.Writer(
         last, out / "best.pth", config.on_save_error, log.print_line, last_is_whole=not damage
     )
@@ -298,7 +300,14 @@ def accuracies(
     return scores
 
 
-def describe(
+def describe_data(config: Config, data: Data) -> str:
+    return (
+        f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "
+        f"{len(data.test_labels)} test images, {len(data.classes)} classes"
+    )
+
+
+def describe_run(
     log: Logger,
     config: Config,
     data: Data,
@@ -311,12 +320,8 @@ def describe(
     last: Path,
     warnings: list[str],
 ) -> None:
-    """Print once what follows from the settings, and write the start event."""
+    """Print what follows from the settings, and write the start event."""
     millions = sum(p.numel() for p in method.student.parameters()) / 1e6
-    log.print_line(
-        f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "
-        f"{len(data.test_labels)} test images, {len(data.classes)} classes"
-    )
     log.print_line(
         f"{config.backbone}, {millions:.2f} M parameters, on {ranks.processes} x {device.type}; {ranks}"
     )

@@ -155,13 +155,13 @@ def test_trees_that_are_not_of_this_form(tmp_path, files, root, words):
         scan(touch(tmp_path / "t", *files) / root)
 
 
+def refusing(closed):
+    return lambda folder, entries: os.listdir("/nothing") if folder == os.fsencode(closed) else entries
+
+
 def test_folders_that_cannot_be_read(tree, scandir):
     for closed in (tree.resolve() / "a", tree.resolve()):
-
-        def refuse(folder, entries, closed=os.fsencode(closed)):
-            return os.listdir("/nothing") if folder == closed else entries
-
-        scandir(refuse)
+        scandir(refusing(closed))
         with refused(f"cannot read folder {closed}: No such file or directory"):
             scan(tree)
 

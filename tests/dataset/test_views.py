@@ -1,4 +1,4 @@
-"""Views of photographs: what the stages draw, what PIL computes, and that the batched part computes the same."""
+"""Views of photographs: what the stages draw, and that PIL and the batched stages compute the same."""
 
 import io
 import math
