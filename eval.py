@@ -4,32 +4,22 @@ It may also be a published SimMatch, SimMatchV2 or FixMatch checkpoint. --predic
 images, and --export FILE converts the checkpoint for other programs.
 """
 
+import argparse
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-import torch
-
-from dataset.build import build_data, build_validation, eval_view_for_files
-from dataset.listing import list_images
-from dataset.loader import BadImages, EvalData, EvalLoader, ImageLoader, SplitId
-from dataset.source import Files
-from models import METHODS, build_network
-from models.network import Network
-from util import checkpoint, dist_utils, export, published_checkpoints
-from util.config import Config, from_dict, to_dict, validate
 from util.errors import Parser, UserError, cli_main
-from util.metrics import evaluate
 
 # Settings of the training run that the command line of an evaluation may override.
 OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "image_size")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """argv: the flags; None: those of this process."""
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags. Raises UserError for those that do not go together."""
     parser = Parser(__doc__)
     parser.add_argument(
         "--checkpoint",
@@ -79,7 +69,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             "--teacher needs --predict or an --export of one network; otherwise both networks are used"
         )
+    return args
 
+
+if __name__ == "__main__":
+    # Importing PyTorch takes seconds, for which --help and a wrong flag need not wait.
+    cli_main(lambda: parse_args(sys.argv[1:]))
+
+import numpy as np
+import torch
+
+from dataset.build import build_data, build_validation, eval_view_for_files
+from dataset.listing import list_images
+from dataset.loader import BadImages, EvalData, EvalLoader, ImageLoader, SplitId
+from dataset.source import Files
+from models import METHODS, build_network
+from models.network import Network
+from util import checkpoint, dist_utils, export, published_checkpoints
+from util.config import Config, from_dict, to_dict, validate
+from util.metrics import evaluate
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """argv: the flags; None: those of this process."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     opened = open_checkpoint(args.checkpoint, vars(args))
     config = opened.config
     network = opened.teacher if args.teacher else opened.student
