@@ -1,8 +1,7 @@
 """SimMatch, FixMatch and supervised on the digits: python benchmark/digits.py [--jobs 2] [--write README.md]
 
-Trains every method with 10 and 40 labels on every seed through train_semi.py, each as a user would start it,
-and prints a table of the final student's top-1 as mean ± standard deviation over seeds. Finished runs in
---runs are read, not repeated.
+Trains every method with 10 and 40 labels and every seed by calling train_semi.py, and prints a table with the
+mean ± standard deviation over seeds of the final student's top-1. Finished runs in --runs are not repeated.
 """
 
 import os
@@ -32,7 +31,7 @@ MARKS = "<!-- digits table: written by benchmark/digits.py -->", "<!-- end of di
 
 
 def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: int) -> tuple[float, float]:
-    """(top-1 of the final student, seconds of the whole process) of one run; trains it if it is not there."""
+    """Train one run, unless `folder` holds it -> (top-1 of the final student, seconds of the process)."""
     seconds = folder / "seconds"
     flags = [
         "--config",
@@ -52,10 +51,11 @@ def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: 
         now, then = to_dict(parse(flags, "")), read_yaml(str(folder / "config.yaml"))
         if any(now[key] != then.get(key) for key in now if key not in MAY_CHANGE_ON_RESUME):
             raise UserError(
-                f"{folder} holds a run with other settings than configs/digits.yaml has now: choose another --runs"
+                f"{folder} holds a run with other settings than configs/digits.yaml has now: "
+                "choose another --runs"
             )
     else:
-        begun = time.monotonic()
+        start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "train_semi.py", *flags],
             cwd=ROOT,
@@ -65,7 +65,7 @@ def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: 
         )
         if done.returncode:
             raise UserError(f"{folder}: {done.stderr.strip()}")
-        seconds.write_text(f"{time.monotonic() - begun:.1f}")
+        seconds.write_text(f"{time.monotonic() - start:.1f}")
     return read_evaluated_run(folder).eval_events[-1]["student_top1"], float(seconds.read_text())
 
 
@@ -80,12 +80,12 @@ def machine() -> str:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__ or "")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "checkpoints" / "benchmark_digits", help="where runs are kept"
+        "--runs", type=Path, default=ROOT / "checkpoints" / "benchmark_digits", help="folder of the runs"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time; they share the cores")
     parser.add_argument("--write", type=Path, help="put the table between its marks in this file")
     args = parser.parse_args()
 
@@ -96,17 +96,17 @@ def main() -> None:
             f"{args.write} has no place for the table: it needs the lines {MARKS[0]} and {MARKS[1]}"
         )
     args.runs = args.runs.resolve()
-    threads = max(1, os.cpu_count() // args.jobs)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     jobs = [(method, n, seed) for method in METHODS for n in LABELS for seed in args.seeds]
 
-    def one(job: tuple[str, int, int]) -> tuple[float, float]:
+    def run(job: tuple[str, int, int]) -> tuple[float, float]:
         method, n, seed = job
         score, seconds = train(args.runs / f"{method}-{n}-{seed}", method, n, seed, threads)
         print(f"{method}, {LABELS[n]}, seed {seed}: {score:.2f} % in {seconds:.0f} s", flush=True)
         return score, seconds
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(one, jobs)))
+        results = dict(zip(jobs, pool.map(run, jobs)))
 
     rows = []
     for method in METHODS:
@@ -124,9 +124,10 @@ def main() -> None:
             "|---|---|---|---|",
             *rows,
             "",
-            f"Mean ± standard deviation over seeds {seeds} (n = {len(args.seeds)}), which draw the labels, the initial "
-            f'weights, the order and the views; last epoch; 360 test images. "One run" is the median time of the '
-            f"whole command, {args.jobs} at a time, {threads} thread{'s' * (threads > 1)} each. On {machine()}.",
+            f"Mean ± standard deviation over seeds {seeds} (n = {len(args.seeds)}), which draw the labels, "
+            "the initial weights, the order and the views; last epoch; 360 test images. "
+            f'"One run" is the median time of the whole command, {args.jobs} at a time, {threads} '
+            f"thread{'s' * (threads > 1)} each. On {machine()}.",
         ]
     )
     print(f"\n{table}")

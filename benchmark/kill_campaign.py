@@ -1,10 +1,9 @@
-"""Kills training without warning, again and again: python benchmark/kill_campaign.py [--kills 40] [--seed 0]
-[--jobs 2]
+"""Kills training at random moments: python benchmark/kill_campaign.py [--kills 40] [--seed 0] [--jobs 2]
 
-Each method trains once undisturbed. Then it trains again and is killed (SIGKILL) during steps, while a
-checkpoint is written, during an evaluation, and while its workers start, at moments that --seed draws; the
-same command goes on after every kill. In the end the two must agree bit for bit. Digits, CPU, alone and as
-two ranks; needs Linux (/proc).
+Each method trains once without interruption. Then it trains again and is killed (SIGKILL) during steps, while
+a checkpoint is written, during an evaluation, and while its workers start, at moments drawn by --seed; after
+every kill, the same command resumes the run. Both runs must end bit-equal. Digits on the CPU, with one rank and
+with two; needs Linux (/proc).
 """
 
 import os
@@ -16,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,19 +43,15 @@ FLAGS = [
     "--timeout-minutes",
     "2",
 ]
-OFTEN = [
-    "--workers",
-    "2",
-    "--save-freq",
-    "3",
-]  # of the runs that are killed; 3 and not 4: a checkpoint may hold half a mean
+# Of the runs that are killed. With print_freq 4, a checkpoint every 3 steps holds means in progress.
+KILLED_FLAGS = ["--workers", "2", "--save-freq", "3"]
 KINDS = {
     "step": "during steps",
     "save": "while a checkpoint is written",
     "evaluation": "during an evaluation",
     "worker start": "while the workers start",
 }
-PATIENCE = 300  # s until a process that does not end counts as hanging
+TIMEOUT = 300  # s after which a process that has not ended counts as hanging
 
 
 class Case(NamedTuple):
@@ -83,8 +79,10 @@ CASES = [
 class Kill(NamedTuple):
     kind: str
     victims: list[int]  # ranks that were killed
-    met: bool  # whether the run's files show that the kill came at such a moment, not just before or after
-    survived: bool = True  # the other ranks ended as they should, and the same command went on
+    met: bool  # whether the run's files show that it was killed at such a moment, not before or after it
+    survived: bool = (
+        True  # whether the other ranks ended as they should, and the same command resumed the run
+    )
 
 
 class Rank(NamedTuple):
@@ -97,22 +95,15 @@ class Rank(NamedTuple):
 
 
 def start(case: Case, folder: Path, number: int, *flags: str) -> list[Rank]:
-    """The ranks, each with its workers in a process group of its own; what they print goes to files beside
+    """Start the ranks, each with its workers in a process group of its own. Their output goes to files beside
     `folder`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env, ranks = {**os.environ, "OMP_NUM_THREADS": "1"}, []
-    flags = [
-        *FLAGS,
-        "--method",
-        case.method,
-        *["--eman"] * case.eman,
-        "--batch-size",
-        str(10 // case.ranks),
-        *flags,
-    ]
+    method = ["--method", case.method, *["--eman"] * case.eman, "--batch-size", str(10 // case.ranks)]
+    command = [sys.executable, "train_semi.py", *FLAGS, *method, *flags, "--output-dir", str(folder)]
     for rank in range(case.ranks):
         if case.ranks > 1:
             env = {
@@ -125,44 +116,32 @@ def start(case: Case, folder: Path, number: int, *flags: str) -> list[Rank]:
             }
         out, err = (folder.with_name(f"{folder.name}-{number}-{rank}.{kind}") for kind in ("out", "err"))
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
-            ranks.append(
-                Rank(
-                    subprocess.Popen(
-                        [sys.executable, "train_semi.py", *flags, "--output-dir", str(folder)],
-                        cwd=ROOT,
-                        env=env,
-                        stdout=stdout,
-                        stderr=stderr,
-                        start_new_session=True,
-                    ),
-                    out,
-                    err,
-                )
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=stdout, stderr=stderr, start_new_session=True
             )
+        ranks.append(Rank(process, out, err))
     return ranks
 
 
 def end(ranks: list[Rank], victims: Sequence[int] = ()) -> tuple[bool, str]:
-    """Wait for all ranks -> (whether the kill of `victims` came before their end, what went wrong or "")."""
+    """Wait for all ranks -> (whether `victims` were killed before they ended, what went wrong or "")."""
     try:
-        codes = [rank.process.wait(PATIENCE) for rank in ranks]
+        codes = [rank.process.wait(TIMEOUT) for rank in ranks]
     except subprocess.TimeoutExpired:
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
-        return True, f"still there after {PATIENCE} s:\n{tails(ranks)}"
+        return True, f"still running after {TIMEOUT} s:\n{tails(ranks)}"
     killed = [r for r in victims if codes[r] == -signal.SIGKILL]
     for r, (code, rank) in enumerate(zip(codes, ranks)):
-        lost = code == 1 and any(
-            f"timed out waiting for rank {k} on " in rank.err.read_text() for k in killed
-        )
-        if r not in killed and code != 0 and not lost:
+        named = code == 1 and any(f"waiting for rank {k} on " in rank.err.read_text() for k in killed)
+        if r not in killed and code != 0 and not named:
             return bool(killed), f"rank {r} ended with exit code {code}:\n{tails(ranks)}"
     return bool(killed), ""
 
 
 def tails(ranks: list[Rank]) -> str:
-    """The last lines that each rank has said about what went wrong."""
+    """The last lines of each rank's stderr."""
     return "\n".join(
         f"  rank {r}: {line}"
         for r, rank in enumerate(ranks)
@@ -171,18 +150,16 @@ def tails(ranks: list[Rank]) -> str:
 
 
 def steps(rank: Rank) -> set[int]:
-    """Steps of the train events of this start. (log.jsonl, where they are written first, has those of earlier
-    ones too.)
+    """The steps of the train events that this process has printed. (log.jsonl has those of earlier processes
+    too.)
     """
-    return {
-        int(step)
-        for step in re.findall(r"^epoch \d+/\d+  step (\d+)/.*\n", rank.out.read_text(), re.MULTILINE)
-    }
+    found = re.findall(r"^epoch \d+/\d+  step (\d+)/.*\n", rank.out.read_text(), re.MULTILINE)
+    return set(map(int, found))
 
 
-def writing(folder: Path) -> set[tuple]:
-    """What tells the unfinished checkpoints that lie there apart: those that an earlier kill has left from a
-    new one.
+def unfinished_checkpoints(folder: Path) -> set[tuple[str, int, int]]:
+    """Name, inode and time of the temporary files of checkpoints, by which a new file differs from one that an
+    earlier kill has left.
     """
     found = set()
     for path in (folder / "last.pth.tmp", folder / "best.pth.tmp"):
@@ -193,9 +170,7 @@ def writing(folder: Path) -> set[tuple]:
 
 
 def has_workers(pid: int) -> bool:
-    """Whether there are children of its children: workers are copies of a helper process
-    (dataset/workers.py).
-    """
+    """Whether the process has grandchildren: workers are children of a helper process (dataset/workers.py)."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -205,35 +180,34 @@ def has_workers(pid: int) -> bool:
 
 def strike(
     case: Case, ranks: list[Rank], folder: Path, kind: str, step: float, evaluations: set[int], random: Random
-) -> Optional[Kill]:
-    """Kill one or all of the ranks at the first such moment after `step`; None if the run ended before, or
-    hangs.
+) -> Kill | None:
+    """Kill one or all of the ranks at the first moment of this kind after `step`; None if there was none.
 
-    evaluations: steps after which there is one.
+    evaluations: the steps after which the run is evaluated.
     """
     victims = list(range(case.ranks)) if random.random() < 0.5 else [random.randrange(case.ranks)]
-    delay, first, deadline = random.uniform(0, 1), ranks[0], time.monotonic() + PATIENCE
+    delay, first, deadline = random.uniform(0, 1), ranks[0], time.monotonic() + TIMEOUT
 
-    def until(moment: Callable[[], object]) -> bool:
-        while (
-            not (came := moment()) and not any(rank.ended() for rank in ranks) and time.monotonic() < deadline
-        ):
+    def wait_until(condition: Callable[[], object]) -> bool:
+        while not condition():
+            if any(rank.ended() for rank in ranks) or time.monotonic() >= deadline:
+                return False
             time.sleep(0.0005)
-        return bool(came)
+        return True
 
-    before = writing(folder)
+    before = unfinished_checkpoints(folder)
     if kind == "worker start":
-        came = until(
+        came = wait_until(
             lambda: re.search(r"^(writes|continues from) ", first.out.read_text(), re.MULTILINE)
-        ) and until(lambda: has_workers(first.process.pid))
+        ) and wait_until(lambda: has_workers(first.process.pid))
         time.sleep(0.05 * delay)
     else:
-        came = until(lambda: max(steps(first), default=0) >= step)
-        before = writing(folder)
+        came = wait_until(lambda: max(steps(first), default=0) >= step)
+        before = unfinished_checkpoints(folder)
         if kind == "save":
-            came = came and until(lambda: writing(folder) - before)
+            came = came and wait_until(lambda: unfinished_checkpoints(folder) - before)
         elif kind == "evaluation":
-            came = came and until(lambda: max(steps(first)) in evaluations)
+            came = came and wait_until(lambda: max(steps(first)) in evaluations)
         time.sleep({"step": 0.2, "save": 0.01, "evaluation": 0.05}[kind] * delay)
     if not came:
         return None
@@ -244,24 +218,23 @@ def strike(
     last = events(folder)[-1]
     met = {
         "step": bool(steps(first)),
-        "save": bool(writing(folder) - before),
+        "save": bool(unfinished_checkpoints(folder) - before),
         "worker start": not steps(first),
         "evaluation": last["event"] == "train" and last["step"] in evaluations,
     }
     return Kill(kind, victims, met[kind])
 
 
-def disturb(
+def train_and_kill(
     case: Case, whole: Path, folder: Path, kinds: Sequence[str], random: Random
 ) -> tuple[list[Kill], str]:
-    """Train in `folder`, killed at `kinds` of moments, spread over the run -> (kills, how it differs from
-    `whole`).
-
-    The run may end before the last of these moments: then there are fewer kills.
+    """Train in `folder` with a kill of each of `kinds`, spread over the run -> (kills, the first difference
+    from the run in `whole`). There are fewer kills if the run ends early.
     """
-    kills, evaluations = [], {event["step"] for event in events(whole) if event["event"] == "eval"}
+    kills: list[Kill] = []
+    evaluations = {event["step"] for event in events(whole) if event["event"] == "eval"}
     for number in range(len(kinds) + 1):
-        ranks, kill = start(case, folder, number, *OFTEN), None
+        ranks, kill = start(case, folder, number, *KILLED_FLAGS), None
         if number < len(kinds):
             step = (number + random.random()) / len(kinds) * max(evaluations)
             kill = strike(case, ranks, folder, kinds[number], step, evaluations, random)
@@ -273,38 +246,38 @@ def disturb(
         if wrong:
             kills[-1] = kills[-1]._replace(survived=False)
             return kills, f"start {number + 1} after {kills[-1]}: {wrong}"
-        if not in_time:  # it is finished
+        if not in_time:  # the run has ended
             break
     return kills, difference(whole, folder)
 
 
 def trial(case: Case, kinds: Sequence[str], folder: Path, seed: int) -> tuple[list[Kill], list[str]]:
-    """All kills of a case, in one run or, where that ends too early, in more -> (kills, difference of each
-    run).
-    """
+    """All kills of a case, in as many runs as are needed -> (kills, the difference of each run)."""
     folder.mkdir()
     _, wrong = end(start(case, folder / "whole", 0, "--workers", "0"))
     if wrong:
         raise UserError(f"{case} does not train at all: {wrong}")
-    kills, differences, random = [], [], Random(f"{seed} {case}")
+    kills: list[Kill] = []
+    differences: list[str] = []
+    random = Random(f"{seed} {case}")
     while len(kills) < len(kinds):
-        copy = folder / f"killed-{len(differences)}"
-        fallen, different = disturb(case, folder / "whole", copy, kinds[len(kills) :], random)
-        if not fallen:
+        run = folder / f"killed-{len(differences)}"
+        new, different = train_and_kill(case, folder / "whole", run, kinds[len(kills) :], random)
+        if not new:
             raise UserError(f"{case} ended before any kill: a run is too short for this machine")
-        kills += fallen
+        kills += new
         differences.append(different)
-        print(f"{case}: {len(fallen)} kills, {different or 'bit-equal'}", flush=True)
+        print(f"{case}: {len(new)} kills, {different or 'bit-equal'}", flush=True)
     return kills, differences
 
 
 def campaign(
     kills: int, seed: int, folder: Path, cases: Sequence[Case] = CASES, jobs: int = 1
 ) -> tuple[list[Kill], list[str]]:
-    """Share `kills` of the four kinds among the cases -> (kills, difference of each killed run from its
-    undisturbed one).
+    """Distribute `kills` of the four kinds over the cases -> (kills, the difference of each killed run from
+    the uninterrupted run).
     """
-    plan = {case: [] for case in cases[:kills]}
+    plan: dict[Case, list[str]] = {case: [] for case in cases[:kills]}
     for number, case in zip(range(kills), list(plan) * kills):
         plan[case].append(list(KINDS)[number % len(KINDS)])
     for case, kinds in plan.items():
@@ -313,18 +286,16 @@ def campaign(
         results = list(
             pool.map(lambda case: trial(case, plan[case], folder / str(case).replace(" ", ""), seed), plan)
         )
-    return [kill for fallen, _ in results for kill in fallen], [
-        one for _, differences in results for one in differences
-    ]
+    all_kills = [kill for case_kills, _ in results for kill in case_kills]
+    return all_kills, [one for _, differences in results for one in differences]
 
 
 def table(kills: list[Kill], differences: list[str]) -> str:
     rows = ["| killed | kills | met | survived |", "|---|---|---|---|"]
-    for kind, words in [*KINDS.items(), ("", "all")]:
-        these = [kill for kill in kills if kind in ("", kill.kind)]
-        rows.append(
-            f"| {words} | {len(these)} | {sum(k.met for k in these)} | {sum(k.survived for k in these)} |"
-        )
+    for kind, label in [*KINDS.items(), ("", "all")]:
+        some = [kill for kill in kills if kind in ("", kill.kind)]
+        met, survived = sum(kill.met for kill in some), sum(kill.survived for kill in some)
+        rows.append(f"| {label} | {len(some)} | {met} | {survived} |")
     equal = sum(not one for one in differences)
     return "\n".join(
         [
@@ -337,10 +308,12 @@ def table(kills: list[Kill], differences: list[str]) -> str:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__ or "")
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each has one thread a rank")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of runs at a time; each rank has one thread"
+    )
     args = parser.parse_args()
     if args.kills < 1 or args.jobs < 1:
         raise UserError("--kills and --jobs must be 1 or more")
@@ -350,7 +323,7 @@ def main() -> None:
     kills, differences = campaign(args.kills, args.seed, work, jobs=args.jobs)
     print(f"\n{table(kills, differences)}")
     if any(differences) or not all(kill.survived for kill in kills):
-        print(f"what the runs left is in {work}")
+        print(f"the files of the runs are in {work}")
         sys.exit(1)
     shutil.rmtree(work)
 

@@ -1,9 +1,8 @@
-"""How long a start takes to know its images: python benchmark/listing.py [--images N] [--folder DIR]
+"""The time to list the images of a data set: python benchmark/listing.py [--images N] [--folder DIR]
 
-Makes a tree of 1,000 class folders with N names (no content), scans it, starts again with the cache, and
-looks up a labeled subset of a tenth of the images. The tree is made below --folder and removed afterwards.
-Times are of this process, with the folders still in the operating system's memory; the first scan of a tree
-that is not waits for the disk or the file server.
+Makes a tree of 1,000 class folders with N empty files, scans it, scans it again with the cache, and looks up
+a split with a tenth of the images. The tree is made below --folder and removed afterwards. Its folders are in
+the operating system's memory; otherwise, the first scan also waits for the disk or the file server.
 """
 
 import os
@@ -11,8 +10,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,7 +27,7 @@ CLASSES = 1000
 
 
 def make_tree(root: Path, images: int) -> None:
-    """`images` names in CLASSES folders. Those of a folder are links to one file: a name costs no inode."""
+    """Make `images` names in CLASSES folders. They are links to one file per folder, which saves inodes."""
     for c in range(CLASSES):
         folder = root / f"n{c:08d}"
         folder.mkdir(parents=True)
@@ -37,22 +37,22 @@ def make_tree(root: Path, images: int) -> None:
             os.link(first, os.path.join(folder, f"n{c:08d}_{7 * i}.JPEG"))
 
 
-def timed(what: str, call: Callable[[], Any]) -> Any:
-    begun = time.perf_counter()
-    result = call()
-    print(f"{what:58} {time.perf_counter() - begun:6.2f} s", flush=True)
+def timed(label: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    start = time.perf_counter()
+    result = call(*args, **options)
+    print(f"{label:58} {time.perf_counter() - start:6.2f} s", flush=True)
     return result
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__ or "")
     parser.add_argument("--images", type=int, default=1_281_167, help="default: %(default)s, as in ImageNet")
     parser.add_argument(
-        "--folder", type=Path, help="where the tree is made; default: the system's folder for temporary files"
+        "--folder", type=Path, help="folder of the tree; default: the system's folder for temporary files"
     )
     args = parser.parse_args()
     if args.images < CLASSES:
-        raise UserError(f"--images must be at least {CLASSES}, one a class")
+        raise UserError(f"--images must be at least {CLASSES}, one per class")
     try:
         work = Path(tempfile.mkdtemp(prefix="simmatch-listing-", dir=args.folder))
     except OSError as error:
@@ -68,25 +68,23 @@ def main() -> None:
 def measure(work: Path, images: int) -> None:
     tree, cache = work / "train", work / "cache"
     print(machine())
-    timed(f"making {images:,} names in {CLASSES:,} folders", lambda: make_tree(tree, images))
+    timed(f"making {images:,} names in {CLASSES:,} folders", make_tree, tree, images)
     time.sleep(listing.TIMESTAMP_NS / 1e9 + 0.1)  # a scan is not cached while the tree may change unnoticed
-    found = timed("first start: scan, and write the cache", lambda: listing.scan(tree, cache))
+    found = timed("first start: scan, and write the cache", listing.scan, tree, cache)
     size = sum(file.stat().st_size for file in cache.iterdir())
-    again = timed(f"next start: cache of {size / 1e6:.0f} MB", lambda: listing.scan(tree, cache))
+    again = timed(f"next start: cache of {size / 1e6:.0f} MB", listing.scan, tree, cache)
     assert np.array_equal(found.names.array, again.names.array) and len(again.names) == images
     split = timed(
         "drawing 10 % of each class", lambda: splits.make(splits.names_by_class(again), percent=0.1)
     )
     rng = np.random.default_rng(0)
-    for what, names in (("paths", split.names), ("bare names", splits.basenames(split.names))):
+    for kind, names in (("paths", split.names), ("names", splits.basenames(split.names))):
         shuffled = split._replace(names=rng.permutation(names))
-        rows = timed(
-            f"looking up {len(names):,} {what}", lambda: splits.find_rows(shuffled, again.names.array)
-        )
+        rows = timed(f"looking up {len(names):,} {kind}", splits.find_rows, shuffled, again.names.array)
         assert np.array_equal(
             again.labels[np.sort(rows)], again.labels[splits.find_rows(split, again.names.array)]
         )
-    timed("the unlabeled rest", lambda: splits.complement(rows, images))
+    timed("finding the unlabeled images", splits.complement, rows, images)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Images a second and core of the two-view unlabeled path: python benchmark/loader.py [--photos A.jpg B.jpg]
-[--images 2000]
+"""Images per second and core with two views each: python benchmark/loader.py [--photos A.jpg B.jpg]
 
-Three pipelines take turns over the same JPEG files in one process with one thread: torchvision's transforms
-on PIL written the usual way, this project's exact PIL path, and the host side of its fast path, whose other
-half runs on the training device. The files are made from the given photographs, resized to 500×375 and
-re-encoded; without --photos, scikit-learn's two sample photographs are used if it is installed.
+Three pipelines read the same JPEG files in turn, in one process with one thread: torchvision's transforms on
+PIL images, written as usual; this project's views without device views; and the CPU part of its views with
+device views. The files are made from the given photographs, resized to 500×375 and encoded again. Without
+--photos, scikit-learn's two sample photographs are used if it is installed.
 """
 
 import itertools
@@ -13,7 +12,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,16 +29,16 @@ from PIL import Image, ImageFilter  # noqa: E402
 from benchmark.digits import machine  # noqa: E402
 from dataset import device_views  # noqa: E402
 from dataset.listing import list_images  # noqa: E402
-from dataset.loader import Data, SplitId, Stream  # noqa: E402
+from dataset.loader import Data, HostTensors, SplitId, Stream, View  # noqa: E402
 from dataset.rng import uniforms  # noqa: E402
 from dataset.source import Files, decode  # noqa: E402
-from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
+from dataset.views import IMAGENET_NORM, Stage, photo_view, pipeline  # noqa: E402
 from dataset.workers import PrefetchLoader  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 
 class GaussianBlur:
-    """As MoCo v2's recipe has it."""
+    """The blur of MoCo v2's recipe."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(0.1, 2.0).item()))
@@ -64,7 +66,7 @@ USUAL_STRONG = T.Compose(
 
 
 def make_files(folder: Path, photos: list[Path], count: int) -> None:
-    """`count` JPEG files of 500×375: the photographs in turn, each cropped a little differently, quality 90."""
+    """Make `count` JPEG files of 500×375 and quality 90: crops of the photographs in turn."""
     random = np.random.default_rng(0)
     originals = [decode(photo) for photo in photos]
     for k, original in zip(range(count), itertools.cycle(originals)):
@@ -76,30 +78,30 @@ def make_files(folder: Path, photos: list[Path], count: int) -> None:
         part.save(folder / f"{k:06d}.jpg", quality=90)
 
 
-def usual(path: str) -> None:
+def torchvision_views(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     with open(path, "rb") as file:
         image = Image.open(file).convert("RGB")
-    USUAL_WEAK(image), USUAL_STRONG(image)
+    return USUAL_WEAK(image), USUAL_STRONG(image)
 
 
-def two_views(weak, strong, images, rows):
+def two_views(views: Sequence[View], images: list[Any], rows: np.ndarray) -> list[HostTensors]:
     passes = np.zeros(len(rows), np.int64)
     return [
         view.cpu_transform(images, uniforms(rows, view.num_uniforms, 0, k, passes))
-        for k, view in enumerate((weak, strong))
+        for k, view in enumerate(views)
     ]
 
 
-def stages(paths: list[str]) -> list[tuple[str, float]]:
-    """ms an image of each part of the fast path, and of the parts that it leaves to the device."""
+def time_parts(paths: list[str]) -> list[tuple[str, float]]:
+    """Name and ms per image of each part of the views, with and without device views."""
     images = [decode(Path(path)) for path in paths]
     random = np.random.default_rng(0)
-    parts, boxes = [], None
+    parts = []
 
-    def clock(name, call, count=len(images)):
-        begun = time.perf_counter()
+    def clock(name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
         out = call()
-        parts.append((name, 1000 * (time.perf_counter() - begun) / count))
+        parts.append((name, 1000 * (time.perf_counter() - start) / len(images)))
         return out
 
     clock("read the file", lambda: [Path(path).read_bytes() for path in paths])
@@ -111,78 +113,80 @@ def stages(paths: list[str]) -> list[tuple[str, float]]:
     )
     clock("crop and resize, Pillow", lambda: [crop.pil(image, box) for image, box in zip(images, boxes)])
     crops = clock(
-        "crop and resize, fast path",
+        "crop and resize, with device views",
         lambda: [device_views.crop_resize(i, b, 224) for i, b in zip(images, boxes)],
     )
     clock("stack", lambda: torch.from_numpy(np.stack(crops)))
-    pictures = [Image.fromarray(c) for c in crops]
+    cropped = [Image.fromarray(c) for c in crops]
     for stage in pipeline("moco")[1:]:
         params = stage.sample(random.random((len(images), stage.num_uniforms)), sizes)
-        clock(
-            f"{type(stage).__name__.lower()}, Pillow",
-            lambda: [stage.pil(i, p) for i, p in zip(pictures, params)],
-        )
+        clock(f"{type(stage).__name__.lower()}, Pillow", partial(apply_stage, stage, cropped, params))
     clock(
         "to tensor and normalize, torchvision",
-        lambda: [T.functional.normalize(T.functional.to_tensor(i), *IMAGENET_NORM) for i in pictures],
+        lambda: [T.functional.normalize(T.functional.to_tensor(i), *IMAGENET_NORM) for i in cropped],
     )
     return parts
 
 
-def resident(pid: int) -> float:
-    """MB of memory of a process that no other process shares."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return (
-        sum(
-            int(line.split()[1])
-            for line in text.splitlines()
-            if line.startswith(("Private_Clean", "Private_Dirty"))
-        )
-        / 1024
-    )
+def apply_stage(stage: Stage, images: list[Image.Image], params: np.ndarray) -> None:
+    for image, p in zip(images, params):
+        stage.pil(image, p)
 
 
-def memory(source: Files, count: int) -> None:
-    """Run the loader with two workers over `count` unlabeled images and print what each worker holds."""
+def private_memory(pid: int) -> float:
+    """MB of memory that a process shares with no other process."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    private = [line for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))]
+    return sum(int(line.split()[1]) for line in private) / 1024
+
+
+def print_memory(source: Files, count: int) -> None:
+    """Run the loader with two workers over `count` unlabeled images and print the workers' memory."""
     n = len(source)
-    views = [photo_view(pipeline(name), IMAGENET_NORM, on_device=True) for name in ("weak", "moco", "eval")]
+    weak, strong, eval_view = (
+        photo_view(pipeline(name), IMAGENET_NORM, on_device=True) for name in ("weak", "moco", "eval")
+    )
     labels = np.zeros(n, np.int64)
     data = Data(
-        source,
-        labels,
-        np.arange(8),
-        np.arange(n),
-        source,
-        labels,
-        *views,
+        images=source,
+        labels=labels,
+        labeled=np.arange(8),
+        unlabeled=np.arange(n),
+        test_images=source,
+        test_labels=labels,
+        weak_view=weak,
+        strong_view=strong,
+        eval_view=eval_view,
         classes=["all"],
         channels=3,
         split=SplitId("benchmark", "0"),
     )
     stream = Stream(data, 8, 5, seed=0)
-    steps, seen = count // 40, []
+    steps, measured = count // 40, []
     loader = iter(PrefetchLoader(stream, range(steps), 2, pin_memory=False))
     for step in range(steps):
         next(loader)
         if step in (steps // 10, steps // 2, steps - 5):
-            seen.append(
-                f"{(step + 1) * 40:,} images: "
-                + " and ".join(f"{resident(w.pid):.0f}" for w in multiprocessing.active_children())
-                + " MB"
-            )
-    print("private memory of the two workers after", "; ".join(seen))
+            pids = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
+            megabytes = " and ".join(f"{private_memory(pid):.0f}" for pid in pids)
+            measured.append(f"{(step + 1) * 40:,} images: {megabytes} MB")
+    print("private memory of the two workers after", "; ".join(measured))
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__ or "")
     parser.add_argument(
-        "--photos", nargs="+", type=Path, metavar="FILE", help="photographs to make the files of"
+        "--photos", nargs="+", type=Path, metavar="FILE", help="photographs from which the files are made"
     )
-    parser.add_argument("--images", type=int, default=2000, help="files to make")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of every pipeline")
-    parser.add_argument("--a-round", type=int, default=120, help="images a pipeline and turn")
+    parser.add_argument("--images", type=int, default=2000, help="number of files")
+    parser.add_argument("--rounds", type=int, default=7, help="number of turns of every pipeline")
+    parser.add_argument("--a-round", type=int, default=120, help="images per pipeline and turn")
     parser.add_argument(
-        "--memory", type=int, default=0, metavar="N", help="also run the workers over N images"
+        "--memory",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also measure the memory of workers that load N images",
     )
     args = parser.parse_args()
     photos = args.photos
@@ -191,7 +195,7 @@ def main() -> None:
             import sklearn.datasets
         except ImportError:
             raise UserError(
-                "give photographs with --photos, or install scikit-learn, whose two samples serve"
+                "give photographs with --photos, or install scikit-learn, which has two of them"
             ) from None
         photos = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 
@@ -201,45 +205,45 @@ def main() -> None:
         make_files(folder, photos, args.images)
         source = Files(folder, list_images(folder).names)
         paths = [source.name(row) for row in range(len(source))]
-        exact, fast = (
+        pil_views, device = (
             [photo_view(pipeline(view), IMAGENET_NORM, on_device) for view in ("weak", "moco")]
             for on_device in (False, True)
         )
 
-        def ours(views):
-            def call(rows):
-                for start in range(0, len(rows), 40):  # as many as a rank of the recipe takes in a step
-                    part = rows[start : start + 40]
-                    two_views(*views, [source[row] for row in part.tolist()], part)
+        def use_torchvision(rows: np.ndarray) -> None:
+            for row in rows.tolist():
+                torchvision_views(paths[row])
 
-            return call
+        def use(views: Sequence[View], rows: np.ndarray) -> None:
+            for start in range(0, len(rows), 40):  # the recipe has 40 unlabeled images per rank and step
+                chunk = rows[start : start + 40]
+                two_views(views, [source[row] for row in chunk.tolist()], chunk)
 
-        pipelines = {
-            "torchvision on PIL, the usual way": lambda rows: [usual(paths[row]) for row in rows.tolist()],
-            "exact path (PIL)": ours(exact),
-            "fast path, host side": ours(fast),
+        pipelines: dict[str, Callable[[np.ndarray], None]] = {
+            "torchvision on PIL, as usual": use_torchvision,
+            "device views off (PIL)": partial(use, pil_views),
+            "device views on, CPU part": partial(use, device),
         }
-        speed = {label: [] for label in pipelines}
+        speeds: dict[str, list[float]] = {label: [] for label in pipelines}
         chunks = itertools.cycle(np.array_split(np.arange(len(paths)), max(1, len(paths) // args.a_round)))
         for _ in range(args.rounds + 1):
-            rows = next(chunks)  # the same files for all, in turn
+            rows = next(chunks)  # all pipelines read the same files
             for label, call in pipelines.items():
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 call(rows)
-                speed[label].append(len(rows) / (time.perf_counter() - begun))
-        base = None
-        print("| pipeline | images/s a core | times the usual way |\n|---|---|---|")
-        for label, values in speed.items():
-            base = base or values
+                speeds[label].append(len(rows) / (time.perf_counter() - start))
+        base = next(iter(speeds.values()))  # torchvision's
+        print("| pipeline | images/s per core | relative to torchvision |\n|---|---|---|")
+        for label, values in speeds.items():
             ratio = statistics.median(v / b for v, b in zip(values[1:], base[1:]))  # the first turn warms up
             print(f"| {label} | {statistics.median(values[1:]):.0f} | {ratio:.2f} |")
         print(f"\nMedians of {args.rounds} turns of {args.a_round} images with two views each, one thread.\n")
         print("| part | ms |\n|---|---|")
-        rounds = [stages(paths[:100]) for _ in range(3)]
+        rounds = [time_parts(paths[:100]) for _ in range(3)]
         for k, (part, _) in enumerate(rounds[0]):
             print(f"| {part} | {statistics.median(r[k][1] for r in rounds):.2f} |")
         if args.memory:
-            memory(source, args.memory)
+            print_memory(source, args.memory)
     print(f"\n{machine()}, Pillow {PIL.__version__}")
 
 

@@ -15,8 +15,9 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -265,7 +266,7 @@ def modes() -> list[Mode]:
     return out
 
 
-def missing(mode: Mode) -> Optional[str]:
+def missing(mode: Mode) -> str | None:
     """Why a mode cannot run here."""
     if mode.device == "cuda" and torch.cuda.device_count() < mode.processes:
         return f"needs {mode.processes} GPU{'s' * (mode.processes > 1)}"

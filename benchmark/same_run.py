@@ -1,4 +1,4 @@
-"""Whether two runs of train_semi.py ended bit for bit the same, whatever interrupted them on the way."""
+"""Compares the results of two runs of train_semi.py bit for bit, however often they were interrupted."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-HOW = ("output_dir", "workers", "save_freq")  # how a run is carried out, not what it computes
+# Settings that do not change what a run computes.
+WITHOUT_EFFECT = ("output_dir", "workers", "save_freq")
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """The log, without what differs from run to run: speed."""
+    """The events of the log, without the speed, which differs from run to run."""
     return [
         {key: value for key, value in json.loads(line).items() if key != "images_per_s"}
         for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -22,27 +23,27 @@ def weights(folder: Path, name: str = "last.pth") -> dict[str, Any]:
 
 
 def difference(a: Path, b: Path) -> str:
-    """Where the runs in the folders `a` and `b` first differ, or "": in their logs (apart from speed), or in
-    best.pth and last.pth, in any bit of weights, bank, prior, teacher, optimizer, meter or best score.
+    """The first difference between the runs in the folders `a` and `b`, or "". Their logs are compared,
+    without the speed, and best.pth and last.pth: weights, bank, prior, teacher, optimizer, meter, best score.
     """
-    first, second = events(a), events(b)
-    for number, (one, other) in enumerate(zip(first, second), 1):
-        if one != other:
-            return f"log.jsonl, line {number}: {one} and {other}"
-    if len(first) != len(second):
-        return f"log.jsonl: {len(first)} and {len(second)} lines"
+    events_a, events_b = events(a), events(b)
+    for number, (event_a, event_b) in enumerate(zip(events_a, events_b), 1):
+        if event_a != event_b:
+            return f"log.jsonl, line {number}: {event_a} and {event_b}"
+    if len(events_a) != len(events_b):
+        return f"log.jsonl: {len(events_a)} and {len(events_b)} lines"
     found = (first_difference(_state(a, name), _state(b, name), name) for name in ("best.pth", "last.pth"))
     return next(filter(None, found), "")
 
 
 def _state(folder: Path, name: str) -> dict[str, Any]:
     state = weights(folder, name)
-    config = {key: value for key, value in state["config"].items() if key not in HOW}
-    return {**state, "config": config, "sha256": ""}  # the checksum covers how, too
+    config = {key: value for key, value in state["config"].items() if key not in WITHOUT_EFFECT}
+    return {**state, "config": config, "sha256": ""}  # the checksum depends on them
 
 
 def first_difference(a: Any, b: Any, where: str) -> str:
-    """Where two states first differ, or ""; `where` is what they are called."""
+    """The first difference between two states, or "". where: the name of the states in the result."""
     if isinstance(a, (list, tuple)) and type(a) is type(b):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):

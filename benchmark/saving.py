@@ -1,11 +1,12 @@
-"""How long training waits for a checkpoint: python benchmark/saving.py [--rounds 7] [--folder DIR]
+"""The time that training waits for a checkpoint: python benchmark/saving.py [--rounds 7] [--folder DIR]
 
-A state of the 1 % recipe's size (SimMatch, ResNet-50, K = 13,000, SGD momentum) is saved in turn as
-train_semi.py does it, by a thread that writes a copy, and by the training thread itself. Between and beside
-the saves run steps of a fixed size: ResNet-18, forward and backward, 2 images of 224 px, one thread. The
-predictions come from the size of the state and from the rates of copying, checking, hashing and writing one
-array of 64 MB, measured in every round: a save that the training thread writes is checked, hashed and
-written, of the other kind training waits for the check and the copy alone.
+A state of the 1 % recipe's size (SimMatch, ResNet-50, K = 13,000, SGD momentum) is saved in two ways in turn:
+in the background, as train_semi.py does it, where a thread writes a copy; and in the foreground. Between the
+saves, and during those in the background, steps of a fixed size run: ResNet-18, forward and backward, 2
+images of 224 px, one thread. The predictions are computed from the size of the state and the rates of
+copying, checking, hashing and writing an array of 64 MB, which are measured in every round: in the
+foreground, training waits for the check, the hash and the write; in the background, for the check and the
+copy only.
 """
 
 import hashlib
@@ -13,8 +14,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,12 +31,12 @@ from util import checkpoint  # noqa: E402
 from util.config import parse, to_dict  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
-PIECE = 64 * 2**20  # bytes
-K = 13_000
+PIECE = 64 * 2**20  # bytes of the array that rates are measured with
+K = 13_000  # labeled images
 
 
 def recipe_state() -> dict[str, Any]:
-    """What train_semi.py saves, of a first step."""
+    """The state of a checkpoint after the first step."""
     config = parse(["--config", str(ROOT / "configs" / "imagenet_1p.yaml")], "")
     method = build_method(config, 3, torch.arange(K) % config.cls)
     optimizer = torch.optim.SGD(
@@ -46,22 +48,25 @@ def recipe_state() -> dict[str, Any]:
     for p in method.student.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    return {
+    state = {
         "config": to_dict(config),
         "step": 1,
         "world": 8,
         "processes": 8,
         "batch_size": config.batch_size,
-        "steps_per_epoch": 3962,
+        "steps_per_epoch": 3963,
         "best": {"step": 0, "student_top1": -1.0},
         "split": ("simmatch-1p", "0"),
         "data": "",
         "classes": [str(c) for c in range(config.cls)],
         "method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": {},
         "meter": {},
         "bad_images": [],
     }
+    assert state.keys() == checkpoint.KEYS.keys()
+    return state
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -72,28 +77,26 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def seconds(call: Callable[[], Any]) -> np.ndarray:
-    """Of the clock, and of a core that this thread had: [2]. Where others share the cores, the second says
-    what is due to us.
-    """
-    begun = time.perf_counter(), time.thread_time()
+    """Wall-clock and CPU seconds of this thread [2]. Other programs on the machine change the first only."""
+    start = time.perf_counter(), time.thread_time()
     call()
-    return np.array([time.perf_counter(), time.thread_time()]) - begun  # [2]
+    return np.array([time.perf_counter(), time.thread_time()]) - start  # [2]
 
 
 def rates(folder: Path) -> dict[str, np.ndarray]:
-    """`seconds` a byte of each part of a save."""
+    """`seconds` per byte of each part of a save."""
     piece = torch.randn(PIECE // 4)
 
     def write() -> None:
         with open(folder / "piece", "wb") as file:
-            file.write(memoryview(piece.numpy()))
+            file.write(piece.numpy().data)
             file.flush()
             os.fsync(file.fileno())
 
     parts = {
         "copy": lambda: piece.clone(),
         "check": lambda: checkpoint.check_finite({"piece": piece}, 0),
-        "hash": lambda: hashlib.sha256(piece.numpy()).digest(),
+        "hash": lambda: hashlib.sha256(piece.numpy().data).digest(),
         "write": write,
     }
     out = {name: seconds(call) / PIECE for name, call in parts.items()}
@@ -104,8 +107,8 @@ def rates(folder: Path) -> dict[str, np.ndarray]:
 def one_round(
     folder: Path, writer: checkpoint.Writer, state: dict[str, Any], step: Callable[[], np.ndarray], steps: int
 ) -> dict[str, np.ndarray]:
-    """Steps alone, a save in the foreground, a save in the background with steps beside it: `seconds`, and
-    predictions.
+    """Run steps alone, a save in the foreground, and a save in the background during steps -> `seconds` of
+    each, and predictions.
     """
     alone = np.median([step() for _ in range(steps)], axis=0)  # [2]
     rate, size = rates(folder), sum(t.nbytes for t in tensors(state))
@@ -114,14 +117,14 @@ def one_round(
     foreground = check + seconds(lambda: checkpoint.save(folder / "last.pth", state, keep_previous=True))
     check = seconds(lambda: checkpoint.check_finite(state["method"], 1))
     copy = seconds(lambda: writer.save(state, best=False))
-    begun, beside = time.perf_counter(), []
-    while writer.thread.is_alive():
-        beside.append(step())
-    took = time.perf_counter() - begun
+    start, during = time.perf_counter(), []
+    while writer.thread is not None and writer.thread.is_alive():
+        during.append(step())
+    written = time.perf_counter() - start
     return {
         "alone": alone,
-        "beside": np.median(beside, axis=0),
-        "written": np.array([took, np.nan]),
+        "during": np.median(during, axis=0),
+        "written": np.array([written, np.nan]),
         "check": check,
         "copy": copy,
         "foreground": foreground,
@@ -134,15 +137,13 @@ def one_round(
 
 
 def main() -> None:
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="saves of each kind; one more before them warms up"
-    )
-    parser.add_argument("--steps", type=int, default=5, help="steps alone in each round")
+    parser = Parser((__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7, help="saves of each kind, after one that warms up")
+    parser.add_argument("--steps", type=int, default=5, help="steps without a save in each round")
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where files are written; default: the system's folder for temporary files",
+        help="folder of the files; default: the system's folder for temporary files",
     )
     args = parser.parse_args()
     if args.rounds < 1 or args.steps < 1:
@@ -167,25 +168,26 @@ def main() -> None:
         rounds = [one_round(folder, writer, state, step, args.steps) for _ in range(args.rounds + 1)][1:]
         writer.close()
         size = (folder / "last.pth").stat().st_size
-    seen = {what: 1000 * np.array([each[what] for each in rounds]) for what in rounds[0]}  # ms, [rounds, 2]
+    times = {key: 1000 * np.array([each[key] for each in rounds]) for key in rounds[0]}  # ms, [rounds, 2]
 
-    def cells(what: str) -> str:
-        middle, low, high = (f(seen[what], axis=0) for f in (np.median, np.min, np.max))  # [2]
-        return f"{middle[0]:,.0f} ({low[0]:,.0f}–{high[0]:,.0f}) | {middle[1]:,.0f} ({low[1]:,.0f}–{high[1]:,.0f})"
+    def cells(key: str) -> str:
+        median, low, high = (f(times[key], axis=0) for f in (np.median, np.min, np.max))  # [2]
+        return " | ".join(f"{m:,.0f} ({a:,.0f}–{b:,.0f})" for m, a, b in zip(median, low, high))
 
-    print("| ms | predicted, clock | core | measured, clock | core |\n|---|---|---|---|---|")
-    for label, what in (
-        ("training waits, written by its thread", "foreground"),
-        ("training waits, written beside it", "waits"),
-        ("… of it: is all finite?", "check"),
-        ("… of it: copy", "copy"),
+    print("| ms | predicted, wall clock | CPU | measured, wall clock | CPU |\n|---|---|---|---|---|")
+    for label, key in (
+        ("training waits, save in the foreground", "foreground"),
+        ("training waits, save in the background", "waits"),
+        ("… of which: check that all values are finite", "check"),
+        ("… of which: copy", "copy"),
     ):
-        print(f"| {label} | {cells('predicted ' + what)} | {cells(what)} |")
-    print(f"| a step alone | | | {cells('alone')} |\n| a step beside a write | | | {cells('beside')} |")
-    times = np.median(seen["beside"] / seen["alone"], axis=0)  # [2]
+        print(f"| {label} | {cells('predicted ' + key)} | {cells(key)} |")
+    print(f"| a step alone | | | {cells('alone')} |\n| a step during a write | | | {cells('during')} |")
+    ratio = np.median(times["during"] / times["alone"], axis=0)  # [2]
     print(
-        f"\nMedians (least–most) of {args.rounds} rounds. A step beside a write takes {times[0]:.2f} times as long by the clock and "
-        f"{times[1]:.2f} times of a core; the write, {np.median(seen['written'][:, 0]):,.0f} ms. A file of {size / 1e6:.0f} MB; load "
+        f"\nMedians (minimum–maximum) of {args.rounds} rounds. A step during a write takes {ratio[0]:.2f} "
+        f"times as long by the wall clock and {ratio[1]:.2f} times the CPU time; a write takes "
+        f"{np.median(times['written'][:, 0]):,.0f} ms. The file has {size / 1e6:.0f} MB; load "
         f"{os.getloadavg()[0]:.0f} at the end; {machine()}."
     )
 
