@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import fork_server  # noqa: E402  (the repository is on the path only now)
 
-from util import errors  # noqa: E402
+from util import errors, preempt  # noqa: E402
+
+# Started as dataset/workers.py does it, before a test starts it with signals that would kill it.
+with preempt.signals_blocked():
+    resource_tracker.ensure_running()
 
 # Several processes (pytest-xdist, script/test.sh) take from one list: Slurm's tests first, since they mostly
 # wait; then the slow tests, the longest first; then the others.
