@@ -89,7 +89,7 @@ def gradient_error(dtype: torch.dtype) -> float:
 
     An activation that is as close to 0 as its rounding error may change its sign, and its gradient is then
     lost or added. Activations are normal, with a density of 0.4 at 0; the mean of their errors is
-    0.8·sqrt(80)·u; 17 layers have a ReLU. This gives sqrt(17·0.4·0.8·9u), and twice as much for the worst step.
+    0.8·sqrt(80)·u; 17 layers have a ReLU. This gives sqrt(17·0.4·0.8·9u), and twice that for the worst step.
     In any type, one activation of the last layer may change its sign: one of 2·2·512·12 (small_encoder:
     4·4·128·12), of which half are above 0, has 1/sqrt(12,288) of the norm.
     """

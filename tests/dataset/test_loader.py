@@ -117,7 +117,7 @@ def test_an_epoch_covers_the_unlabeled_images_once_over_all_ranks(world):
         seen = []
         for step in range(epoch * steps, (epoch + 1) * steps):
             for stream in streams:
-                (x, y, index, weak, strong), true_labels = parts(stream[step]), stream[step].true_labels
+                (_, _, _, weak, strong), true_labels = parts(stream[step]), stream[step].true_labels
                 rows = weak[:, 0, 0, 0].long()
                 assert torch.equal(rows, strong[:, 0, 0, 0].long())  # two views of the same images
                 assert not torch.equal(weak, strong)
