@@ -2,8 +2,8 @@
 
 Each method trains once without interruption. Then it trains again and is killed (SIGKILL) during steps, while
 a checkpoint is written, during an evaluation, and while its workers start, at moments drawn by --seed; after
-every kill, the same command resumes the run. Both runs must end bit-equal. Digits on the CPU, with one rank and
-with two; needs Linux (/proc).
+every kill, the same command resumes the run. Both runs must end bit-equal. Digits on the CPU, with one rank
+and with two; needs Linux (/proc).
 """
 
 import os
@@ -158,8 +158,8 @@ def steps(rank: Rank) -> set[int]:
 
 
 def unfinished_checkpoints(folder: Path) -> set[tuple[str, int, int]]:
-    """Name, inode and time of the temporary files of checkpoints, by which a new file differs from one that an
-    earlier kill has left.
+    """Name, inode and time of the temporary files of checkpoints. A file that an earlier kill has left thus
+    differs from a new one.
     """
     found = set()
     for path in (folder / "last.pth.tmp", folder / "best.pth.tmp"):
@@ -170,7 +170,7 @@ def unfinished_checkpoints(folder: Path) -> set[tuple[str, int, int]]:
 
 
 def has_workers(pid: int) -> bool:
-    """Whether the process has grandchildren: workers are children of a helper process (dataset/workers.py)."""
+    """Whether the process has grandchildren: workers are children of its helper (dataset/workers.py)."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):

@@ -1,11 +1,11 @@
-"""The training step against plain loops in float64: python benchmark/parity.py [--backbone resnet18_encoder]
-[--free] [--write docs/results/parity.md]
+"""Compares the training step with a reference in float64: python benchmark/parity.py [--only ROW …] [--free]
+[--write docs/results/parity.md]
 
-The reference is tests/reference.py. Every mode of the production step starts each step from the reference's
-state, cast to the mode's type, on the same batches; --free lets it run on from its own state, which shows how
-rounding grows, and judges nothing. A row holds the largest relative difference over the steps: |a − b| / |b|
-of a loss term; of tensors, the largest |a − b| of one by the largest |b| of the same one, the worst of them;
-of SGD's momentum, which shows gradients and weight decay, the norm of a − b by that of b, over all parameters
+The reference, written with plain loops, is tests/reference.py. In every mode, each production step starts
+from the reference's state, cast to the mode's type, on the same batches. With --free, it continues from its
+own state, which shows how rounding errors grow; bounds are not checked then. A row holds the largest relative
+difference over the steps. For a loss term, it is |a − b| / |b|; for tensors, max |a − b| / max |b| of the
+worst tensor; for SGD's momentum, which shows gradients and weight decay, ‖a − b‖ / ‖b‖ over all parameters
 together. Exit code 1 if a bound is broken.
 """
 
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,7 +37,7 @@ from util.config import Config  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 MARKS = "<!-- parity of {}: written by benchmark/parity.py -->", "<!-- end of parity of {} -->"
-SCALE = 2.0**10  # of the loss in fp16: small enough that no step of this size is left out
+SCALE = 2.0**10  # of the loss in fp16, small enough that the scaler skips no step
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSSES = ("loss_x", "loss_u", "loss_in")
 STATES = {
@@ -48,57 +48,60 @@ STATES = {
     "momentum": ("momentum.",),
 }
 COLUMNS = (*LOSSES, "pseudo", *STATES)
-TWICE = (*LOSSES, "pseudo", "prior")  # two networks' outputs, or two ends of a softmax, enter
-ROUNDINGS = 4 * 20  # four in each of ResNet-18's 18 layers and the head's two
+# These depend on the outputs of two networks, or on two terms of a softmax: their bound is twice as large.
+TWICE = (*LOSSES, "pseudo", "prior")
+ROUNDINGS = 4 * 20  # four in each of ResNet-18's 18 layers and of the head's two
 
 
 class Mode(NamedTuple):
-    """A way to compute the step."""
+    """One way to compute the step."""
 
     name: str
     eman: bool = False
     ranks: int = 1  # of a global step
-    processes: int = 1  # that share them
+    processes: int = 1  # which share the ranks
     precision: str = "fp32"
     channels_last: bool = False
     compiled: bool = False
     device: str = "cpu"
-    tf32: bool = False  # on a GPU: convolutions round their inputs to 10 bits
+    tf32: bool = False  # on a GPU, convolutions round their inputs to 10 bits
 
     def bound(self, column: str) -> float:
-        """From the type alone: fp64 1e-10, fp32 1e-5, otherwise by `rounding`; momentum's by `turned`."""
+        """fp64: 1e-10; momentum: `gradient_error`; fp32: 1e-5; other types: `rounding_error`."""
         dtype = torch.float16 if self.tf32 else TYPES[self.precision]
         if dtype == torch.float64:
             return 1e-10
         if column == "momentum":
-            return turned(dtype)
-        return 1e-5 if dtype == torch.float32 else (2 if column in TWICE else 1) * rounding(dtype)
+            return gradient_error(dtype)
+        return 1e-5 if dtype == torch.float32 else (2 if column in TWICE else 1) * rounding_error(dtype)
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """Relative error of the largest of some hundred outputs. Each rounding errs by up to u, half the type's
-    eps; 80 of them one after the other, independent, by sqrt(80)·u; the largest of many by four times that:
-    36u.
+def rounding_error(dtype: torch.dtype) -> float:
+    """The expected relative error of the worst of some hundred outputs: 36u.
+
+    One rounding has an error of up to u, half the type's eps; 80 independent roundings have sqrt(80)·u; the
+    worst of many outputs has four times as much.
     """
     return 4 * math.sqrt(ROUNDINGS) * torch.finfo(dtype).eps / 2
 
 
-def turned(dtype: torch.dtype) -> float:
-    """Relative error of all gradients together. An activation as near to 0 as its rounding error may fall on
-    the other side of its ReLU, and its gradient is lost or comes in whole. Activations are normal, 0.4 of
-    them in a unit around 0; their errors are 0.8·sqrt(80)·u in the mean; 17 layers have a ReLU:
-    sqrt(17·0.4·0.8·9u), and twice that for the worst step. In any type one may turn in the last layer, where
-    1 of 2·2·512·12 (small: 4·4·128·12), half of them above 0, is 1/sqrt(12,288) of the norm.
+def gradient_error(dtype: torch.dtype) -> float:
+    """The expected relative error of all gradients together.
+
+    An activation that is as close to 0 as its rounding error may change its sign, and its gradient is then
+    lost or added. Activations are normal, with a density of 0.4 at 0; the mean of their errors is
+    0.8·sqrt(80)·u; 17 layers have a ReLU. This gives sqrt(17·0.4·0.8·9u), and twice that for the worst step.
+    In any type, one activation of the last layer may change its sign: one of 2·2·512·12 (small_encoder:
+    4·4·128·12), of which half are above 0, has 1/sqrt(12,288) of the norm.
     """
-    return 2 * math.sqrt(17 * 0.4 * 0.8 * math.sqrt(ROUNDINGS) * torch.finfo(dtype).eps / 2) + 1 / math.sqrt(
-        12288
-    )
+    flipped = 17 * 0.4 * 0.8 * math.sqrt(ROUNDINGS) * torch.finfo(dtype).eps / 2
+    return 2 * math.sqrt(flipped) + 1 / math.sqrt(12288)
 
 
 def replay(
     mode: Mode, config: Config, steps: Sequence[Step], free: bool = False
 ) -> Iterator[dict[str, float]]:
-    """Differences of each step, on every process of the mode; all of them must call it."""
+    """Run the production steps -> the `differences` of each. All processes of the mode must call it."""
     device, dtype = torch.device(mode.device), torch.float64 if mode.precision == "fp64" else torch.float32
     method = build_method(config, 3, LABELS).to(device, dtype)
     configure_execution(method, mode.precision.replace("fp64", "fp32"), mode.channels_last, mode.compiled)
@@ -111,8 +114,8 @@ def replay(
     )
     scaler = torch.amp.GradScaler(device.type, init_scale=SCALE, enabled=mode.precision == "fp16")
     names = dict(method.student.named_parameters())
-    here = mode.ranks // mode.processes
-    mine = slice(dist_utils.rank() * here, (dist_utils.rank() + 1) * here)
+    per_process = mode.ranks // mode.processes
+    own_ranks = slice(dist_utils.rank() * per_process, (dist_utils.rank() + 1) * per_process)
     for k, step in enumerate(steps):
         if k == 0 or not free:
             method.load_state_dict(
@@ -124,7 +127,7 @@ def replay(
                     optimizer.state[p]["momentum_buffer"] = step.before[f"momentum.{name}"].to(p, copy=True)
         batches = [
             Batch(*(field.to(device, dtype if field.is_floating_point() else None) for field in batch))
-            for batch in step.batches[mine]
+            for batch in step.batches[own_ranks]
         ]
         terms, output = train_step(
             method, student, optimizer, batches, step=k, bank_ready=step.bank_ready, scaler=scaler
@@ -134,6 +137,7 @@ def replay(
             for name, p in names.items()
             if optimizer.state[p].get("momentum_buffer") is not None
         }
+        assert output.pseudo_label is not None and output.mask is not None  # SimMatch has both
         yield differences(
             step,
             {name: dist_utils.all_mean(term).item() for name, term in terms.items()},
@@ -146,10 +150,10 @@ def replay(
 def differences(
     step: Step, terms: dict[str, float], pseudo: Tensor, mask: Tensor, state: dict[str, Tensor]
 ) -> dict[str, float]:
-    """By column; `argmax`: share of pseudo-labels with the same class; `flips`: images on the other side of
-    the threshold.
+    """The relative difference of each of COLUMNS; "argmax": the share of pseudo-labels with the same class;
+    "flips": the number of images with another mask.
 
-    A flip makes L_u, and so gradients, another number altogether: there is nothing to compare then (nan).
+    With a flip, L_u and the gradients are not comparable, and their differences are nan.
     """
     out = {
         name: relative(
@@ -172,7 +176,7 @@ def differences(
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """max |a − b| / max |b|; whole numbers must be equal."""
+    """max |a − b| / max |b|; inf if shapes or integers differ."""
     a = a.detach().cpu()
     if a.shape != b.shape or not b.is_floating_point() and not torch.equal(a, b):
         return math.inf
@@ -182,12 +186,12 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """‖a − b‖ / ‖b‖ of all tensors together."""
-    a, b = (torch.cat([x.cpu().double().flatten() for x in tensors]) for tensors in (a, b))
-    return ((a - b).norm() / b.norm()).nan_to_num(math.inf).item()
+    x, y = (torch.cat([t.cpu().double().flatten() for t in tensors]) for tensors in (a, b))
+    return ((x - y).norm() / y.norm()).nan_to_num(math.inf).item()
 
 
 def worst(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Over steps; nan where no step could be compared."""
+    """The largest differences over the steps; nan where no step was comparable."""
     out = {
         name: max((row[name] for row in rows if not math.isnan(row[name])), default=math.nan)
         for name in COLUMNS
@@ -199,13 +203,13 @@ def worst(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def holds(mode: Mode, row: dict[str, float]) -> bool:
-    return all(row[name] <= mode.bound(name) for name in COLUMNS)  # nan holds nothing
+    return all(row[name] <= mode.bound(name) for name in COLUMNS)  # nan does not hold
 
 
 def play(
     mode: Mode, config: Config, steps: Sequence[Step], folder: Path, free: bool
 ) -> list[dict[str, float]]:
-    """`replay` in as many processes as the mode has: gloo between CPUs, NCCL between GPUs."""
+    """`replay` in the mode's number of processes, with gloo between CPUs and NCCL between GPUs."""
     if mode.processes == 1:
         allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, mode.tf32
         out = list(replay(mode, config, steps, free))
@@ -267,7 +271,7 @@ def modes() -> list[Mode]:
 
 
 def missing(mode: Mode) -> str | None:
-    """Why a mode cannot run here."""
+    """Why the mode cannot run on this machine, or None."""
     if mode.device == "cuda" and torch.cuda.device_count() < mode.processes:
         return f"needs {mode.processes} GPU{'s' * (mode.processes > 1)}"
     if mode.device == "cpu" and mode.compiled and not (shutil.which("g++") or shutil.which("clang++")):
@@ -287,22 +291,21 @@ def not_run(chosen: Sequence[Mode]) -> list[str]:
 
 def line(mode: Mode, row: dict[str, float], judged: bool) -> str:
     cells = [f"{row[name]:.0e}" for name in COLUMNS] + [f"{100 * row['argmax']:.0f} %", f"{row['flips']:.0f}"]
-    bounds = f"{mode.bound('bank'):.0e}"
-    return f"| {mode.name} | {' | '.join(cells)} | {bounds} | {('holds' if holds(mode, row) else 'BROKEN') if judged else '–'} |"
+    verdict = ("holds" if holds(mode, row) else "BROKEN") if judged else "–"
+    return f"| {mode.name} | {' | '.join(cells)} | {mode.bound('bank'):.0e} | {verdict} |"
 
 
 def views(name: str, n: int = 8) -> tuple[float, float, float]:
-    """The same random view with device views on and off, on the CPU: share of equal values, and within one
-    level of 255, the mean difference in levels.
+    """Compare the same random view with device views on and off, on the CPU -> the share of equal values, the
+    share within one level of 255, and the mean difference in levels.
     """
     rng, pixels = np.random.default_rng(0), []
     for _ in range(n):
         rough = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
             (500, 375), Image.Resampling.BICUBIC
         )
-        noisy = (
-            np.asarray(rough).astype(int) * 3 // 2 - 60 + rng.integers(-12, 12, (375, 500, 3))
-        )  # with saturated parts
+        # Photographs have noise and saturated parts.
+        noisy = np.asarray(rough).astype(int) * 3 // 2 - 60 + rng.integers(-12, 12, (375, 500, 3))
         pixels.append(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)))
     both = [photo_view(pipeline(name), IMAGENET_NORM, on_device) for on_device in (False, True)]
     u = rng.random((n, both[0].num_uniforms))
@@ -319,21 +322,21 @@ def views(name: str, n: int = 8) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__ or "")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--backbone", default="small_encoder", choices=("small_encoder", "resnet18_encoder"))
     parser.add_argument(
-        "--only", nargs="+", metavar="ROW", help="rows of these names, without the teacher's kind"
+        "--only", nargs="+", metavar="ROW", help="compute only the rows of these names (without ema or eman)"
     )
     parser.add_argument(
         "--free",
         action="store_true",
-        help="do not start every step from the reference's state; judges nothing",
+        help="do not start every step from the reference's state; bounds are not checked",
     )
     parser.add_argument("--write", type=Path, help="put the table between its marks in this file")
     args = parser.parse_args()
     if args.steps < 2:
-        raise UserError("--steps must be at least 2: the first is of the first epoch, without L_in")
+        raise UserError("--steps must be at least 2: the first step is of the first epoch, without L_in")
     start, end = (mark.format(args.backbone) for mark in MARKS)
     if args.write and not all(mark in args.write.read_text(encoding="utf-8") for mark in (start, end)):
         raise UserError(f"{args.write} has no place for the table: it needs the lines {start} and {end}")
@@ -342,19 +345,15 @@ def main() -> None:
         raise UserError(
             "--only knows " + "; ".join(dict.fromkeys(mode.name.partition(", ")[2] for mode in modes()))
         )
-    table, broken = (
-        [
-            f"| mode | {' | '.join(COLUMNS)} | same class | flips | bound | |",
-            "|---" * (len(COLUMNS) + 5) + "|",
-        ],
-        False,
-    )
+    table = [f"| mode | {' | '.join(COLUMNS)} | same class | flips | bound | |"]
+    table.append("|---" * (len(COLUMNS) + 5) + "|")
+    broken = False
     print("\n".join(table), flush=True)
     for eman, ranks in sorted({(mode.eman, mode.ranks) for mode in chosen}):
-        here = [mode for mode in chosen if (mode.eman, mode.ranks) == (eman, ranks)]
+        group = [mode for mode in chosen if (mode.eman, mode.ranks) == (eman, ranks)]  # with the same steps
         config = settings(args.backbone, eman=eman)
-        steps = trajectory(config, ranks, args.steps) if not all(map(missing, here)) else []
-        for mode in here:
+        steps = trajectory(config, ranks, args.steps) if not all(map(missing, group)) else []
+        for mode in group:
             if missing(mode):
                 continue
             with tempfile.TemporaryDirectory() as folder:
@@ -373,13 +372,13 @@ def main() -> None:
         fine = near > 0.99 and mean < 0.1
         broken |= not fine
         lines.append(
-            f"| {name}, device views on against off | {100 * equal:.2f} % | {100 * near:.2f} % | {mean:.4f} | 99 %, 0.1 | "
-            f"{'holds' if fine else 'BROKEN'} |"
+            f"| {name}, device views on against off | {100 * equal:.2f} % | {100 * near:.2f} % | "
+            f"{mean:.4f} | 99 %, 0.1 | {'holds' if fine else 'BROKEN'} |"
         )
     lines += [
         "",
-        f"n = {args.steps} steps a row, {args.backbone}, {SIDE} px, C = 10, K = {K}, D = 16, {B} labeled and {2 * B} unlabeled "
-        f"images a rank; 8 images a view. {machine()}.",
+        f"n = {args.steps} steps per row, {args.backbone}, {SIDE} px, C = 10, K = {K}, D = 16, {B} labeled "
+        f"and {2 * B} unlabeled images per rank; 8 images per view. {machine()}.",
     ]
     print("\n".join(lines))
     if args.write:

@@ -1,4 +1,4 @@
-"""What benchmark/parity.py compares with: the reference's steps on a small problem, in float64."""
+"""The reference's steps on a small problem, in float64, with which benchmark/parity.py compares."""
 
 from typing import Any, NamedTuple
 
@@ -6,24 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import Batch, Method, build_method
+from models import Batch, SimMatch, build_method
 from tests.reference import SimMatchReference
 from util.config import Config
 
-C, K, B, SIDE = (
-    10,
-    40,
-    4,
-    64,
-)  # classes; labeled images; of them in a rank's batch; pixels of an image's side
-LABELS = torch.arange(K) % C  # of the bank             [K]
+C, K, B = 10, 40, 4  # classes; labeled images; labeled images per rank
+SIDE = 64  # of an image, in pixels
+LABELS = torch.arange(K) % C  # of the bank [K]
 
 
 class Step(NamedTuple):
-    """What the reference started a step from, saw, and came to. States in float64, as in `state_of`."""
+    """The reference's state before a step, the inputs, the results, and the state after it (`state_of`)."""
 
     before: dict[str, Tensor]
-    batches: list[Batch]  # one for each rank
+    batches: list[Batch]  # one per rank
     bank_ready: bool
     terms: dict[str, float]
     pseudo_label: Tensor  # of all ranks          [ranks·muB, C]
@@ -32,8 +28,8 @@ class Step(NamedTuple):
 
 
 def settings(backbone: str = "resnet18_encoder", **changes: Any) -> Config:
-    """The published 1 % recipe's, at a rate of its warm-up, and with a threshold that some images of a small
-    problem pass.
+    """The settings of the published 1 % recipe, with a learning rate of its warm-up and a threshold that some
+    images of the small problem reach.
     """
     return Config(
         **{
@@ -55,33 +51,33 @@ def settings(backbone: str = "resnet18_encoder", **changes: Any) -> Config:
     )
 
 
-def ripe(config: Config) -> Method:
-    """A method in float64 after some supervised training, whose teacher lags.
+def pretrained(config: Config) -> SimMatch:
+    """A method in float64 after some supervised training, whose teacher differs from the student.
 
-    Not an untrained one: there all images look alike, and a classifier that tells them apart magnifies
-    rounding.
+    In an untrained network all images have similar features, so that rounding errors have a large effect.
     """
     torch.manual_seed(0)
     method = build_method(config, 3, LABELS)
+    assert isinstance(method, SimMatch)
     optimizer = torch.optim.SGD(method.student.parameters(), lr=0.05, momentum=0.9)
     for k in range(60):
         y = LABELS[: 2 * C]  # [20]
         logits, _ = method.student(images(y, 100_000 + k).float())  # [20, C]
         optimizer.zero_grad()
-        F.cross_entropy(logits, y, label_smoothing=0.2).backward()  # not too sure: L_x stays far from 0
+        F.cross_entropy(logits, y, label_smoothing=0.2).backward()  # smoothing: L_x stays above 0
         optimizer.step()
     method.double()
     with torch.no_grad():
-        for own, theirs in zip(method.teacher.net.parameters(), method.student.parameters()):
-            own.copy_(theirs * (1 + 0.02 * torch.randn_like(theirs)))
-        for own, theirs in zip(method.teacher.net.buffers(), method.student.buffers()):
-            own.copy_(theirs)
+        for p, student_p in zip(method.teacher.net.parameters(), method.student.parameters()):
+            p.copy_(student_p * (1 + 0.02 * torch.randn_like(student_p)))
+        for buffer, student_buffer in zip(method.teacher.net.buffers(), method.student.buffers()):
+            buffer.copy_(student_buffer)
     return method
 
 
 def images(y: Tensor, seed: int) -> Tensor:
-    """Of classes `y` [n]: a smooth pattern of the class, one of the image, and noise; exact in float32. [n,
-    3, SIDE, SIDE] float64.
+    """Images of classes `y` [n]: a smooth pattern of the class, one of the image, and noise -> [n, 3, SIDE,
+    SIDE] float64, with values that float32 represents exactly.
     """
     patterns = torch.randn(C, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(seed)
@@ -93,7 +89,7 @@ def images(y: Tensor, seed: int) -> Tensor:
 
 def batches_of(config: Config, ranks: int, step: int) -> list[Batch]:
     g = torch.Generator().manual_seed(step)
-    index = torch.randperm(K, generator=g)[: B * ranks].chunk(ranks)  # [B] of each
+    index = torch.randperm(K, generator=g)[: B * ranks].chunk(ranks)  # [B] each
     out = []
     for rank, rows in enumerate(index):
         seed, y = 1000 * step + 10 * rank, torch.randint(C, (config.mu * B,), generator=g)
@@ -104,9 +100,9 @@ def batches_of(config: Config, ranks: int, step: int) -> list[Batch]:
 
 
 def trajectory(config: Config, ranks: int, steps: int) -> list[Step]:
-    """The reference's steps; the first is of the first epoch."""
-    method = ripe(config)
-    slow = SimMatchReference(
+    """The reference's steps. The first is in the first epoch."""
+    method = pretrained(config)
+    reference = SimMatchReference(
         method.student,
         method.bank.z,
         method.bank.labels,
@@ -128,12 +124,12 @@ def trajectory(config: Config, ranks: int, steps: int) -> list[Step]:
         no_decay_bn=config.no_decay_bn,
         bn_mode="average" if config.eman else "shuffle",
     )
-    slow.teacher.load_state_dict(method.teacher.net.state_dict())
-    out, before = [], state_of(slow)
+    reference.teacher.load_state_dict(method.teacher.net.state_dict())
+    out, before = [], state_of(reference)
     for k in range(steps):
         batches = batches_of(config, ranks, k)
-        terms, pseudo, mask = slow.step(batches, k, first_epoch=k == 0)
-        after = state_of(slow)
+        terms, pseudo, mask = reference.step(batches, k, first_epoch=k == 0)
+        after = state_of(reference)
         out.append(
             Step(
                 before,
@@ -149,18 +145,18 @@ def trajectory(config: Config, ranks: int, steps: int) -> list[Step]:
     return out
 
 
-def state_of(slow: SimMatchReference) -> dict[str, Tensor]:
-    """A copy of it, named as in the state_dict of a SimMatch, and momentum.* of the student's parameters."""
+def state_of(reference: SimMatchReference) -> dict[str, Tensor]:
+    """A copy of the state, named as in SimMatch.state_dict(), with momentum.* of the student's parameters."""
     state = {
         f"{name}.{key}": value
-        for name, net in (("student", slow.student), ("teacher.net", slow.teacher))
+        for name, net in (("student", reference.student), ("teacher.net", reference.teacher))
         for key, value in net.state_dict().items()
     }
     state |= {
-        "bank.z": torch.stack(slow.bank),
-        "bank.labels": torch.tensor(slow.labels),
-        "align.ring": torch.tensor([[float(v) for v in row] for row in slow.ring], dtype=torch.float64),
-        "align.ptr": torch.tensor([slow.ptr]),
+        "bank.z": torch.stack(reference.bank),
+        "bank.labels": torch.tensor(reference.labels),
+        "align.ring": torch.tensor([[float(v) for v in row] for row in reference.ring], dtype=torch.float64),
+        "align.ptr": torch.tensor([reference.ptr]),
     }
-    state |= {f"momentum.{key}": value for key, value in slow.velocity.items()}
+    state |= {f"momentum.{key}": value for key, value in reference.velocity.items()}
     return {key: value.clone() for key, value in state.items()}

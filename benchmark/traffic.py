@@ -1,15 +1,14 @@
-"""Bytes that a rank sends in a step, by cause: python benchmark/traffic.py [--ranks 2 4] [--bank 13000
-128000] [--paper 8 64 512]
+"""Bytes that a rank sends in a step, by cause: python benchmark/traffic.py [--ranks 2 4] [--paper 8 64 512]
 
-Starts gloo ranks on this machine that train on made-up images with the settings of --config, and counts what
-the kernel sent over each rank's own TCP connections: payload, with gloo's own headers, without those of TCP.
-Any further flag is one of train_semi.py, such as --batch-size 4. Linux 4.19 or later. --paper starts no
-ranks: it prints what docs/SCALE.md works out.
+Starts gloo ranks on this machine that train on random images with the settings of --config, and counts the
+bytes that each rank sends over its TCP connections: the payload, with gloo's headers, without those of TCP.
+Further flags are those of train_semi.py, such as --batch-size 4. Needs Linux 4.19 or later. --paper starts no
+ranks, but prints the predictions of docs/SCALE.md.
 
-gradients: all that is sent between the start of the student's forward and the end of backward. features:
-embeddings, labels and indices for the bank. shuffle-BN out: images to the rank whose group they join; home:
-logits and embeddings back. other: the prior, EMAN's BN statistics, and the control messages of --print-freq,
-here after every step. unassigned: the rest.
+gradients: sent between the start of the student's forward and the end of backward. features: embeddings,
+labels and indices for the bank. shuffle-BN out: images, sent to the rank that normalizes them; shuffle-BN
+home: logits and embeddings, sent back. other: the prior, EMAN's BN statistics, and the control messages of
+--print-freq, which are sent after every step. unassigned: the rest.
 """
 
 import functools
@@ -28,9 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # DDP: "all parameters are used"; in the first epoch they are not
+# DDP warns that all parameters are used; in the first epoch they are not.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
@@ -43,17 +41,12 @@ from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.metrics import Meter  # noqa: E402
 
 CAUSES = ("gradients", "features", "shuffle-BN out", "shuffle-BN home", "other", "unassigned")
-NOT_SENT, SENT_AND_RESENT, LENGTH = (
-    144,
-    200,
-    216,
-)  # linux/tcp.h: tcpi_notsent_bytes; tcpi_bytes_sent, _retrans; their end
+# Offsets in linux/tcp.h: tcpi_notsent_bytes; tcpi_bytes_sent and tcpi_bytes_retrans; the end of these.
+NOT_SENT, SENT_AND_RESENT, LENGTH = 144, 200, 216
 
 
 def bytes_sent() -> int:
-    """Payload that this process has given to its TCP connections so far, what is still on its way out
-    included.
-    """
+    """Payload that this process has written to its TCP connections so far, even if it is not sent yet."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -64,10 +57,11 @@ def bytes_sent() -> int:
                     continue
                 info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 512)
         except OSError:
-            continue  # closed since it was listed
+            continue  # the connection was closed in the meantime
         if len(info) < LENGTH:
             raise UserError(
-                f"this kernel ({os.uname().release}) does not count what a connection sends: use Linux 4.19 or later"
+                f"this kernel ({os.uname().release}) does not count the bytes of a connection: "
+                "use Linux 4.19 or later"
             )
         sent, resent = struct.unpack_from("=QQ", info, SENT_AND_RESENT)
         total += sent - resent + struct.unpack_from("=I", info, NOT_SENT)[0]
@@ -75,28 +69,28 @@ def bytes_sent() -> int:
 
 
 class Ledger:
-    """Every byte that this process sends, on the account of the cause that is on."""
+    """Assigns every byte that this process sends to the cause that is current when it is sent."""
 
     def __init__(self) -> None:
         self.cause, self.seen = "unassigned", bytes_sent()
         self.bytes = dict.fromkeys(CAUSES, 0)
 
     def switch(self, cause: str) -> str:
-        """From now on it is `cause`; returns what it was."""
+        """Make `cause` the current cause and return the previous one."""
         before, now = self.cause, bytes_sent()
         self.bytes[before] += now - self.seen
         self.cause, self.seen = cause, now
         return before
 
     def take(self) -> dict[str, int]:
-        """What was sent since the last taking, by cause."""
+        """Bytes by cause since the last call."""
         self.switch(self.cause)
         out, self.bytes = self.bytes, dict.fromkeys(CAUSES, 0)
         return out
 
-    def wrap(self, place: Any, name: str, cause: str) -> None:
-        """What the function `name` of `place` sends is on `cause`."""
-        call = getattr(place, name)
+    def wrap(self, owner: Any, name: str, cause: str) -> None:
+        """Assign what the function `name` of `owner`, a module or a class, sends to `cause`."""
+        call = getattr(owner, name)
 
         @functools.wraps(call)
         def counted(*args: Any) -> Any:
@@ -105,11 +99,11 @@ class Ledger:
             self.switch(before)
             return result
 
-        setattr(place, name, counted)
+        setattr(owner, name, counted)
 
-    def wrap_context(self, place: Any, name: str, cause: str) -> None:
-        """The same for a function that gives a context: what is sent inside it."""
-        call: Callable = getattr(place, name)
+    def wrap_context(self, owner: Any, name: str, cause: str) -> None:
+        """Assign what is sent within a context that the function `name` of `owner` returns to `cause`."""
+        call: Callable = getattr(owner, name)
 
         @contextmanager
         def counted(*args: Any) -> Iterator[None]:
@@ -118,11 +112,11 @@ class Ledger:
                 yield
             self.switch(before)
 
-        setattr(place, name, counted)
+        setattr(owner, name, counted)
 
 
-def listen() -> Ledger:
-    """A ledger of all that models/ and the loop of train_semi.py call."""
+def wrap_communication() -> Ledger:
+    """A ledger of what the communication functions send that models/ and train_semi.py call."""
     ledger = Ledger()
     for name, cause in (("scatter", "shuffle-BN out"), ("gather", "shuffle-BN home")):
         ledger.wrap(dist_utils.Shuffle, name, cause)
@@ -137,8 +131,8 @@ def listen() -> Ledger:
     return ledger
 
 
-def made_up(config: Config, labels: torch.Tensor, step: int) -> Batch:
-    """A batch of noise; other images on every rank and in every step."""
+def random_batch(config: Config, labels: torch.Tensor, step: int) -> Batch:
+    """A batch of noise, which differs between ranks and steps."""
     random = torch.Generator().manual_seed(1000 * step + dist_utils.rank())
     index = torch.randint(len(labels), (config.batch_size,), generator=random)  # [B]
 
@@ -150,7 +144,7 @@ def made_up(config: Config, labels: torch.Tensor, step: int) -> Batch:
 
 
 def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, Any]:
-    """sent: bytes by cause of each of `steps` steps after the first epoch; and `sizes`."""
+    """Train for `steps` steps after the first epoch -> "sent": bytes by cause of each step; and `sizes`."""
     torch.manual_seed(config.seed)
     labels = torch.arange(bank) % config.cls  # [K]
     method = build_method(config, 3, labels).train()
@@ -164,18 +158,18 @@ def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, An
     ledger.take()
     for step in range(steps):
         terms, output = train_step(
-            method, student, optimizer, [made_up(config, labels, step)], step=step, bank_ready=True
+            method, student, optimizer, [random_batch(config, labels, step)], step=step, bank_ready=True
         )
         meter.add(step, terms, output.pseudo_label, output.mask, None)
-        dist_utils.any_rank(False)  # whether to stop
+        dist_utils.any_rank(False)  # the message of --print-freq: whether to stop
         meter.take_means()
         sent.append(ledger.take())
     return {"sent": sent, **sizes(config, method)}
 
 
 def sizes(config: Config, method: Method) -> dict[str, int]:
-    """Bytes of the student's gradients, of its buffers (BN statistics), and of the images that a rank's
-    teacher sees, in fp32.
+    """Bytes in fp32 of the student's gradients, of its buffers (BN statistics), and of the images that go
+    through a rank's teacher.
     """
     return {
         "gradients": 4 * sum(p.numel() for p in method.student.parameters()),
@@ -187,7 +181,7 @@ def sizes(config: Config, method: Method) -> dict[str, int]:
 def one_rank(
     rank: int, world: int, port: int, config: Config, banks: list[int], steps: int, folder: str
 ) -> None:
-    """Train with each of `banks` and leave what was sent, and the memory it took, in folder/<rank>.json."""
+    """Train with each of `banks` (K) and write the bytes and the memory to folder/<rank>.json."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
@@ -197,18 +191,18 @@ def one_rank(
         MASTER_PORT=str(port),
     )
     dist_utils.dist_init("cpu", config.timeout_minutes, config.port)
-    ledger, results = listen(), []
+    ledger, results = wrap_communication(), []
     for bank in banks:
         results.append(train(config, bank, steps, ledger))
         results[-1]["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    dist_utils.any_rank(False)  # no rank hangs up while another one counts
+    dist_utils.any_rank(False)  # a barrier: no rank closes its connections while another one counts
     dist_utils.dist_end()
 
 
 def count(world: int, config: Config, banks: list[int], steps: int) -> list[dict[str, Any]]:
-    """For each of `banks`: sent: bytes by cause, of every step of every rank; memory: the most bytes that a
-    rank has taken until then; and `sizes`.
+    """Start `world` ranks -> for each of `banks` (K), "sent": bytes by cause of every step of every rank;
+    "memory": the largest memory of a rank so far, in bytes; and `sizes`.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -219,7 +213,7 @@ def count(world: int, config: Config, banks: list[int], steps: int) -> list[dict
     return [
         {
             **results[0],
-            "sent": sum((result["sent"] for result in results), []),
+            "sent": [sent for result in results for sent in result["sent"]],
             "memory": max(result["memory"] for result in results),
         }
         for results in zip(*ranks)
@@ -227,13 +221,13 @@ def count(world: int, config: Config, banks: list[int], steps: int) -> list[dict
 
 
 def on_paper(world: int, config: Config, size: dict[str, int]) -> dict[str, float]:
-    """What a rank sends in a step on average, by cause, without the headers of messages: docs/SCALE.md says
-    why.
+    """The predicted bytes that a rank sends in a step, by cause, without the headers of messages; see
+    docs/SCALE.md.
     """
-    away = (world - 1) / world  # share of rows that another rank takes
+    away = (world - 1) / world  # the share of rows that go to another rank
     n = (1 + config.mu) * config.batch_size
     return {
-        "gradients": 2 * away * size["gradients"],  # a ring
+        "gradients": 2 * away * size["gradients"],  # a ring all-reduce
         "features": (world - 1) * config.batch_size * (4 * config.dim + 16),  # z, label, index
         "shuffle-BN out": 0 if config.eman else away * size["images"],
         "shuffle-BN home": 0 if config.eman else away * n * 4 * (config.cls + config.dim),
@@ -243,43 +237,46 @@ def on_paper(world: int, config: Config, size: dict[str, int]) -> dict[str, floa
 
 
 def share_of_bound(sent: dict[str, float], images: int) -> float:
-    """All that a rank sent in a step, over 1.1 × gradients + 1 × its images; at most 1 is what the project
-    asks for.
-    """
+    """All bytes of a rank in a step, divided by 1.1 × gradients + 1 × its images. It must be at most 1."""
     return sum(sent.values()) / (1.1 * sent["gradients"] + images)
 
 
 def row(world: int, teacher: str, bank: str, sent: dict[str, float], share: float) -> str:
-    numbers = " | ".join(
-        f"{value:,.0f}" for value in [*(sent[cause] for cause in CAUSES), sum(sent.values())]
-    )
+    values = [*(sent[cause] for cause in CAUSES), sum(sent.values())]
+    numbers = " | ".join(f"{value:,.0f}" for value in values)
     return f"| {world} | {teacher} | {bank} | {numbers} | {share:.3f} |"
 
 
 def main() -> None:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--ranks",
         nargs="+",
         type=int,
         default=[2],
-        help="numbers of gloo ranks; see the memory that they took",
+        help="numbers of gloo ranks; the last line shows their memory",
     )
     parser.add_argument("--bank", nargs="+", type=int, default=[13_000, 128_000], help="labeled images (K)")
     parser.add_argument("--teacher", nargs="+", choices=["ema", "eman"], default=["ema", "eman"])
-    parser.add_argument("--steps", type=int, default=2, help="steps to count")
+    parser.add_argument("--steps", type=int, default=2, help="number of steps")
     parser.add_argument(
-        "--paper", nargs="+", type=int, default=[], metavar="RANKS", help="print the arithmetic, start none"
+        "--paper",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="RANKS",
+        help="print predictions for these numbers of ranks",
     )
     parser.add_argument("--config", default=str(ROOT / "configs" / "imagenet_10p.yaml"))
     args, rest = parser.parse_known_args()
-    config = parse(["--config", args.config, *rest], __doc__)
+    config = parse(["--config", args.config, *rest], "")
     if min(args.ranks + args.paper) < 2 or min(args.bank) < 1 or args.steps < 1:
         raise UserError("--ranks and --paper must be 2 or more, --bank and --steps 1 or more")
 
     print(
-        f"{config.backbone}, C = {config.cls}, D = {config.dim}, {config.batch_size} + {config.mu * config.batch_size} images "
-        f"of {config.image_size} px a rank\n\n| ranks | teacher | K | {' | '.join(CAUSES)} | sum | of the bound |\n"
+        f"{config.backbone}, C = {config.cls}, D = {config.dim}, {config.batch_size} + "
+        f"{config.mu * config.batch_size} images of {config.image_size} px per rank\n\n"
+        f"| ranks | teacher | K | {' | '.join(CAUSES)} | sum | of the bound |\n"
         f"|---|---|---|{'---|' * (len(CAUSES) + 2)}",
         flush=True,
     )
@@ -291,19 +288,21 @@ def main() -> None:
                 sent = on_paper(world, config, size)
                 print(row(world, teacher, "any", sent, share_of_bound(sent, size["images"])), flush=True)
                 continue
-            for bank, seen in zip(args.bank, count(world, config, args.bank, args.steps)):
-                mean = {cause: statistics.mean(sent[cause] for sent in seen["sent"]) for cause in CAUSES}
-                share = max(share_of_bound(sent, seen["images"]) for sent in seen["sent"])
+            for bank, result in zip(args.bank, count(world, config, args.bank, args.steps)):
+                mean = {cause: statistics.mean(sent[cause] for sent in result["sent"]) for cause in CAUSES}
+                share = max(share_of_bound(sent, result["images"]) for sent in result["sent"])
                 print(row(world, teacher, f"{bank:,}", mean, share), flush=True)
-                size = seen
+                size = result
     print(
-        f"\nBytes a step and rank. The bound is 1.1 × gradients + 1 × the rank's images ({size['images']:,} bytes in fp32). "
-        f"The student's gradients are {size['gradients']:,} bytes, its buffers {size['buffers']:,}."
+        "\nBytes per step and rank. The bound is 1.1 × gradients + 1 × the rank's images "
+        f"({size['images']:,} bytes in fp32). The student's gradients are {size['gradients']:,} bytes, its "
+        f"buffers {size['buffers']:,}."
     )
     if not args.paper:
         print(
-            f"Means over the ranks and steps (--steps {args.steps}); the largest share of the bound of any rank and step. The "
-            f"largest of the last ranks took {size['memory'] / 1e9:.1f} GB. {machine()}, Linux {os.uname().release}, gloo."
+            f"Means over the ranks and steps (--steps {args.steps}); the largest share of the bound of any "
+            f"rank and step. The largest of the last ranks took {size['memory'] / 1e9:.1f} GB. {machine()}, "
+            f"Linux {os.uname().release}, gloo."
         )
 
 

@@ -1,1 +1,1 @@
-"""Images, labels, labeled subsets and views. `build.build_data` puts them together for a run."""
+"""Images, labels, splits and views. `build.build_data` puts them together for a run."""

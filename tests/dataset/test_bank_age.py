@@ -1,4 +1,4 @@
-"""Ages of bank rows against writing every step down."""
+"""Ages of bank rows, compared with a record of every step."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from util.config import Config
     "labels_per_class, batch_size, world",
     [(1, 10, 1), (1, 3, 1), (2, 7, 1), (4, 3, 2), (1, 12, 2), (3, 4, 3)],
 )
-def test_ages_are_those_of_the_images_that_the_steps_show(labels_per_class, batch_size, world):
+def test_ages_equal_those_counted_step_by_step(labels_per_class, batch_size, world):
     data = build_data(Config(dataset="digits", cls=10, labels_per_class=labels_per_class), gpu=False)
     ranks = [Stream(data, batch_size, 1, seed=5, rank=rank, world=world) for rank in range(world)]
     written = np.full(len(data.labeled), -1)

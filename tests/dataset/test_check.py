@@ -1,4 +1,4 @@
-"""python -m dataset.check: one fault at a time in a small tree of real files, and what is said of it."""
+"""python -m dataset.check: one fault at a time in a small tree of real files, and its findings."""
 
 import csv
 import hashlib
@@ -32,7 +32,7 @@ def photo(seed, size=(48, 40)):
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """train/ with 5 images a class, of which split.txt takes 2, and val/ with 2; all different and sound."""
+    """train/ with 5 images a class, of which split.txt takes 2, and val/ with 2; all different and good."""
     monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "images"
     for seed, name in enumerate(NAMES):
@@ -48,7 +48,7 @@ def tree(tmp_path, monkeypatch):
 
 @pytest.fixture
 def doctor(tree, monkeypatch, capsys):
-    """Check the tree, or another config, in this process: (exit code, what is said under ok, note and BAD,
+    """Check the tree, or another config, in this process: (lines of ok, note and BAD,
     lines of CSV).
     """
 
@@ -86,7 +86,7 @@ def one(lines, words):
     return hits[0]
 
 
-def test_a_sound_tree_is_good(doctor, tree):
+def test_a_correct_tree_has_no_findings(doctor, tree):
     said, rows = doctor()
     assert not said["BAD"] and not said["note"] and not rows
     sha256, size = (
@@ -105,7 +105,7 @@ def test_a_sound_tree_is_good(doctor, tree):
     assert [problem[2] for problem in findings.PROBLEMS.values() if problem[2]] == said["ok"][7:]
 
 
-# Each makes a fault, given the tree.
+# Each of these functions makes a fault in the tree.
 
 
 def cut(name):
@@ -132,7 +132,7 @@ def ramp(*shape):
     return Image.fromarray(np.broadcast_to(np.arange(40, dtype=np.uint8).reshape(shape), (40, 40, 3)).copy())
 
 
-FAULTS = {  # what is done: what is said of it, (verdict, problem, image, words of the detail)
+FAULTS = {  # name: (the fault, [(severity, problem, image, words of the detail)])
     "cut short": (cut("train/a/2.jpg"), [("BAD", "unreadable", "train/a/2.jpg", "cut short")]),
     "empty": (write(b"", "val/a/0.jpg"), [("BAD", "unreadable", "val/a/0.jpg", "empty")]),
     "text": (write(b"<html>", "train/a/0.jpg"), [("BAD", "unreadable", "train/a/0.jpg", "not an image")]),
@@ -225,8 +225,8 @@ FAULTS = {  # what is done: what is said of it, (verdict, problem, image, words 
 
 
 @pytest.mark.parametrize("fault, expected", FAULTS.values(), ids=FAULTS)
-def test_one_fault(doctor, tree, fault, expected):
-    """It is told on paper and in the report, and nothing else is."""
+def test_each_fault_is_printed_and_reported_alone(doctor, tree, fault, expected):
+    """The fault is printed and in the report, and nothing else is."""
     fault(tree)
     said, rows = doctor()
     assert sorted(row[:2] for row in rows) == sorted((image, problem) for _, problem, image, _ in expected)
@@ -239,7 +239,7 @@ def test_one_fault(doctor, tree, fault, expected):
     assert len(said["BAD"] + said["note"]) == len({problem for _, problem, _, _ in expected})
 
 
-def test_of_many_cases_twenty_are_printed_and_all_reported(doctor, tree):
+def test_twenty_cases_are_printed_and_all_are_reported(doctor, tree):
     write(b"", *[f"train/a/more{k}.jpg" for k in range(25)])(tree)
     said, rows = doctor()
     lines = one(said["BAD"], "cannot be used").split("\n")
@@ -251,7 +251,7 @@ def test_of_many_cases_twenty_are_printed_and_all_reported(doctor, tree):
     )
 
 
-def test_nothing_can_be_decoded(doctor, tree):
+def test_all_images_may_be_unreadable(doctor, tree):
     write(b"", *NAMES)(tree)
     _, rows = doctor()
     assert len(rows) == 16 and rows[14:] == [
@@ -259,7 +259,7 @@ def test_nothing_can_be_decoded(doctor, tree):
     ]
 
 
-def test_balance_is_that_of_the_smallest_and_the_largest_class(doctor, tree):
+def test_balance_is_given_by_the_smallest_and_the_largest_class(doctor, tree):
     (tree.parent / "split.txt").write_text(SPLIT + "b/2.jpg\n")
     (tree / "val/a/1.jpg").unlink()
     said, _ = doctor()
@@ -282,7 +282,7 @@ def test_formats_and_modes_are_counted(doctor, tree):
     assert one(said["ok"], " GB in ").startswith("0.002 GB in 4 folders, ")
 
 
-def test_labels_out_of_range(doctor, monkeypatch):
+def test_labels_out_of_range_are_reported(doctor, monkeypatch):
     def broken(*args, **how):
         data = build_data(*args, **how)
         data.labels[:] = [
@@ -308,7 +308,7 @@ def test_labels_out_of_range(doctor, monkeypatch):
     assert rows == [(name, "label", f"label {label}, of 2 classes from 0") for name, label in wrong.items()]
 
 
-def test_workers_change_nothing_but_the_speed(doctor, tree):
+def test_the_number_of_workers_changes_only_the_speed(doctor, tree):
     write(b"", "train/a/3.jpg")(tree)
     same("train/b/0.jpg", "val/b/0.jpg")(tree)
     (alone, rows), (together, same_rows) = (doctor("--workers", n) for n in (0, 2))
@@ -318,7 +318,7 @@ def test_workers_change_nothing_but_the_speed(doctor, tree):
     assert alone == together and rows == same_rows and len(rows) == 2
 
 
-def test_images_without_labels_elsewhere(doctor, tree):
+def test_images_of_the_unlabeled_folder_are_checked(doctor, tree):
     pile = tree.parent / "pile"
     (pile / "deep").mkdir(parents=True)
     photo(99).save(pile / "deep/x.jpg")
@@ -328,7 +328,7 @@ def test_images_without_labels_elsewhere(doctor, tree):
     assert rows == [(str(pile / "leak.jpg"), "unlabeled in test", f"the same as {tree}/val/a/0.jpg")]
 
 
-def test_a_list_with_files_that_are_not_there(doctor, tree):
+def test_missing_files_of_a_list_are_reported(doctor, tree):
     for part in ("train", "val"):
         names = [name.partition("/")[2] for name in NAMES if name.startswith(part)]
         (tree / f"{part}.txt").write_text("".join(f"{name} {'ab'.index(name[0])}\n" for name in names))
@@ -339,8 +339,8 @@ def test_a_list_with_files_that_are_not_there(doctor, tree):
 @pytest.mark.parametrize(
     "kind, network", [("nfs4", True), ("fuse.sshfs", True), ("ext4", False), ("ntfs", False), ("", False)]
 )
-def test_the_file_system(doctor, tree, tmp_path, monkeypatch, kind, network):
-    """kind empty: a system that tells nothing."""
+def test_network_file_systems_are_named(doctor, tree, tmp_path, monkeypatch, kind, network):
+    """kind "": a system without a list of mounts."""
     device = os.stat(tree).st_dev
     if kind:
         (tmp_path / "mounts").write_text(
@@ -353,7 +353,7 @@ def test_the_file_system(doctor, tree, tmp_path, monkeypatch, kind, network):
     assert [line.partition(";")[0] for line in said["note"]] == [f"{kind} is a network file system"] * network
 
 
-def test_a_sample_says_so_and_follows_the_seed(doctor, tree):
+def test_a_sample_is_announced_and_drawn_by_the_seed(doctor, tree):
     write(b"", *NAMES)(tree)
     seen = []
     for seed in (0, 0, 1):
@@ -364,11 +364,11 @@ def test_a_sample_says_so_and_follows_the_seed(doctor, tree):
     assert not doctor("--sample", 14)[0]["note"]
 
 
-def test_labeled_images_outside_of_a_sample_do_not_count_as_lost(doctor):
+def test_labeled_images_outside_of_a_sample_count_as_usable(doctor):
     assert not doctor("--sample", 1)[1]
 
 
-def test_images_in_memory(doctor, monkeypatch):
+def test_images_in_memory_are_checked(doctor, monkeypatch):
     said, rows = doctor(file=DIGITS)
     assert (
         not rows
@@ -395,7 +395,7 @@ def test_images_in_memory(doctor, monkeypatch):
     ]
 
 
-def test_mistakes(mistake, tree, tmp_path):
+def test_mistakes_of_the_command_line_are_named(mistake, tree, tmp_path):
     own = tree.parent / "own.yaml"
     mistake(check.main, [], "--config")
     mistake(check.main, ["nothing.yaml"], "nothing.yaml", "configs/")
@@ -421,7 +421,7 @@ def start(*flags, **how):
     )
 
 
-def test_as_a_user_calls_it(tree):
+def test_the_command_prints_findings_and_progress(tree):
     write(b"", "train/a/2.jpg")(tree)
     process = start(tree.parent / "own.yaml", "--workers", 1)
     out, err = process.communicate(timeout=300)
@@ -434,8 +434,8 @@ def test_as_a_user_calls_it(tree):
 
 
 @pytest.mark.slow(10)
-def test_ctrl_c_at_a_terminal(tree):
-    """The signal goes to the workers too."""
+def test_ctrl_c_at_a_terminal_prints_one_line(tree):
+    """The terminal sends the signal to the workers, too."""
     for k in range(20_000):
         os.link(tree / "train/a/0.jpg", tree / f"train/a/copy{k}.jpg")
     process = start(tree.parent / "own.yaml", "--workers", 2, start_new_session=True)

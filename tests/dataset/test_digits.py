@@ -43,14 +43,14 @@ def test_the_labeled_draw_is_balanced_seeded_and_nested():
 
 
 @pytest.mark.parametrize("count, words", [(0, "at least 1"), (139, "class 8 has only 138")])
-def test_impossible_draws(count, words):
+def test_impossible_draws_are_refused(count, words):
     with pytest.raises(UserError, match=words):
         digits.build(labels_per_class=count, seed=0)
 
 
-def test_a_plain_view_is_the_image_drawn_twice_as_large():
-    """A pixel of paper or ink that stands among its like keeps its value; mean and spread are about 0 and 1;
-    the ink is moved to the middle.
+def test_the_eval_view_is_the_image_at_twice_the_size():
+    """Pixels among equal pixels keep their values; the ink is moved to the center; mean and standard
+    deviation are about 0 and 1.
     """
     x = eval_view(train_images(1437), NONE)
     assert x.shape == (1437, 1, 16, 16) and x.dtype == torch.float32
@@ -62,10 +62,8 @@ def test_a_plain_view_is_the_image_drawn_twice_as_large():
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0, 0.3])
-def test_a_plain_view_is_upright(slope):
-    """A slanted stroke becomes a vertical one in the middle: the same in every line of the view, its ends
-    aside.
-    """
+def test_the_eval_view_is_deslanted(slope):
+    """A slanted stroke becomes a vertical one in the center, in every row of the view except at its ends."""
     middle = 4.5 + slope * (np.arange(8) - 3.5)  # [8]
     image = np.clip(1.5 - np.abs(np.arange(8) + 0.5 - middle[:, None]), 0, 1)  # [8, 8]
     ink = eval_view([(16 * image).round().astype(np.uint8)], NONE)[0, 0] * STD + MEAN  # [16, 16]
@@ -76,8 +74,8 @@ def test_a_plain_view_is_upright(slope):
 @pytest.mark.parametrize(
     "view, numbers, nothing", [(weak, 6, [0.5] * 6), (strong, 10, [0.5] * 6 + [0.0, 0.5, 0.5, 0.0])]
 )
-def test_a_view_that_changes_nothing(view, numbers, nothing):
-    """No rotation, shift, stretch or shear, full ink, and a patch of side 0."""
+def test_a_view_without_changes_is_the_eval_view(view, numbers, nothing):
+    """No rotation, shift, stretch or shear, full ink, and a cutout of side 0."""
     images = train_images(20)
     assert len(nothing) == numbers
     torch.testing.assert_close(
@@ -106,9 +104,9 @@ def test_a_shift_moves_the_ink():
     assert center[0] - center[1] == pytest.approx(1.0, abs=0.05)  # half a pixel of 8 is one of 16
 
 
-def test_the_patch_is_paper_and_the_ink_only_fades():
+def test_the_cutout_is_background_and_the_ink_only_fades():
     images = [np.full((8, 8), 16, np.uint8)]
-    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])  # faintest ink, a patch of 4.5 pixels about the center
+    u = np.array([[0.5] * 6 + [1.0, 0.5, 0.5, 1.0]])  # faintest ink, a cutout of 4.5 pixels about the center
     ink = strong(images, u)[0, 0] * STD + MEAN
     assert ink[4:12, 4:12].abs().max() < 1e-5
     around = ink[3:13, 3:13].clone()

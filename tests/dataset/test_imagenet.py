@@ -55,7 +55,7 @@ def test_both_layouts_give_the_same_data(tmp_path, flat_val):
     assert to_device(data.strong_view, item.u_strong, torch.device("cpu")).shape == (6, 3, 32, 32)
 
 
-def test_train_may_be_a_list_too(tmp_path):
+def test_train_may_be_a_list(tmp_path):
     root = imagenet(tmp_path / "in")
     lines = [
         f"train/{path.parent.name}/{path.name} {int(path.parent.name[1:])}\n"
@@ -126,7 +126,7 @@ def cifar_root(tmp_path, monkeypatch):
     return cifar10(tmp_path / "c")
 
 
-def test_cifar(cifar_root):
+def test_cifar_has_its_images_labels_and_views(cifar_root):
     data = build(
         cifar_root, dataset="cifar10", cls=10, labels_per_class=4, weak="cifar_weak", strong="cifar_strong"
     )
@@ -142,7 +142,7 @@ def test_cifar(cifar_root):
     assert eval_view.shape == (1, 3, 32, 32) and eval_view.abs().max() < 4
 
 
-def test_cifar_without_network(tmp_path, monkeypatch):
+def test_cifar_without_network_is_refused(tmp_path, monkeypatch):
     def offline(self):
         raise OSError("Name or service not known")
 
@@ -158,7 +158,7 @@ def own(root, **fields):
     return build(root, dataset="folder", **fields)
 
 
-def test_one_folder_with_a_held_out_share(tmp_path):
+def test_a_share_of_one_folder_can_be_held_out(tmp_path):
     root = imagenet(tmp_path / "in") / "train"
     data = own(root, val_share=0.25)
     assert len(data.test_labels) == 6 and len(data.labeled) == 6 and len(data.unlabeled) == 12
@@ -167,7 +167,7 @@ def test_one_folder_with_a_held_out_share(tmp_path):
     assert np.bincount(data.test_labels).tolist() == [2, 2, 2]
 
 
-def test_a_labeled_folder_and_a_pile(tmp_path):
+def test_a_folder_of_unlabeled_images_can_be_added(tmp_path):
     root, pile = imagenet(tmp_path / "in"), tmp_path / "pile"
     for k, place in enumerate(("x.png", "deep/er/y.jpg", "deep/z.webp")):
         (pile / place).parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def test_a_labeled_folder_and_a_pile(tmp_path):
     assert len(part.labeled) == 6 and len(part.unlabeled) == 24 - 6 + 3
 
 
-def test_a_list_file_of_paths_says_what_is_labeled(tmp_path):
+def test_a_list_of_paths_chooses_the_labeled_images(tmp_path):
     root = imagenet(tmp_path / "in")
     (tmp_path / "mine.txt").write_text(
         "n00000002/n00000002_1.JPEG\nn00000000/n00000000_5.JPEG\nn00000001/n00000001_0.JPEG\n"
@@ -218,7 +218,7 @@ def test_a_list_file_of_paths_says_what_is_labeled(tmp_path):
         ),
     ],
 )
-def test_impossible_imagenets(tmp_path, make, fields, words):
+def test_impossible_imagenets_are_refused(tmp_path, make, fields, words):
     root = tmp_path / ("in" if make else "nothing")
     if make:
         make(root)
@@ -238,7 +238,7 @@ def test_impossible_imagenets(tmp_path, make, fields, words):
         ({"val_share": 0.2, "unlabelled": "{root}/empty"}, "empty holds no images"),
     ],
 )
-def test_impossible_folders(tmp_path, fields, words):
+def test_impossible_folders_are_refused(tmp_path, fields, words):
     root = imagenet(tmp_path / "in") / "train"
     (tmp_path / "empty").mkdir()
     fields = {

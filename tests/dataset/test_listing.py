@@ -1,5 +1,5 @@
-"""Trees of class folders and list files: which images, in which order, and a cache that never tells of
-another tree.
+"""Trees of class folders and list files: which images are listed, in which order, and that the cache is never
+out of date.
 """
 
 import os
@@ -18,7 +18,7 @@ from util.errors import UserError
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch, tmp_path):
-    """No wait of 2 s before a tree is remembered: the tests wait for the next tick of the clock instead."""
+    """Do not wait 2 s until a tree is cached: the tests wait for the next time stamp instead."""
     monkeypatch.setattr(listing, "TIMESTAMP_NS", 0)
     monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
 
@@ -49,7 +49,7 @@ def content(found):
 
 @pytest.fixture
 def looked(monkeypatch):
-    """Scan; returns whether the tree was read, and what was found."""
+    """Scan and return whether the tree was read, and the listing."""
 
     def call(*args, **how):
         read, walk = [], listing._walk_tree
@@ -71,7 +71,7 @@ def scandir(monkeypatch):
     return call
 
 
-def test_what_a_scan_finds(tree):
+def test_a_scan_finds_images_and_nothing_else(tree):
     touch(
         tree,
         ".hidden/1.png",
@@ -90,7 +90,7 @@ def test_what_a_scan_finds(tree):
     assert list(scan(touch(tree.parent / "t", *some)).names) == some
 
 
-def test_order_is_of_bytes_by_class_then_name_whatever_the_folders_say(tmp_path, scandir):
+def test_the_order_is_by_class_then_name_as_bytes(tmp_path, scandir):
     classes = ["Z", "a", "a-b", "a.c", "é"]  # "a-b/1" < "a/1": paths as a whole would sort otherwise
     names = ["10.png", "2.png", "B.png", "a.png", "é.png"]
     root, seed = touch(tmp_path / "t", *(f"{c}/{n}" for c in classes for n in names)), random.Random(0)
@@ -111,7 +111,7 @@ def test_links_are_followed(tree, tmp_path):
         scan(tree)
 
 
-def test_folders_below_class_folders(tree, looked):
+def test_folders_below_class_folders_need_recursive(tree, looked):
     touch(tree, "a/deep/er/0.png", "a/w.png")
     with refused("/a/deep is a folder in a class folder; move its images up"):
         scan(tree)
@@ -130,7 +130,7 @@ def test_folders_below_class_folders(tree, looked):
         scan(tree, recursive=True)
 
 
-def test_names(tmp_path):
+def test_names_may_hold_any_bytes(tmp_path):
     names = pickle.loads(
         pickle.dumps(Names(np.array([b"a/1.png", b"b/22.png"])))
     )  # as it goes to a spawned worker
@@ -150,7 +150,7 @@ def test_names(tmp_path):
         (["a/1.png", "e/notes.txt"], "", "class folder .*/t/e holds no images"),
     ],
 )
-def test_trees_that_are_not_of_this_form(tmp_path, files, root, words):
+def test_trees_of_another_form_are_refused(tmp_path, files, root, words):
     with refused(words):
         scan(touch(tmp_path / "t", *files) / root)
 
@@ -167,7 +167,7 @@ def test_folders_that_cannot_be_read(tree, scandir):
 
 
 def added_time_put_back(tree):
-    """As archivers leave a folder that they have written to."""
+    """Add a file and set the time of the folder back, as archivers do."""
     before = os.stat(tree / "b")
     os.utime(touch(tree, "b/3.png") / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
 
@@ -199,7 +199,7 @@ def test_the_second_start_reads_no_folder_but_notices_every_change(tree, looked,
     assert not looked(tree)[0]
 
 
-def test_a_tree_that_has_just_changed_is_not_remembered(tree, tmp_path, looked, monkeypatch):
+def test_a_tree_that_has_just_changed_is_not_cached(tree, tmp_path, looked, monkeypatch):
     monkeypatch.setattr(listing, "TIMESTAMP_NS", 2 * 10**9)
     scan(tree)
     assert not (tmp_path / "cache").exists()
@@ -237,7 +237,7 @@ def test_a_damaged_cache_is_rewritten(tree, tmp_path, looked):
         assert not looked(tree)[0] and os.listdir(file.parent) == [file.name]
 
 
-def test_where_the_cache_is(tree, tmp_path, looked, monkeypatch, capsys):
+def test_the_cache_folder_can_be_chosen(tree, tmp_path, looked, monkeypatch, capsys):
     other = touch(tmp_path / "val", "b/9.png")
     assert (
         list(scan(other).names) == ["b/9.png"]
@@ -260,7 +260,7 @@ def test_where_the_cache_is(tree, tmp_path, looked, monkeypatch, capsys):
     assert said.count("\n") == 1 and "cannot write to" in said and "SIMMATCH_CACHE" in said
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_files_are_written_atomically(tmp_path, monkeypatch):
     file = tmp_path / "new" / "list.txt"
     listing.write_bytes(file, b"a", b"b")
     assert file.read_bytes() == b"ab"
@@ -297,7 +297,7 @@ def a_list(tmp_path, data):
         (b"n02/my cat.png 0\nn01/1.png 0\nn01/2.png 0", (["0"], IMAGES, [0, 0, 0])),
     ],
 )
-def test_a_list_file(tmp_path, data, expected):
+def test_list_files_are_parsed(tmp_path, data, expected):
     found = a_list(tmp_path, data)
     assert (
         content(found) == expected
@@ -324,6 +324,6 @@ def test_a_list_file(tmp_path, data, expected):
         (b"n01/1.png 0\n\n\0\1", "list.txt, line 3: this is not text"),
     ],
 )
-def test_mistakes_in_a_list_file(tmp_path, data, words):
+def test_mistakes_in_a_list_file_are_named(tmp_path, data, words):
     with refused(words):
         a_list(tmp_path, data)

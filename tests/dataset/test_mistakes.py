@@ -1,6 +1,4 @@
-"""Mistakes people make with data: each row of the table in docs/DATA.md, by its name, against what is really
-said.
-"""
+"""Mistakes with data: each row of the table in docs/DATA.md, by its name, is compared with the message."""
 
 import hashlib
 import re
@@ -287,7 +285,7 @@ def test_the_table_and_the_tests_have_the_same_rows():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_mistake(name, tmp_path, monkeypatch, mistake):
+def test_each_mistake_has_its_message(name, tmp_path, monkeypatch, mistake):
     monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("IMAGENET_ROOT", raising=False)
     root = imagenet(tmp_path / "in")

@@ -158,7 +158,7 @@ GOOD = {  # the file, what it shows [H, W, 1 or 3], and how many levels it may b
 
 @pytest.mark.parametrize("data, expected, levels", GOOD.values(), ids=GOOD)
 @pytest.mark.parametrize("name", ["image.JPEG", "image.png"])
-def test_what_a_file_shows(tmp_path, name, data, expected, levels, recwarn):
+def test_every_kind_of_file_becomes_rgb(tmp_path, name, data, expected, levels, recwarn):
     """Levels are a mean over the pixels; no pixel is off by eight times as much."""
     (tmp_path / name).write_bytes(data)
     image = decode(tmp_path / name)
@@ -167,7 +167,7 @@ def test_what_a_file_shows(tmp_path, name, data, expected, levels, recwarn):
     assert difference.mean() <= levels and difference.max() <= 8 * levels
 
 
-# What cannot be decoded, and the cause that is told.
+# Files that cannot be decoded, and the cause in the message.
 
 
 def spoilt(data, at):
@@ -209,14 +209,14 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("data, words", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_files(tmp_path, data, words, recwarn):
+def test_damaged_files_are_bad_images(tmp_path, data, words, recwarn):
     (tmp_path / "image.jpg").write_bytes(data)
     with pytest.raises(BadImage, match=f"^[^\n]*{words}[^\n]*$"):
         decode(tmp_path / "image.jpg")
     assert not recwarn.list
 
 
-def test_paths_without_a_file(tmp_path):
+def test_paths_without_a_file_are_bad_images(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     for name, words in (("none.jpg", "does not exist"), ("folder.jpg", "directory")):
         with pytest.raises(BadImage, match=words):
@@ -224,14 +224,14 @@ def test_paths_without_a_file(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(tmp_path):
+def test_a_file_without_permission_is_a_bad_image(tmp_path):
     (tmp_path / "image.jpg").write_bytes(JPEG)
     (tmp_path / "image.jpg").chmod(0)
     with pytest.raises(BadImage, match="no permission"):
         decode(tmp_path / "image.jpg")
 
 
-def test_a_disk_that_fails_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+def test_an_error_of_the_disk_is_not_called_damage(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -241,7 +241,7 @@ def test_a_disk_that_fails_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch
     assert "Input/output error" in str(error.value) and "damaged" not in str(error.value)
 
 
-def test_an_image_made_to_exhaust_memory(tmp_path, monkeypatch, recwarn):
+def test_an_image_with_too_many_pixels_is_refused(tmp_path, monkeypatch, recwarn):
     (tmp_path / "image.png").write_bytes(PNG)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     monkeypatch.setattr(source, "MAX_PIXELS", 2000)
@@ -252,8 +252,8 @@ def test_an_image_made_to_exhaust_memory(tmp_path, monkeypatch, recwarn):
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-def test_errors_of_rare_formats_are_errors_of_the_image_too(tmp_path):
-    """Damaged AVIF files raise RuntimeError in Pillow."""
+def test_errors_of_unsupported_formats_are_bad_images(tmp_path):
+    """Pillow raises RuntimeError for damaged AVIF files."""
     data, raised = encoded(PHOTO, "AVIF"), 0
     for at in range(0, len(data), max(1, len(data) // 60)):
         (tmp_path / "image.jpg").write_bytes(spoilt(data, at))
@@ -265,7 +265,7 @@ def test_errors_of_rare_formats_are_errors_of_the_image_too(tmp_path):
 
 
 def test_no_file_starts_a_program(tmp_path, monkeypatch):
-    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    """Pillow runs Ghostscript for PostScript, whatever the extension is."""
     started = []
     monkeypatch.setattr(
         EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1) or Image.new("RGB", (1, 1)).im
@@ -280,7 +280,7 @@ def test_no_file_starts_a_program(tmp_path, monkeypatch):
 
 
 class Means(Dataset):
-    """row -> mean of the image, or what is wrong with it."""
+    """row -> mean of the image, or the cause of its error."""
 
     def __init__(self, images):
         self.images = images
@@ -305,14 +305,14 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_files_in_workers(files, workers):
+def test_workers_read_files(files, workers):
     expected = [5.0 * k for k in range(40)]
     expected[7] = f"{files.root}/7.png: the file is empty"
     assert list(PrefetchLoader(Means(files), range(40), workers, pin_memory=False)) == expected
 
 
-def test_a_large_list_stays_small():
-    """What a worker gets: the letters of the names, no object for each."""
+def test_a_large_list_is_sent_compactly():
+    """A worker gets one array of names, and not an object for each."""
     names = Names(np.array([b"n01440764/n01440764_%08d.JPEG" % k for k in range(100_000)]))
     files = Files("/images", names)
     assert len(files) == 100_000 and files.name(99_999) == "/images/n01440764/n01440764_00099999.JPEG"
@@ -322,7 +322,7 @@ def test_a_large_list_stays_small():
     assert again.name(12_345) == files.name(12_345) and again.root == files.root
 
 
-def test_names_of_any_bytes(tmp_path):
+def test_file_names_may_hold_any_bytes(tmp_path):
     path = os.path.join(os.fsencode(tmp_path), b"\xff \xc3\xa9.png")
     with open(path, "wb") as file:
         file.write(PNG)
@@ -330,7 +330,7 @@ def test_names_of_any_bytes(tmp_path):
     assert files[0].size == PHOTO.size and os.fsencode(files.name(0)) == path
 
 
-def test_arrays():
+def test_arrays_are_images():
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     plain, pil = Arrays(images), Arrays(images, pil=True)
     assert len(plain) == len(pil) == 3 and plain.name(2) == "image 2"

@@ -1,8 +1,7 @@
-"""Labeled subsets: the published lists and the script that gets them, list files, draws, and rows in a data
-set.
+"""Splits: the published lists and the script that downloads them, list files, draws, and rows in a data set.
 
-With the environment variable SIMMATCH_SPLITS naming a folder that has the published lists, their contents are
-tested too.
+If the environment variable SIMMATCH_SPLITS names a folder with the published lists, their contents are
+tested, too.
 """
 
 import os
@@ -119,7 +118,7 @@ class Script:
         ),
     ],
 )
-def test_the_script_fetches_and_keeps_and_replaces(tmp_path, tools):
+def test_the_script_downloads_keeps_and_replaces_lists(tmp_path, tools):
     script = Script(tmp_path, tools)
     lists, (moved,) = script.publish(), (tmp_path / "web").glob("*V2*_1p_*")
     moved.rename(
@@ -175,7 +174,7 @@ def test_the_script_leaves_no_wrong_file(tmp_path):
     one_line(done.returncode, done.stderr, "neither curl nor wget")
 
 
-def test_script_and_registry_agree():
+def test_the_script_and_PUBLISHED_agree():
     found = re.findall(
         r"^get (\S+) (\w{64}) \\\n  (\S+)", (ROOT / "script" / "get_splits.sh").read_text(), re.M
     )
@@ -187,7 +186,7 @@ def test_script_and_registry_agree():
 @pytest.mark.skipif(
     "SIMMATCH_SPLITS" not in os.environ, reason="SIMMATCH_SPLITS names no folder with the published lists"
 )
-def test_the_published_lists(tmp_path, said):
+def test_the_published_lists_have_their_contents(tmp_path, said):
     script, sets = Script(tmp_path), {}
     assert script.run("--from", os.path.abspath(os.environ["SIMMATCH_SPLITS"])).returncode == 0
     for (name, facts), per_class in zip(PUBLISHED.items(), ({13}, {128}, {12, 13}, {128, 129})):
@@ -223,7 +222,7 @@ def test_a_published_list_is_verified(tmp_path, monkeypatch, said):
         load("simclr-1p", tmp_path)
 
 
-def test_list_files(tmp_path):
+def test_list_files_are_loaded_or_refused(tmp_path):
     for data in (
         b"n01/my cat.png\nn02/1.png",
         b"\xef\xbb\xbf\n n01/my cat.png \r\n\n\nn02/1.png\r\n",
@@ -271,7 +270,7 @@ def test_a_draw_depends_on_names_and_seed_only():
     assert drawn.sha256[:16] == "a10a10a76fe6e318", "this would change the labeled subset of everybody's runs"
 
 
-def test_a_share_of_each_class():
+def test_a_share_of_each_class_is_drawn():
     for percent, expected in ((0.01, [1] * 5), (0.35, [4, 4, 4, 5, 5]), (1, [10, 11, 12, 13, 14])):
         split = make(CLASSES, percent=percent, seed=3)
         assert [
@@ -296,12 +295,12 @@ def test_a_share_of_each_class():
         ),
     ],
 )
-def test_impossible_draws(how, words):
+def test_impossible_draws_are_refused(how, words):
     with refused(words):
         make(**{"names_by_class": CLASSES, **how})
 
 
-def test_the_command_line(tmp_path, said, mistake, monkeypatch):
+def test_the_command_line_makes_and_describes_splits(tmp_path, said, mistake, monkeypatch):
     monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
     tree = {c: [f"{c}/x/{name}" for name in names] for c, names in CLASSES.items()}
     for name in sum(tree.values(), []):
@@ -348,7 +347,7 @@ def test_the_command_line(tmp_path, said, mistake, monkeypatch):
     one_line(done.returncode, done.stderr, "none is neither a list file nor a published split")
 
 
-def test_rows_against_a_plain_loop():
+def test_rows_are_found_by_paths_and_by_names():
     rng = np.random.default_rng(0)
     paths = [f"n{c:0{2 + c % 3}}/deep/n{c:02}_{i}.JPEG".encode() for c in range(20) for i in range(c + 5)]
     names = rng.permutation(np.array(paths))
@@ -371,7 +370,7 @@ def test_rows_against_a_plain_loop():
         (["1.png"], "split s: 1.png is the name of 2 images in /data; write the list with"),
     ],
 )
-def test_entries_that_name_no_image_or_several(entries, words):
+def test_entries_of_no_image_or_several_are_refused(entries, words):
     with refused(words):
         find_rows(
             Split("s", "", np.array(entries, bytes)),

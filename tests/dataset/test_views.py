@@ -83,13 +83,13 @@ def test_crops_have_the_drawn_areas_and_ratios(low, high):
         assert np.abs(np.quantile(ours, quantiles) - np.quantile(other, quantiles)).max() < 0.04 * spread
 
 
-def test_a_crop_that_never_fits_is_the_middle():
+def test_a_crop_that_never_fits_is_central():
     stage = ResizedCrop(224, (0.9, 1.0))
     assert draws(stage, np.array([[1000.0, 100.0]])).tolist() == [[433, 0, 133, 100]]
     assert draws(stage, np.array([[100.0, 1000.0]])).tolist() == [[0, 433, 100, 133]]
 
 
-def test_one_pixel_is_enough_for_every_view():
+def test_every_view_takes_an_image_of_one_pixel():
     for name in PIPELINES:
         if not name.startswith("cifar"):
             view = photo_view(pipeline(name, 32), IMAGENET_NORM, on_device=False)
@@ -99,7 +99,7 @@ def test_one_pixel_is_enough_for_every_view():
             assert torch.isfinite(x).all() and x.shape[1] == 3
 
 
-def test_probabilities_and_strengths():
+def test_stages_have_their_probabilities_and_strengths():
     assert within(draws(Flip()).mean(), 0.5)
     assert within(draws(Grayscale(0.2)).mean(), 0.2)
     assert within(draws(Solarize(0.1)).mean(), 0.1)
@@ -221,7 +221,7 @@ def test_randaugment_draws_ops_strengths_and_signs():
         ),
     ],
 )
-def test_the_strengths_of_randaugment(ops, table):
+def test_randaugment_has_the_strengths_of_the_recipe(ops, table):
     """Values at v = 1 and v = 9, from v·max/10 + bias."""
     signed = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y", "solarize_add"}
     for op in OPS[ops]:
@@ -238,7 +238,7 @@ def test_the_strengths_of_randaugment(ops, table):
 # What PIL makes of it.
 
 
-def test_what_some_ops_do_to_pixels():
+def test_ops_change_pixels_as_defined():
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (4, 1, 3)))
     ops = {op.name: op for op in IMAGENET}
 
@@ -256,7 +256,7 @@ def test_what_some_ops_do_to_pixels():
     assert (row("brightness", 0.5) == x // 2).all()
 
 
-def test_crop_pad_and_cutout():
+def test_crop_padding_and_cutout_have_the_right_pixels():
     image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8))
     pixels = np.asarray(image)
     assert (np.asarray(PadCrop(32, 4).pil(image, np.array([4, 4]))) == pixels).all()
@@ -279,8 +279,8 @@ def test_evaluation_is_resize_and_center_crop():
     torch.testing.assert_close(x[0], TF.normalize(TF.to_tensor(expected), *IMAGENET_NORM), rtol=0, atol=1e-5)
 
 
-def test_the_usual_transforms_with_the_same_parameters():
-    """moco's stages one after the other, by torchvision's functions."""
+def test_moco_equals_torchvision_with_the_same_parameters():
+    """The stages of moco, applied one after the other with torchvision's functions."""
     image, view = photo(300, 200), PIPELINES["moco"]
     rng = np.random.default_rng(1)
     for _ in range(10):
@@ -357,7 +357,7 @@ def test_a_batched_stage_equals_pil(stage, device):
 
 
 @pytest.mark.parametrize("name", ["weak", "moco", "rand", "stack", *MULTICROP, "eval"])
-def test_both_paths_make_the_same_view(name):
+def test_device_views_on_and_off_make_the_same_view(name):
     images = [photo(500, 375, seed=k) for k in range(6)]
     u = np.random.default_rng(2).random((6, sum(stage.num_uniforms for stage in PIPELINES[name])))
     exact, fast = in_levels(name, u, images)
@@ -368,7 +368,7 @@ def test_both_paths_make_the_same_view(name):
     assert difference.max() < (1e-2 if name in ("rand", "stack", "eval") else 40)
 
 
-def test_the_crop_of_the_fast_path_is_pillows_within_one_level():
+def test_crop_resize_equals_pillow_within_one_level():
     image = photo(500, 375)
     for box in ((50, 40, 300, 250), (0, 0, 500, 375), (100, 20, 60, 50), (499, 374, 1, 1)):
         exact = np.asarray(ResizedCrop(224, (0.2, 1)).pil(image, np.array(box))).astype(int)
@@ -386,7 +386,7 @@ def test_each_image_of_a_batch_has_its_own_view():
     assert torch.equal(together, one_by_one)
 
 
-def test_cifar_views_and_other_sizes():
+def test_cifar_views_and_other_sizes_have_the_right_shape():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for name in ("cifar_weak", "cifar_strong", "cifar_eval"):
         view = photo_view(pipeline(name), CIFAR10_NORM, on_device=True)
@@ -403,7 +403,7 @@ def test_cifar_views_and_other_sizes():
         pipeline("strongest")
 
 
-def test_views_read_any_file_that_pillow_made():
+def test_views_take_decoded_files():
     buffer = io.BytesIO()
     photo().save(buffer, "JPEG")
     image = Image.open(buffer)
