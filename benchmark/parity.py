@@ -280,7 +280,7 @@ def missing(mode: Mode) -> str | None:
 
 
 def not_run(chosen: Sequence[Mode]) -> list[str]:
-    """One line of text, after an empty one, that names the modes that cannot run here; [] if all of them can."""
+    """An empty line and one that names the modes that cannot run here; [] if all of them can."""
     names: dict[str, list[str]] = {}  # by reason; each mode is chosen with both teachers
     for mode in chosen:
         if missing(mode) and not mode.eman:

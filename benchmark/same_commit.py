@@ -1,9 +1,9 @@
 """Whether another checkout computes the same bits: python benchmark/same_commit.py DIR [--only WORD]
 
-It trains every method for a few steps from this checkout and from DIR (`git worktree add DIR COMMIT`), on the digits,
-on made-up files of CIFAR's format and on a tree of JPEG files, on a CPU with one thread, with one and with two virtual ranks,
-and compares logs and checkpoints bit by bit (benchmark/same_run.py). It also resumes a checkpoint of DIR here.
-Exit code 0: all are the same; 1: a run differs.
+It trains every method for a few steps from this checkout and from DIR (`git worktree add DIR COMMIT`), on the
+digits, on made-up files in CIFAR's format and on a tree of JPEG files, with one and with two virtual ranks,
+on a CPU with one thread, and compares logs and checkpoints bit by bit (benchmark/same_run.py). It also loads
+DIR's checkpoints of SimMatch here. Exit code 0: all runs are the same; 1: a run differs.
 """
 
 import os
@@ -21,7 +21,7 @@ from benchmark.same_run import difference  # noqa: E402
 from tests import trees  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
-# How a training on made-up files of CIFAR's format starts: torchvision's checksums are those of the real files.
+# Runs train_semi.py on made-up files in CIFAR's format; torchvision's checksums are those of the real files.
 START_CIFAR = """
 import runpy, sys
 from torchvision.datasets import CIFAR10
@@ -34,10 +34,10 @@ runpy.run_path("train_semi.py", run_name="__main__")
 COMMON = "--device cpu --workers 0 --epochs 3 --warmup-epoch 1 --eval-freq 1 --print-freq 3 --seed 1"
 DATA = {
     "digits": "--config configs/digits.yaml --batch-size 20 --mu 8",
-    "cifar": "--config configs/cifar10_40.yaml --backbone small_encoder --batch-size 4 --mu 4 --steps-per-epoch 10 "
-    "--bank-m 0.7",
-    "jpeg": "--config configs/imagenet_1p.yaml --labels-per-class 2 --cls 3 --image-size 32 --backbone resnet18_encoder "
-    "--batch-size 2 --mu 2",
+    "cifar": "--config configs/cifar10_40.yaml --backbone small_encoder --bank-m 0.7 --batch-size 4 --mu 4 "
+    "--steps-per-epoch 10",
+    "jpeg": "--config configs/imagenet_1p.yaml --backbone resnet18_encoder --labels-per-class 2 --cls 3 "
+    "--image-size 32 --batch-size 2 --mu 2",
 }
 METHODS = (
     "--method simmatch",
@@ -97,9 +97,7 @@ def main() -> None:
             differs += bool(found)
             print(f"{case.name}: {found or 'the same'}", flush=True)
             if "simmatch" in case.name and not found:
-                train(
-                    ROOT, other, case.flags
-                )  # a finished run of the other checkout is resumed without an error
+                train(ROOT, other, case.flags)  # its finished run loads here without an error
     print(f"{differs} cases differ" if differs else "all cases are the same, bit by bit")
     sys.exit(1 if differs else 0)
 
