@@ -54,11 +54,11 @@ class PrefetchLoader:
         self.sampler.order = self.order
         try:
             yield from self.loader
-        except (RuntimeError, ConnectionError) as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             ended = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
             # The connection to an ended worker breaks while a tensor is received. Errors that a worker itself
             # raised begin with "Caught".
-            cut_off = isinstance(error, ConnectionError) and not str(error).startswith("Caught")
+            cut_off = isinstance(error, (ConnectionError, EOFError)) and not str(error).startswith("Caught")
             if not ended and not cut_off:
                 raise
             raise UserError(
