@@ -91,7 +91,7 @@ from util.metrics import evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """argv: the flags; None: those of this process."""
+    """Evaluate, predict or export. argv: the flags; None: those of this process."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     opened = open_checkpoint(args.checkpoint, vars(args))
     config = opened.config
@@ -112,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_test_set(opened, args.checkpoint, device)
     bad = BadImages(config.on_bad_image)
     networks = [net.to(device) for net in (opened.student, opened.teacher) if net is not None]
-    tests = EvalLoader(data, rank, world, config.workers, device)
-    results = evaluate(networks, tests.batches(bad), len(data.classes), device)
+    eval_loader = EvalLoader(data, rank, world, config.workers, device)
+    results = evaluate(networks, eval_loader.batches(bad), len(data.classes), device)
     left_out = [image for images in dist_utils.all_gather_object(bad.take()) for image in images]
     dist_utils.dist_end()
     if rank > 0:
@@ -142,8 +142,9 @@ class Opened(NamedTuple):
 
 
 def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
-    """Load a checkpoint of any layout and build its networks. flags: the command line, which overrides the
-    fields OVERRIDES of the config. Raises UserError if the file cannot be evaluated.
+    """Load a checkpoint of any layout and build its networks. Raises UserError if that is not possible.
+
+    flags: of the command line; those in OVERRIDES override the checkpoint's config.
     """
     where = f"checkpoint {path}"
     state = checkpoint.load_file(path)
@@ -191,14 +192,14 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
 
 
 def _override(values: dict[str, Any], flags: dict[str, Any], path: Path) -> Config:
-    """The config with these values, overridden by the flags that are given."""
+    """Return the config with these values, overridden by the flags that are given."""
     given = {key: flags[key] for key in OVERRIDES if flags[key] is not None}
     return validate(Config(**from_dict({**values, **given}, f"the config in {path}")))
 
 
 def load_test_set(opened: Opened, path: Path, device: torch.device) -> EvalData:
-    """The images to evaluate a checkpoint on: the test images of its run, or ImageNet's val/ for a published
-    one. Raises UserError if they do not match the checkpoint.
+    """Return the images to evaluate a checkpoint on: the test images of its run, or ImageNet's val/ for a
+    published one. Raises UserError if they do not match the checkpoint.
     """
     gpu = device.type == "cuda"
     if opened.kind != "native":
@@ -237,7 +238,7 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
 
 
 def published_state(opened: Opened, where: str) -> dict[str, Any]:
-    """The checkpoint in the layout of the published SimMatch, which counts whole epochs."""
+    """Convert the checkpoint to the layout of the published SimMatch, which counts finished epochs."""
     state, config = opened.state, opened.config
     if opened.kind != "native":
         method, optimizer, epoch, _ = published_checkpoints.to_training_state(state, 0, where)
@@ -252,8 +253,8 @@ def published_state(opened: Opened, where: str) -> dict[str, Any]:
 
 
 def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
-    """The number of image channels, from the first convolution below `prefix`; 3 if there is none, which
-    `load_module` will report.
+    """Return the number of image channels, from the first convolution below `prefix`; 3 if there is none,
+    which `load_module` will report.
     """
     return next(
         (value.shape[1] for key, value in values.items() if key.startswith(prefix) and value.ndim == 4), 3
@@ -262,7 +263,7 @@ def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
 
 @torch.no_grad()
 def predict(network: Network, opened: Opened, folder: Path, output: Path, device: torch.device) -> None:
-    """Classify every image below `folder`. Each line of `output` has path, class, probability and top 5."""
+    """Classify every image below `folder` into a CSV file with path, class, probability and top 5."""
     view, _ = eval_view_for_files(opened.config, gpu=device.type == "cuda")
     images, classes, bad = list_images(folder), opened.classes, BadImages(opened.config.on_bad_image)
     count = 0

@@ -55,12 +55,14 @@ def main() -> None:
         preempt.restore_default_handlers()
         evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
         return
-    found, damage = load_last(last)
+    found, load_warning = load_last(last)
     published_state = found if is_published(found) else None
     saved_state = None if published_state else found
-    ranks, warning = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
+    ranks, ranks_warning = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
     if saved_state:
-        ranks, warning = plan_ranks_on_resume(ranks, config.virtual_ranks, config.other_ranks, saved_state)
+        ranks, ranks_warning = plan_ranks_on_resume(
+            ranks, config.virtual_ranks, config.other_ranks, saved_state
+        )
 
     # The data, and what each step sees of them.
     data = build_data(config, gpu=device.type == "cuda")
@@ -81,10 +83,10 @@ def main() -> None:
             "lower --batch-size or --mu"
         )
     total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
-    if rank == 0:  # already now, because building the optimizer takes a second
+    if rank == 0:  # here already, because building the optimizer takes a second
         print(describe_data(config, data), flush=True)
 
-    # Networks, bank and optimizer as they start a new run.
+    # Networks, bank and optimizer in the state in which a new run starts.
     torch.manual_seed(config.seed)
     try:
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
@@ -100,7 +102,7 @@ def main() -> None:
     meter, bad = Meter(), BadImages(config.on_bad_image)
     start, best = 0, {"step": 0, "student_top1": -1.0}
 
-    # What they start from instead, in this order: our checkpoint, a published one, a MoCo checkpoint.
+    # The state to start from instead: this run's checkpoint, else a published one, else a MoCo checkpoint.
     if saved_state:
         resume(last, saved_state, config, data.split, fingerprint, method, optimizer)
         start, best = saved_state["step"], saved_state["best"]
@@ -119,13 +121,14 @@ def main() -> None:
     if start > total:
         finished = start // stream.steps_per_epoch
         raise UserError(f"{config.epochs} epochs are fewer than the {finished} that are done: raise --epochs")
-    computed = {key: value for key, value in to_dict(config).items() if key not in MAY_CHANGE_ON_RESUME}
+    settings = {key: value for key, value in to_dict(config).items() if key not in MAY_CHANGE_ON_RESUME}
     dist_utils.check_same_on_all_ranks(
-        {**computed, "step": start, "ranks": ranks, "split": data.split, "images": fingerprint}
+        {**settings, "step": start, "ranks": ranks, "split": data.split, "images": fingerprint}
     )
 
-    # The output directory, the log and the writer of checkpoints; nothing is written before this point.
-    warnings = [damage, warning]
+    # The output directory, the log and the checkpoint writer. Before this point no file of an earlier run
+    # changes, so that a refused start leaves it intact.
+    warnings = [load_warning, ranks_warning]
     if rank == 0:
         archived = init_output_dir(out, last.parent, to_yaml(config), new_run=found is None)
         warnings += (
@@ -136,14 +139,14 @@ def main() -> None:
     log = Logger(out, start, total, active=rank == 0, buffer_on_error=config.on_save_error == "continue")
     describe_run(log, config, data, stream, ranks, method, device, start, total, last, warnings)
     writer = checkpoint.Writer(
-        last, out / "best.pth", config.on_save_error, log.print_line, last_is_whole=not damage
+        last, out / "best.pth", config.on_save_error, log.print_line, last_is_whole=not load_warning
     )
 
     last_save = time.monotonic()
-    clock, clock_step = last_save, start  # from where images/s are counted
+    clock, clock_step = last_save, start  # images/s are counted from this time and step
     workers = config.workers if start < total else 0
     loader = PrefetchLoader(stream, range(start, total), workers, pin_memory=device.type == "cuda")
-    tests = EvalLoader(data, rank, ranks.processes, workers, device)
+    eval_loader = EvalLoader(data, rank, ranks.processes, workers, device)
     for step, host_batch in enumerate(loader, start):
         # The learning rate and the batch of this step.
         bad.add(host_batch.bad)
@@ -200,8 +203,8 @@ def main() -> None:
                 bank_row_ages(stream, done),
             )
             log.write("diagnostics", done, values)
-        # Several processes agree on stopping only at every print_freq steps, because that takes
-        # communication.
+        # Several processes agree on stopping only every print_freq steps, because they must communicate for
+        # that.
         may_stop = ranks.processes == 1 or done % config.print_freq == 0
         stop = may_stop and dist_utils.any_rank(preempt.stop_requested()) and done < total
         if done % config.print_freq == 0 or evaluate_now:
@@ -215,7 +218,7 @@ def main() -> None:
         # Once in a while: evaluation.
         if evaluate_now:
             unreadable = BadImages(config.on_bad_image)
-            scores = accuracies(method, tests.batches(unreadable), config.cls, device)
+            scores = accuracies(method, eval_loader.batches(unreadable), config.cls, device)
             log.eval(done, epoch, scores)
             log.bad_images(done, of_all_ranks(unreadable.take()), "left out of testing")
             better = scores["student_top1"] > best["student_top1"]
@@ -232,8 +235,7 @@ def main() -> None:
             and dist_utils.from_rank_0(time.monotonic() - last_save > 60 * config.save_minutes)
         )
         if evaluate_now or stop or overdue or (config.save_freq and done % config.save_freq == 0):
-            # The means since the last train event and the bad images of an unfinished epoch are part of the
-            # state.
+            # The meter and the bad images are part of the state, so that a resumed run logs the same values.
             state = {
                 "config": to_dict(config),
                 "step": done,
@@ -272,7 +274,7 @@ def main() -> None:
 
 
 def overrides(config: Config) -> list[str]:
-    """The flags of eval.py for those of its fields that differ from their defaults."""
+    """Return the flags that pass the fields OVERRIDES to eval.py, if they differ from their defaults."""
     changed = [name for name in OVERRIDES if getattr(config, name) != getattr(Config(), name)]
     return [word for name in changed for word in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
 
@@ -287,7 +289,8 @@ def accuracies(
 ) -> dict[str, float]:
     """Return student_top1, student_top5, teacher_top1 and teacher_top5, in percent.
 
-    batches: this rank's (x [n, c, h, w], y [n]); the accuracy is over those of all ranks.
+    All ranks must call it; they first take over rank 0's BN statistics.
+    batches: this rank's (x [n, c, h, w], y [n]); the accuracy is that over the batches of all ranks.
     """
     method.eval()
     networks = {"student": method.student, "teacher": method.teacher.net}
@@ -301,6 +304,7 @@ def accuracies(
 
 
 def describe_data(config: Config, data: Data) -> str:
+    """Return the first line of the output: method, split and numbers of images."""
     return (
         f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "
         f"{len(data.test_labels)} test images, {len(data.classes)} classes"

@@ -7,8 +7,8 @@ from dataset.rng import ORDER_X, permutation
 
 
 def bank_row_ages(stream: Stream, done: int) -> np.ndarray:
-    """Steps since each bank row was written, after `done` steps: [K] int64; 0 is the last step, −1 means that
-    the row was not written yet.
+    """Return the steps since each bank row was written, after `done` steps: [K] int64. 0 means in the last
+    step, −1 not yet.
 
     A row is written whenever its image is in a batch. The order of the images is a pure function of the step,
     so no history is needed. An image that cannot be read counts as if it were in its batch.

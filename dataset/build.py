@@ -1,4 +1,4 @@
-"""The table of data sets."""
+"""Builds the data set of a config, with its split and its views."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,8 +52,8 @@ EVAL_VIEWS = {
 
 
 def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:
-    """The evaluation view of image files for a network of this config, and the number of channels. Training
-    data are not needed. Raises UserError.
+    """Return the evaluation view of image files for a network of this config, and the number of channels.
+    It needs no training data. Raises UserError if the network cannot classify image files.
     """
     if config.dataset not in EVAL_VIEWS:
         raise UserError(
@@ -67,10 +67,10 @@ def _on_device(config: Any, gpu: bool) -> bool:
 
 
 def build_data(config: Any, gpu: bool) -> Data:
-    """The data set of a config, with its split and its views.
+    """Build the data set of a config, with its split and its views.
 
     config: an object with the fields of util.config.Config. gpu: whether the network runs on a GPU, where
-    `device_views: auto` applies the color stages of the views. Raises UserError if the data set cannot be
+    `device_views: auto` applies the last stages of the views. Raises UserError if the data set cannot be
     built with these settings.
     """
     if config.dataset not in DATASETS:
@@ -85,7 +85,7 @@ def build_data(config: Any, gpu: bool) -> Data:
 
 
 def build_validation(config: Any, gpu: bool) -> Validation:
-    """The images of val/ of the ImageNet folder config.data, on which published checkpoints are evaluated.
-    Raises UserError.
+    """Return the images of val/ of the ImageNet folder config.data, on which published checkpoints are
+    evaluated. Raises UserError if they cannot be found.
     """
     return imagenet.validation(config.data, config.image_size, _on_device(config, gpu))

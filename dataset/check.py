@@ -38,13 +38,13 @@ def main() -> None:
 
     data = build_data(config, gpu=False)  # before the report is opened: an older one is kept if this fails
     try:
-        stream = open(args.report, "w", newline="", encoding="utf-8", errors="surrogateescape")
+        report = open(args.report, "w", newline="", encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(
             f"cannot write report {args.report}: {error.strerror}; choose another --report"
         ) from None
-    with stream:
-        findings = Findings(stream)
+    with report:
+        findings = Findings(report)
         check_data(data, config, args.sample, findings)
     sys.exit(1 if findings.print_summary() else 0)
 

@@ -19,11 +19,11 @@ ROOT = "data"  # the folder of the files without --data
 def build(
     name: str, data: str, labels_per_class: int, seed: int, weak: str, strong: str, on_device: bool
 ) -> Data:
-    """The data set `name`, cifar10 or cifar100, with `labels_per_class` labeled images per class, drawn by
-    `seed`.
+    """Build the data set `name`, cifar10 or cifar100, with `labels_per_class` labeled images per class, drawn
+    by `seed`.
 
     All training images are unlabeled images, the labeled images too (docs/METHOD.md, CIFAR recipe). The files
-    are downloaded if they are not in `data`. Raises UserError.
+    are downloaded if they are not in `data`. Raises UserError if they are damaged or cannot be downloaded.
     """
     dataset, norm = SETS[name]
     root = Path(data or ROOT).expanduser()

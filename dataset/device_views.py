@@ -1,4 +1,4 @@
-"""The color stages of a view, applied in batches on the training device, with own parameters for each image.
+"""Flips and color stages of views, applied in batches on the training device, with parameters per image.
 
 Every op rounds to whole values of 0 to 255 as Pillow does, so that for the same parameters both paths give
 the same image to about one level. Images are [n, 3, h, w] float32 with whole numbers. The parameters stay on
@@ -19,9 +19,10 @@ BLUR_PASSES = 3  # Pillow's Gaussian is three box filters in each direction
 
 
 def crop_resize(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
-    """Crop and resize (bilinear): the result is Pillow's to within one level, in half the time.
+    """Crop and resize (bilinear) -> [size, size, 3] uint8: the same as Pillow to within one level, in half
+    the time.
 
-    box: left, top, width, height -> [size, size, 3] uint8
+    box: left, top, width, height
     """
     left, top, w, h = map(int, box)
     pixels = torch.from_numpy(np.array(image.crop((left, top, left + w, top + h))))  # [h, w, 3]
@@ -34,9 +35,9 @@ def crop_resize(image: Image.Image, box: Sequence[float], size: int) -> np.ndarr
 def finish(
     tensors: tuple[Tensor, ...], stages: Sequence[str], mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Apply `stages`, names in STAGES, and normalize.
+    """Apply `stages`, names in STAGES, and normalize -> [n, 3, h, w] float32.
 
-    tensors: pixels [n, h, w, 3] uint8, and the parameters [n, k] of each stage -> [n, 3, h, w] float32
+    tensors: pixels [n, h, w, 3] uint8, and the parameters [n, k] of each stage
     """
     pixels, *params = tensors
     x = pixels.permute(0, 3, 1, 2).float()  # [n, 3, h, w], channels last in memory
@@ -47,17 +48,17 @@ def finish(
 
 
 def flip(x: Tensor, p: Tensor) -> Tensor:
-    """Horizontal flip. p [n, 1]: whether to apply it."""
+    """Flip horizontally. p [n, 1]: whether to apply it."""
     return torch.where(_applies(x, p), x.flip(3), x)  # [n, 3, h, w]
 
 
 def grayscale(x: Tensor, p: Tensor) -> Tensor:
-    """Conversion to three equal channels. p [n, 1]: whether to apply it."""
+    """Convert to three equal channels. p [n, 1]: whether to apply it."""
     return torch.where(_applies(x, p), luma(x), x)  # [n, 3, h, w]
 
 
 def solarize(x: Tensor, p: Tensor) -> Tensor:
-    """Inversion of the values of 128 and more. p [n, 1]: whether to apply it."""
+    """Invert the values of 128 and more. p [n, 1]: whether to apply it."""
     return torch.where(_applies(x, p) & (x >= 128), 255 - x, x)  # [n, 3, h, w]
 
 
@@ -66,7 +67,7 @@ def _applies(x: Tensor, p: Tensor) -> Tensor:
 
 
 def jitter(x: Tensor, p: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue in random order.
+    """Change brightness, contrast, saturation and hue in random order.
 
     p [n, 6]: whether to apply it, the index in ORDERS, three factors, and the shift of the hue
     """
@@ -82,25 +83,28 @@ def jitter(x: Tensor, p: Tensor) -> Tensor:
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend x [n, 3, h, w] with black; factor [n, 1, 1, 1], here and below."""
     return blend(torch.zeros_like(x), x, factor)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend x with the mean of its luma."""
     mean = luma(x).double().mean(dim=(1, 2, 3), keepdim=True).add(0.5).floor().float()  # [n, 1, 1, 1]
     return blend(mean, x, factor)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend x with its luma."""
     return blend(luma(x), x, factor)
 
 
 def blend(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-    """a + factor·(b − a), clipped to 0 … 255 and truncated to whole numbers."""
+    """Return a + factor·(b − a), clipped to 0 … 255 and truncated to whole numbers: [n, 3, h, w]."""
     return (a + factor * (b - a)).clamp(0, 255).floor()
 
 
 def luma(x: Tensor) -> Tensor:
-    """[n, 3, h, w] -> [n, 1, h, w] by ITU-R 601-2, in the 16-bit fixed-point arithmetic of Pillow."""
+    """Convert to gray [n, 3, h, w] -> [n, 1, h, w] by ITU-R 601-2, in Pillow's 16-bit fixed-point numbers."""
     x = x.int()
     return ((19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:] + 32768) >> 16).float()
 
@@ -140,7 +144,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, p: Tensor) -> Tensor:
-    """Gaussian blur with replicate padding. p [n, 2]: whether to apply it, and the standard deviation."""
+    """Blur (Gaussian, replicate padding). p [n, 2]: whether to apply it, and the standard deviation."""
     rows = torch.nonzero(p[:, 0]).flatten()  # [m]
     radius = box_radius(p[rows, 1].double())  # [m]
     reach = 1 + int(radius.max()) if len(rows) else 1
@@ -158,7 +162,7 @@ def blur(x: Tensor, p: Tensor) -> Tensor:
 
 
 def box(x: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """Weighted mean of 2·reach + 1 neighbors along `dim` (2 or 3).
+    """Average 2·reach + 1 neighbors along `dim` (2 or 3) with weights.
 
     x [m, 3, h, w], weight [m, 2·reach + 1] -> [m, 3, h, w]
     """
@@ -171,7 +175,7 @@ def box(x: Tensor, weight: Tensor, dim: int) -> Tensor:
 
 
 def box_radius(sigma: Tensor) -> Tensor:
-    """The fractional radius of the box filter that has variance sigma² if it is applied BLUR_PASSES times."""
+    """Return the fractional radius [m] of a box filter whose BLUR_PASSES passes have variance sigma [m]²."""
     variance = sigma**2 / BLUR_PASSES
     whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))

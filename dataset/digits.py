@@ -20,7 +20,7 @@ SIZE = 16  # side of a view: resampling at 8×8 would blur the digit
 
 
 def build(labels_per_class: int, seed: int) -> Data:
-    """The digits with `labels_per_class` labeled images per class, drawn by `seed`.
+    """Build the digits with `labels_per_class` labeled images per class, drawn by `seed`.
 
     All 1,437 training images are unlabeled images, the labeled images too; the other 360 are test images.
     Raises UserError if a class has too few images.
@@ -51,13 +51,13 @@ def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
 
 
 def weak(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
-    """Weak rotation, shift, stretch and shear. n images [8, 8] uint8, [n, 6] -> [n, 1, 16, 16] float32."""
+    """Rotate, shift, stretch and shear weakly. n images [8, 8] uint8, u [n, 6] -> [n, 1, 16, 16] float32."""
     return _normalize(_affine(images, _signed(u), degrees=10, shift=0.5, stretch=0.15, shear=0.2))
 
 
 def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
-    """Strong rotation, shift, stretch and shear, fainter ink, and a cutout. n images [8, 8] uint8, [n, 10] ->
-    [n, 1, 16, 16] float32.
+    """Rotate, shift, stretch and shear strongly, fade the ink, and cut out a square. n images [8, 8] uint8,
+    u [n, 10] -> [n, 1, 16, 16] float32.
 
     There are no flips, because a mirrored digit is not a digit, and no thicker ink, because it would fill the
     holes of an 8.
@@ -106,7 +106,7 @@ def _affine(
     to_source = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)  # [n, 2, 2]
     to_source[:, :, 1] = to_source[:, :, 1] + shear * a[:, 5:6] * to_source[:, :, 0]
     to_source = to_source / torch.exp(stretch * a[:, None, 3:5])  # [n, 2, 2]
-    offset = shift * a[:, 1:3] * 2 / 8  # [n, 2]; the image is 2 wide and high
+    offset = shift * a[:, 1:3] * 2 / 8  # [n, 2]; coordinates run from −1 to 1 over 8 pixels
     deslant = torch.stack([_deslant(image.tobytes()) for image in images])  # [n, 2, 3]
     to_source = deslant[:, :, :2] @ torch.cat([to_source, offset.unsqueeze(2)], 2)  # [n, 2, 3]
     to_source[:, :, 2] = to_source[:, :, 2] + deslant[:, :, 2]
@@ -116,7 +116,7 @@ def _affine(
 
 @lru_cache(maxsize=2000)
 def _deslant(image: bytes) -> Tensor:
-    """The affine map [2, 3] from the deslanted and centered digit to the given image [8, 8], by its moments.
+    """Compute from moments the affine map [2, 3] from the deslanted and centered digit to an image [8, 8].
 
     Coordinates run from −1 to 1. The slant depends on the writer and not on the digit. The maps are cached,
     because every image is used hundreds of times.

@@ -31,7 +31,7 @@ def build(
     image_size: int,
     on_device: bool,
 ) -> Data:
-    """A labeled folder and a folder of unlabeled images, or one folder whose images are partly labeled.
+    """Build a data set of class folders and unlabeled images, or of class folders that are partly labeled.
 
     data: a tree <class>/…/<image>, or a folder with such a tree in train/. unlabeled: a folder of images in
     any nesting; with it, all of data is labeled unless `split` or `labels_per_class` is given. val: the tree
@@ -99,7 +99,7 @@ def build(
 
 
 def _scan_test(root: Path, classes: list[str], train_root: Path) -> LabeledFiles:
-    """The test images, with labels that are positions in `classes`."""
+    """List the test images, with labels that are indices in `classes`."""
     images = listing.scan(root, recursive=True)
     unknown = sorted(set(images.classes) - set(classes))
     if unknown:
@@ -116,7 +116,7 @@ def _select(images: listing.Listing, rows: np.ndarray) -> LabeledFiles:
 
 
 def _add_unlabeled(train: LabeledFiles, test: LabeledFiles, folder: Path) -> LabeledFiles:
-    """`train` and the images below `folder`, with label −1 and absolute paths as names."""
+    """Append to `train` the images below `folder`, with label −1 and absolute paths as names."""
     images = listing.list_images(folder)
     paths = _paths(images.root, images.names)  # [n]
     for kind, others in (("test", test), ("labeled", train)):

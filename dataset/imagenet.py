@@ -27,7 +27,7 @@ class Imagenet(LabeledFiles):
     """
 
     def __init__(self, root: Path, part: str):
-        """part: train or val. Raises UserError."""
+        """part: train or val. Raises UserError if it cannot be found or listed."""
         folder, file = Path(root) / part, Path(root) / f"{part}.txt"
         if not Path(root).is_dir():
             raise UserError(
@@ -49,7 +49,7 @@ class Imagenet(LabeledFiles):
 
 
 def find_root(data: str) -> Path:
-    """`data` if it is given, else the environment variable, else the path at the top of this file."""
+    """Return `data` if it is given, else the environment variable, else the path at the top of this file."""
     return Path(data or os.environ.get("IMAGENET_ROOT") or IMAGENET_ROOT).expanduser()
 
 
@@ -61,8 +61,9 @@ def choose_split(
     seed: int,
     published_shares: dict[float, str] = PUBLISHED_SHARES,
 ) -> splits.Split:
-    """The split `split` by name or path, if it is given; else a draw of `labels_per_class` images per class,
-    if it is not 0; else the published split of the share `anno_percent`, or a draw if there is none.
+    """Return the split `split`, a name or path, if it is given; else draw `labels_per_class` images per
+    class, if it is not 0; else return the published split of the share `anno_percent`, or draw that share if
+    there is no such split.
     """
     if not split and not labels_per_class:
         split = published_shares.get(anno_percent, "")
@@ -85,8 +86,8 @@ def build(
     image_size: int,
     on_device: bool,
 ) -> Data:
-    """ImageNet as in the recipes: the images of train/ that are not labeled are unlabeled images, and those
-    of val/ are test images. Raises UserError.
+    """Build ImageNet as in the recipes: the images of train/ that are not labeled are unlabeled images, and
+    those of val/ are test images. Raises UserError if the images or the split cannot be used.
     """
     root = find_root(data)
     train, val = Imagenet(root, "train"), Imagenet(root, "val")
@@ -95,9 +96,8 @@ def build(
         raise UserError(
             f"{root}: train/ has {len(train.classes)} classes and val/ {len(val.classes)}; {hint}"
         )
-    if val.classes != [
-        str(c) for c in range(len(val.classes))
-    ]:  # a list without class names cannot be compared
+    # The classes of a list without class names are numbers, which cannot be compared.
+    if val.classes != [str(c) for c in range(len(val.classes))]:
         for label, (a, b) in enumerate(zip(train.classes, val.classes)):
             if a != b:
                 raise UserError(f"{root}: label {label} is {a} in train/ and {b} in val/; {hint}")
@@ -115,7 +115,7 @@ class Validation(NamedTuple):
 
 
 def validation(data: str, image_size: int, on_device: bool) -> Validation:
-    """ImageNet's val/, without train/ and without a split. Raises UserError."""
+    """Return ImageNet's val/ without train/ and without a split. Raises UserError if it cannot be found."""
     val = Imagenet(find_root(data), "val")
     view = photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device)
     return Validation(val, val.labels, view, val.classes)
@@ -130,8 +130,9 @@ def assemble(
     image_size: int,
     on_device: bool,
 ) -> Data:
-    """The data set of these files with the labeled images of the split `chosen`; all others of train are
-    unlabeled. Raises UserError if an image of the split has no label, or a class has no labeled image.
+    """Build a data set of these files with the labeled images of the split `chosen`; the other images of
+    `train` are unlabeled. Raises UserError if an image of the split has no label, or a class has no labeled
+    image.
     """
     labeled = splits.find_rows(chosen, train.names.array, str(train.root))  # [K]
     unlabeled = splits.complement(labeled, len(train))  # [U]
@@ -161,6 +162,6 @@ def assemble(
 
 
 def _base(file: Path, folder: Path) -> Path:
-    """The folder that the paths of a list are relative to: `folder` itself, or the one that holds it."""
+    """Find the folder that the paths of a list are relative to: `folder`, or the one that holds it."""
     first = listing.entries(listing.read_bytes(file), str(file))[1][0]
     return file.parent if (file.parent / first).is_file() else folder

@@ -25,7 +25,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 NETWORK_FILE_SYSTEMS = tuple(
     "nfs cifs smb lustre gpfs beegfs ceph gluster afs 9p sshfs s3 gcs weka panfs pvfs orangefs".split()
 )
-RECORD = np.dtype(  # what is kept of an image
+RECORD = np.dtype(  # what is stored for each image
     [
         ("digest", "u8", 2),  # of the file's bytes, or the pixels of an image in memory
         ("bytes", "i8"),
@@ -45,7 +45,7 @@ class NumberedImages(Dataset):
         self.train, self.test = train, test
 
     def find(self, number: int) -> tuple[Source, int]:
-        """The source of an image and its row there."""
+        """Return the source of an image and its row there."""
         n_train = len(self.train)
         return (self.train, number) if number < n_train else (self.test, number - n_train)
 
@@ -55,8 +55,8 @@ class NumberedImages(Dataset):
         return f"test {source.name(row)}" if in_memory_test else source.name(row)
 
     def __getitem__(self, numbers: np.ndarray) -> tuple[bytes, list[tuple[str, str]], set[str], float]:
-        """-> a RECORD of each image, as bytes; (name, cause) of each unreadable image; the folders of the
-        others; the seconds of reading and decoding.
+        """Return a RECORD of each image, as bytes; (name, cause) of each unreadable image; the folders of the
+        others; and the seconds of reading and decoding.
         """
         records, unreadable, folders, seconds = np.zeros(len(numbers), RECORD), [], set(), 0.0
         for record, number in zip(records, numbers.tolist()):
@@ -126,8 +126,8 @@ def check_data(data: Data, config: Config, sample: int, findings: Findings) -> N
 
 
 def check_sets(data: Data, images: NumberedImages, findings: Findings) -> tuple[np.ndarray, np.ndarray]:
-    """Check sizes, labels and balance -> the set of each image [T], its label [T] (−1: none), if known even
-    for unlabeled images.
+    """Check sizes, labels and balance. Return the set of each image [T] and its label [T], −1 if unknown; the
+    labels of unlabeled images are included.
     """
     ok, n_classes, n_train = findings.lines["ok"], len(data.classes), len(data.images)
     sets = np.full(n_train + len(data.test_images), UNUSED, np.int8)  # [T]
@@ -184,7 +184,7 @@ def check_duplicates(
     classes: list[str],
     findings: Findings,
 ) -> None:
-    """Find images of the same content. numbers [m], digests [m, 2]; sets [T], labels [T]"""
+    """Find images of the same content. numbers [m], digests [m, 2], sets [T], labels [T]."""
     order = np.lexsort(digests.T)  # [m]; stable, so that copies stay in the order of their numbers
     differs = np.ones(len(order) + 1, bool)  # [m + 1]: whether an image differs from the one before it
     differs[1:-1] = (digests[order[1:]] != digests[order[:-1]]).any(1)

@@ -20,9 +20,8 @@ import numpy as np
 
 from util.errors import UserError
 
-EXTENSIONS = tuple(
-    b".jpg .jpeg .jfif .jpe .png .webp .gif .bmp .tif .tiff .ppm .pgm".split()
-)  # or in capitals
+# Upper case is accepted, too.
+EXTENSIONS = tuple(b".jpg .jpeg .jfif .jpe .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())
 TIMESTAMP_NS = 2 * 10**9  # the coarsest time stamps of a file system in use: FAT's, of 2 s
 THREADS = 16  # folders read at a time: a file server answers many requests at once, a local disk is as fast
 MAX_CLASSES = 10**6  # a larger label is a mistake in the list, and would cost memory
@@ -55,7 +54,7 @@ class Listing(NamedTuple):
 
 
 class _Tree(NamedTuple):
-    """What a scan reads, and the cache file holds."""
+    """What a scan reads and the cache file stores."""
 
     classes: np.ndarray  # [C] bytes
     counts: np.ndarray  # numbers of their images    [C] int64
@@ -68,9 +67,9 @@ def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool 
     """List the tree root/<class>/<image> (root/<class>/…/<image> if `recursive`), sorted by class, then by
     name, as bytes.
 
-    Links are followed; hidden files and files without an image extension are left out. The cache is in
-    `cache_dir`, else $SIMMATCH_CACHE, else ~/.cache/simmatch. Raises UserError if the tree does not have this
-    form or cannot be read.
+    Symbolic links are followed; hidden files and files without an image extension are left out. The cache is
+    in `cache_dir`, else $SIMMATCH_CACHE, else ~/.cache/simmatch. Raises UserError if the tree does not have
+    this form or cannot be read.
     """
     start_ns = time.time_ns()
     root = _folder(root)
@@ -161,7 +160,7 @@ def entries(data: bytes, where: str) -> tuple[list[int], list[str], list[str | N
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a list file. Raises UserError if it cannot be read."""
+    """Read the content of a list file. Raises UserError if that is not possible."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -225,7 +224,8 @@ def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> _Tree:
 def _walk(
     root: bytes, folder: bytes, recursive: bool, parents: tuple[bytes, ...]
 ) -> tuple[list[bytes], list[tuple[bytes, tuple[int, int]]]]:
-    """Images below root/folder, and the folders that were read with their time stamps, all relative to root.
+    """Return the images below root/folder, and the folders that were read with their time stamps. All paths
+    are relative to root.
 
     parents: the real paths of the folders above, by which a cycle of links is detected.
     """
@@ -261,8 +261,8 @@ def _unreadable(folder: bytes, error: OSError) -> UserError:
 
 
 def _mtimes(folder: bytes) -> tuple[int, int]:
-    """Times of modification and of change in ns, or −1, −1 if there is no such folder. An archiver may set
-    the first one back, but not the second.
+    """Return mtime and ctime in ns, or −1, −1 if there is no such folder. An archiver may set back the mtime,
+    but not the ctime.
     """
     try:
         status = os.stat(folder)

@@ -2,8 +2,8 @@
 nothing.
 
 A view has two parts: `cpu_transform` runs in the worker that loads the image, `device_transform` on batches
-on the training device. What travels between them is small: uint8 pixels and the parameters of the second
-part.
+on the training device. What is copied to the device is small: uint8 pixels and the parameters that
+`device_transform` needs.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ from dataset.source import BadImage, Files, Source
 from dataset.workers import PrefetchLoader
 from util.errors import UserError
 
-# What cpu_transform returns and device_transform takes: pixels [n, ...], then the parameters of the stages
-# left.
+# What cpu_transform returns and device_transform takes: pixels [n, ...], then the parameters [n, k] of each
+# stage that is left for the device.
 HostTensors = tuple[Tensor, ...]
 
 
@@ -64,19 +64,19 @@ class Data(NamedTuple):
     labels: np.ndarray              # their labels; −1 where there is none              [N] int64
     labeled: np.ndarray             # the labeled list: rows whose labels may be used   [K] int64
     unlabeled: np.ndarray           # rows used without their labels                    [U] int64
-    test_images: Source             #                                                   [M]
-    test_labels: np.ndarray         #                                                   [M] int64
+    test_images: Source             # images of the evaluation                          [M]
+    test_labels: np.ndarray         # their labels                                      [M] int64
     weak_view: View
     strong_view: View
     eval_view: View                 # draws no random numbers
     classes: list[str]              # names, in the order of the labels                 [C]
-    channels: int                   # of a view
+    channels: int                   # of the images of a view
     split: SplitId
     # fmt: on
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images' order and names without folders; it does not depend on where the data are
-        stored.
+        """Return the SHA-256 of the numbers of images, the classes and, in their order, the names of image
+        files without folders. It does not depend on where the data are stored.
         """
         sizes = f"{len(self.images)} {len(self.unlabeled)} {len(self.test_images)}"
         digest = hashlib.sha256(f"{sizes} {self.classes}".encode())
@@ -114,7 +114,7 @@ class HostBatch(NamedTuple):
 
 
 class Stream(Dataset):
-    """step -> HostBatch of one rank; endless.
+    """An endless dataset: step -> HostBatch of one rank. A rank is a process here: all its virtual ranks.
 
     An epoch is one pass over the unlabeled images in random order, without the incomplete last step; or, with
     `steps_per_epoch`, that many steps, while passes follow one another. The labeled images follow one another
@@ -131,7 +131,7 @@ class Stream(Dataset):
         world: int = 1,
         steps_per_epoch: int = 0,
     ):
-        """batch_size: labeled images per step and rank (B); mu: unlabeled images for each of them."""
+        """batch_size: labeled images per step and process; mu: unlabeled images for each of them."""
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
         self.has_true_labels = bool((data.labels[data.unlabeled] >= 0).all())
@@ -167,7 +167,8 @@ class Stream(Dataset):
     def _order(
         self, step: int, n: int, total: int, pass_length: int, stream_id: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of this rank's n images of the step, in a list of `total`, and the pass of each: [n], [n].
+        """Return the indices of this rank's n images of the step, in a list of `total`, and the pass of each:
+        [n], [n].
 
         A pass uses the first `pass_length` images of a permutation of its own.
         """
@@ -222,7 +223,8 @@ class Stream(Dataset):
         """Load images[rows[index]]; return it with its index.
 
         An unreadable image is appended to `bad` and replaced by another one, always the same: one of
-        `candidates(index)`, or, if that is None, of all. Raises UserError if none of these can be read.
+        `candidates(index)` or, if that is None, of all images. Raises UserError if none of the first 1,000 of
+        these, in random order, can be read.
         """
         source = self.data.images
         try:
@@ -254,9 +256,9 @@ class ImageChunks(Dataset):
     def __getitem__(self, chunk: int) -> tuple[HostTensors, Tensor, list[tuple[str, str]]]:
         parts, rows, bad = [], [], []
         wanted, at_most = self.chunks[chunk], self.source.max_decoded
-        for part in np.split(wanted, range(at_most, len(wanted), at_most)):
+        for few_rows in np.split(wanted, range(at_most, len(wanted), at_most)):
             images = []
-            for row in part.tolist():
+            for row in few_rows.tolist():
                 try:
                     images.append(self.source[row])
                     rows.append(row)
@@ -286,7 +288,7 @@ class BadImages:
         self.seen += [(name, cause) for name, cause in bad]
 
     def take(self) -> list[tuple[str, str]]:
-        """Return those since the last call."""
+        """Return the bad images since the last call."""
         seen, self.seen = self.seen, []
         return seen
 
@@ -297,7 +299,7 @@ def concatenate(parts: Sequence[HostTensors]) -> HostTensors:
 
 
 class ImageLoader:
-    """The given rows of a source, in order, in one view; it can be iterated any number of times."""
+    """Loads the given rows of a source, in order, in one view, any number of times."""
 
     def __init__(self, source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device):
         chunks = ImageChunks(source, view, rows)
@@ -313,7 +315,7 @@ class ImageLoader:
 
 
 class EvalLoader:
-    """A rank's share of the test images; every image is in exactly one share."""
+    """Loads a rank's share of the test images; every image is in exactly one share."""
 
     def __init__(self, data: EvalData, rank: int, world: int, workers: int, device: torch.device):
         share = np.arange(rank, len(data.test_labels), world)  # [m]
@@ -327,7 +329,7 @@ class EvalLoader:
 
 
 def to_device(view: View, tensors: HostTensors, device: torch.device) -> Tensor:
-    """Copy the pixels to the device and apply the second part of the view: -> [n, c, h, w].
+    """Copy the pixels to the device and apply the view's device_transform -> [n, c, h, w].
 
     The parameters stay on the CPU; dataset/device_views.py says why.
     """

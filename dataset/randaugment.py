@@ -1,6 +1,6 @@
 """RandAugment (arXiv 1909.13719) in the two variants of the published recipes, ImageNet's and CIFAR's.
 
-The strength v is drawn from 1 … 9 for every op. The value of an op is v·max/10 + bias, and the value of a
+The magnitude v is drawn from 1 … 9 for every op. The value of an op is v·max/10 + bias, and the value of a
 signed op is negative with probability ½.
 """
 
@@ -24,7 +24,7 @@ class Op(NamedTuple):
     integer: bool = False  # v·max/10 is truncated to an integer
 
     def value(self, v: np.ndarray, negative: np.ndarray) -> np.ndarray:
-        """v [n] in 1 … 9, negative [n] bool -> [n]."""
+        """Return the values [n] for magnitudes v [n] in 1 … 9 and signs: negative [n] bool."""
         x = v * self.max / 10  # [n]
         x = (np.trunc(x) if self.integer else x) + self.bias  # [n]
         return np.where(negative & self.signed, -x, x)  # [n]

@@ -11,7 +11,7 @@ ORDER_X, ORDER_U, VIEW_X, VIEW_WEAK, VIEW_STRONG, REPLACE_X, REPLACE_U = range(7
 def uniforms(
     rows: np.ndarray, num_uniforms: int, seed: int, stream_id: int, passes: np.ndarray
 ) -> np.ndarray:
-    """Uniform numbers [n, num_uniforms] in [0, 1): row i depends on seed, stream_id, passes[i] and rows[i].
+    """Draw uniform numbers [n, num_uniforms] in [0, 1): row i depends on seed, stream_id, passes[i], rows[i].
 
     rows, passes [n] int64. Philox is a counter-based generator: each image and pass has its own counters.
     """
@@ -28,10 +28,10 @@ def uniforms(
 
 @lru_cache(maxsize=8)
 def permutation(n: int, seed: int, stream_id: int, number: int) -> np.ndarray:
-    """[n]: the order of the images in pass `number`, cached because every step of the pass needs it."""
+    """Return the order [n] of the images in pass `number`, cached because all steps of the pass need it."""
     return shuffled(n, seed, stream_id, number)
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:
-    """[n]: a random permutation of 0 … n − 1 that depends on the key only."""
+    """Return a random permutation [n] of 0 … n − 1 that depends on the key only."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).permutation(n)

@@ -126,14 +126,14 @@ def make(
 
 
 def draw_rows(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, str]:
-    """`make` for images without names: labels [N] -> the rows of the drawn images [C·per_class], SHA-256."""
+    """Call `make` for images without names: labels [N] -> rows of the drawn images [C·per_class], SHA-256."""
     names = {str(c): [b"%d" % row for row in np.flatnonzero(labels == c)] for c in np.unique(labels)}
     split = make(names, per_class=per_class, seed=seed)
     return split.names.astype(np.int64), split.sha256
 
 
 def find_rows(split: Split, names: np.ndarray, where: str = "the data set") -> np.ndarray:
-    """The rows of the split's images among `names` [N] bytes, in the order of the list: [K] int64.
+    """Find the rows of the split's images among `names` [N] bytes, in the order of the list: [K] int64.
 
     An entry with a folder is compared with the whole names, an entry without (`n01440764_10026.JPEG`) with
     the names without folders. Raises UserError for an image that is missing or not unique; `where` names the
@@ -166,14 +166,14 @@ def find_rows(split: Split, names: np.ndarray, where: str = "the data set") -> n
 
 
 def complement(rows: np.ndarray, n: int) -> np.ndarray:
-    """The rows among 0 … n − 1 that are not in `rows`, in order. int64"""
+    """Return the rows among 0 … n − 1 that are not in `rows`, in order: int64."""
     rest = np.ones(n, bool)
     rest[rows] = False
     return np.flatnonzero(rest)
 
 
 def basenames(names: np.ndarray) -> np.ndarray:
-    """Paths [N] bytes -> the parts after the last "/" [N] bytes."""
+    """Cut paths [N] bytes after their last "/" -> file names [N] bytes."""
     names = np.ascontiguousarray(names)
     letters = names.view(np.uint8).reshape(len(names), -1)  # [N, width]
     row, column = np.divmod(np.flatnonzero(letters.reshape(-1) == ord("/")), letters.shape[1])
@@ -187,7 +187,7 @@ def basenames(names: np.ndarray) -> np.ndarray:
 
 
 def names_by_class(images: listing.Listing | LabeledFiles) -> dict[str, np.ndarray]:
-    """Class -> names [n] bytes, as `make` takes them. Classes without images are left out."""
+    """Return a dict of class -> names [n] bytes, for `make`. Classes without images are left out."""
     order = np.argsort(images.labels, kind="stable")
     counts = np.bincount(images.labels, minlength=len(images.classes))  # [C]
     groups = np.split(images.names.array[order], np.cumsum(counts)[:-1])
@@ -195,16 +195,16 @@ def names_by_class(images: listing.Listing | LabeledFiles) -> dict[str, np.ndarr
 
 
 def class_of(name: bytes) -> str:
-    """The class of an entry: its folder; without a folder, the part before the last "_", as in ImageNet;
-    without both, "".
+    """Return the class of an entry: its folder; without a folder, the part before the last "_", as in
+    ImageNet; without both, "".
     """
     folder, _, last = name.rpartition(b"/")
     return os.fsdecode(folder or last.rpartition(b"_")[0])
 
 
 def describe(splits: Sequence[Split]) -> str:
-    """A text with sizes, images per class and overlaps. Images are compared without their folders if one of
-    the lists has entries without folders.
+    """Describe sizes, images per class and overlaps in a text. Images are compared without their folders if
+    one of the lists has entries without folders.
     """
     lines = []
     for s in splits:
@@ -241,7 +241,7 @@ def describe(splits: Sequence[Split]) -> str:
 
 
 def _list_text(names: Sequence[bytes]) -> bytes:
-    """The content of a list file."""
+    """Return the content of a list file."""
     return b"".join(name + b"\n" for name in names)
 
 

@@ -240,14 +240,14 @@ PIPELINES: dict[str, tuple[Stage, ...]] = {
     "cifar_strong": (PadCrop(32, 4), Flip(), RandAugment(2, "cifar", p=0.5), Cutout(16)),
     "cifar_eval": (),
 }
-CIFAR_FILES = (CenterCrop(32, 32),)  # for image files, which a CIFAR network shall classify
+CIFAR_FILES = (CenterCrop(32, 32),)  # for image files of any size that a CIFAR network classifies
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10_NORM = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR100_NORM = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
 def pipeline(name: str, size: int = 224) -> tuple[Stage, ...]:
-    """The stages of PIPELINES[name], whose crops are scaled by size / 224. Raises UserError."""
+    """Return the stages of PIPELINES[name], with crops scaled by size / 224. Raises UserError if unknown."""
     if name not in PIPELINES:
         raise UserError(f"unknown view {name!r}; known: {', '.join(PIPELINES)}")
     return tuple(_scaled(stage, size / 224) for stage in PIPELINES[name])
@@ -264,9 +264,9 @@ def _scaled(stage: Stage, factor: float) -> Stage:
 def photo_view(
     stages: Sequence[Stage], norm: tuple[Sequence[float], Sequence[float]], on_device: bool
 ) -> View:
-    """The view that a pipeline makes of RGB PIL images, normalized by norm = (mean, std) of values of 0 to 1.
+    """Build the view of RGB PIL images with these stages. norm: (mean, std) of values from 0 to 1.
 
-    on_device: the last stages, as far as device_views has them, are applied on the training device, and a
+    on_device: the last stages, as long as device_views has them, are applied on the training device, and a
     faster resize is used; otherwise PIL applies all stages.
     """
     on_cpu = len(stages)  # the number of stages that are applied on the CPU

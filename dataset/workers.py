@@ -22,7 +22,7 @@ class PrefetchLoader:
     """A DataLoader over `dataset` in `order` whose worker processes start once and serve every pass.
 
     The workers are forked from a helper process (Python's "forkserver"), never from this one. A fork copies
-    locks in their present state, including those held by threads that the copy does not have, such as gloo's,
+    locks in their current state, including those held by threads that the copy does not have, such as gloo's,
     NCCL's, or the one that writes a checkpoint. A worker that needs such a lock waits forever, and all ranks
     with it. (This happened with CPython 3.11, on the lock of its list of threads.) The workers start in the
     constructor and not at the first pass, so that editing a source file during a run does not change the run.

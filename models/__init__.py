@@ -1,4 +1,4 @@
-"""The methods by name. Only the two `build_` functions read a config; all else takes plain values."""
+"""The methods by name. Only the two `build_` functions read a config; all others take plain values."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def _simmatch_settings(c: Any) -> dict[str, Any]:
 
 
 def build_network(config: Any, channels: int) -> Network:
-    """Build the student's network. Raises ValueError, naming the known backbones, for another one."""
+    """Build the student's network. Raises ValueError if the backbone is unknown."""
     if config.backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {config.backbone!r}; known: {', '.join(BACKBONES)}")
     return Network(config.backbone, channels, config.cls, config.dim)
@@ -59,7 +59,7 @@ def build_method(config: Any, channels: int, labels: Tensor) -> Method:
     """Build the method of a config: any object with the fields of util.config.Config.
 
     channels: of the images. labels [K]: of the labeled list, in its order.
-    Raises ValueError, naming the known ones, if the config has an unknown method or backbone.
+    Raises ValueError if the method or the backbone is unknown; the message lists the known ones.
     """
     if config.method not in METHODS:
         raise ValueError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")

@@ -13,12 +13,12 @@ from models.method import Batch, Method
 def diagnose(
     method: Method, batches: Sequence[Batch], *, step: int, bank_ready: bool, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """Examine the step that `train_step` would take with these batches. Nothing changes.
+    """Examine the step that `train_step` would take with these batches, without side effects.
 
     batches, step, bank_ready: as for `train_step`; only the losses of the first batch are computed. scale:
-    the loss scale of the backward, for fp16. Every process must call it, because ranks communicate as in a
-    step. Return, for each loss term, `loss_*`, its weighted value, and, if it has one, `grad_*`, the L2 norm
-    of its gradient over all parameters; and whatever `method.diagnostics` returns.
+    the loss scale of the backward, for fp16. All processes must call it, because ranks communicate as in a
+    step. Return, for each loss term, its weighted value as `loss_*` and, if it has a gradient, the L2 norm of
+    that over all parameters as `grad_*`; and whatever `method.diagnostics` returns.
     """
     values: dict[str, Tensor] = {}
     with freeze_bn_stats(method):

@@ -25,8 +25,8 @@ class Teacher(nn.Module):
     average (EMAN, arXiv 2101.08482): the forward runs in eval mode. The running mean and variance are
     averaged as parameters are; num_batches_tracked is copied.
     copy (the CIFAR recipe): the forward runs in eval mode, and all buffers are copied from the student. This
-    teacher serves for evaluation only, so ranks do not synchronize its statistics: each keeps its own
-    student's.
+    teacher serves for evaluation only, so ranks do not synchronize its statistics: each rank keeps those of
+    its own student.
     """
 
     def __init__(self, student: Network, momentum: float, bn_mode: BNMode):
@@ -63,21 +63,23 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Average the student into the teacher, with rank 0's BN statistics, so that all ranks keep one
-        teacher.
+        """Average the student into the teacher; bn_mode decides about the buffers.
+
+        With `average`, the students of all ranks first take over rank 0's BN statistics, so that all ranks
+        keep the same teacher.
         """
-        own: list[Tensor] = list(self.net.parameters())
-        new: list[Tensor] = list(student.parameters())
+        averages: list[Tensor] = list(self.net.parameters())
+        latest: list[Tensor] = list(student.parameters())
         if self.bn_mode == "average":
             dist_utils.broadcast_buffers(student)
         if self.bn_mode != "shuffle":
-            for own_buffer, new_buffer in zip(self.net.buffers(), student.buffers(), strict=True):
-                if self.bn_mode == "average" and new_buffer.is_floating_point():
-                    own.append(own_buffer)
-                    new.append(new_buffer)
+            for teacher_buffer, student_buffer in zip(self.net.buffers(), student.buffers(), strict=True):
+                if self.bn_mode == "average" and student_buffer.is_floating_point():
+                    averages.append(teacher_buffer)
+                    latest.append(student_buffer)
                 else:
-                    own_buffer.copy_(new_buffer)
-        torch._foreach_lerp_(own, new, 1 - self.momentum)
+                    teacher_buffer.copy_(student_buffer)
+        torch._foreach_lerp_(averages, latest, 1 - self.momentum)
 
 
 @contextmanager

@@ -18,13 +18,12 @@ class FixMatch(Method):
     """
 
     def __init__(self, network: Network, *, lambda_u: float, threshold: float, ema_m: float, eman: bool):
-        super().__init__(
-            network, ema_m, "average"
-        )  # FixMatch has no shuffle-BN: BN statistics are always averaged
+        # FixMatch has no shuffle-BN: BN statistics are always averaged.
+        super().__init__(network, ema_m, "average")
         self.lambda_u, self.threshold, self.teacher_labels = lambda_u, threshold, eman
 
     def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Tensor | None]:
-        """The teacher's logits' of each batch [muB, C]; None where the student labels the weak views."""
+        """Return the teacher's logits' [muB, C] per batch, or None if the student labels the weak views."""
         if not self.teacher_labels:
             return [None] * len(batches)
         return [logits for logits, _ in self.teacher([batch.u_weak for batch in batches], step)]

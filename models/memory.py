@@ -8,10 +8,10 @@ from torch import Tensor, nn
 class LabelBank(nn.Module):
     """One embedding and one label for every labeled image (paper, section 3.4).
 
-    z [K, D]: unit rows. labels [K]: known from the labeled list. Row i belongs to image i of that list.
+    z [K, D]: unit vectors. labels [K]: known from the labeled list. Row i belongs to image i of that list.
     m: the share of the old row that a write keeps. With m = 0 a row holds the newest embedding, and a random
-    unit vector before its first write. With m > 0 it is a temporal ensemble that starts at zero, so that the
-    first write sets it to the embedding itself, without a remainder of noise.
+    unit vector before its first write. With m > 0 a row is a temporal ensemble that starts at zero, so that
+    the first write sets it to the embedding itself: a random start would stay in the average as noise.
     """
 
     def __init__(self, labels: Tensor, dim: int, m: float = 0.0):
@@ -25,10 +25,10 @@ class LabelBank(nn.Module):
 
     @torch.no_grad()
     def write(self, index: Tensor, z: Tensor, y: Tensor) -> None:
-        """bank[index] ← normalize(m·bank[index] + (1 − m)·z), labels[index] ← y.
+        """Update rows: z[index] ← normalize(m·z[index] + (1 − m)·new z), labels[index] ← y.
 
-        index, y [n], z [n, D], unit rows: those of all ranks. If an index occurs more than once, its last row
-        wins, on every device and rank.
+        index [n], z [n, D], unit vectors, y [n]: those of all ranks. If an index occurs more than once,
+        its last row wins, on every device and rank.
         """
         position = torch.arange(len(index), device=index.device)  # [n]
         last = ((index[:, None] == index) * position).amax(dim=1)  # [n]
@@ -54,10 +54,10 @@ class DistributionAlignment(nn.Module):
         self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))  # [1]
 
     def forward(self, log_p: Tensor, mean: Tensor) -> Tensor:
-        """log p [n, C] -> log of the renormalized p / prior [n, C]. Writes nothing.
+        """log p [n, C] -> log of the renormalized p / prior [n, C]. The ring does not change.
 
-        mean [C]: of p over the global batch of this step; the prior includes it, as if it were already in the
-        ring.
+        mean [C]: the mean of p over the global batch of this step. The prior includes it, as if it were
+        already in the ring.
         """
         prior = self.prior(mean)  # [C]
         # p can underflow on a class, whose prior is then 0: keep its log finite.
@@ -65,7 +65,9 @@ class DistributionAlignment(nn.Module):
         return torch.log_softmax(log_p - prior.clamp_min(tiny).log(), dim=1)  # [n, C]
 
     def prior(self, mean: Tensor) -> Tensor:
-        """Mean of the ring with this step's `mean` in it: [C]. It sums to 1 once the ring is full."""
+        """Return the prior [C]: the mean of the ring with this step's `mean` [C] in it. Its sum is 1 once the
+        ring is full.
+        """
         return self._ring_with(mean).mean(dim=0)
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ class StepOutput(NamedTuple):
     z: Tensor | None = None             # embeddings of the labeled images, for the bank    [B, D]
     y: Tensor | None = None             # their labels                                      [B]
     index: Tensor | None = None         # type: ignore[assignment]  # their rows in the bank    [B]
-    prior: Tensor | None = None         # mean of p over the global batch                   [C]
+    mean_p: Tensor | None = None        # mean of p over the global batch, for the prior    [C]
     pseudo_label: Tensor | None = None  # class probabilities                               [muB, C]
     mask: Tensor | None = None          # 1 where the pseudo-label is confident, else 0     [muB]
     # fmt: on
@@ -66,8 +66,8 @@ class Method(nn.Module):
     ) -> tuple[dict[str, Tensor], StepOutput]:
         """Return the weighted loss terms by name, whose sum is the loss, and what `update` needs.
 
-        It writes no state: no bank, no prior, no teacher.
-        bank_ready: False until every labeled image has been seen once, that is, in the first epoch.
+        It does not write the bank, the prior or the teacher.
+        bank_ready: whether every labeled image was seen before this epoch began; False in the first epoch.
         """
         raise NotImplementedError
 
@@ -76,8 +76,8 @@ class Method(nn.Module):
         return {}
 
     def update(self, output: StepOutput) -> None:
-        """Write bank, prior and teacher; called once, after the optimizer step.
+        """Write bank, prior and teacher. `train_step` calls it once, after the optimizer step.
 
-        output: that of all virtual ranks of this process, concatenated.
+        output: the outputs of all virtual ranks of this process, concatenated.
         """
         self.teacher.update(self.student)

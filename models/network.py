@@ -18,7 +18,7 @@ def _resnet(block: str, layers: list[int], widen: int, channels: int) -> tuple[n
     return resnet_encoder(block, layers, widen, channels)
 
 
-# name -> function of the number of image channels that returns (encoder, length d of its feature)
+# name -> function: number of image channels -> (encoder, dimension d of its feature)
 BACKBONES: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
     "small_encoder": small_encoder,
     "resnet18_encoder": partial(_resnet, "BasicBlock", [2, 2, 2, 2], 1),
@@ -51,9 +51,8 @@ class Network(nn.Module):
         if dim:
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
-        self.autocast_dtype: torch.dtype | None = (
-            None  # bfloat16 or float16 for matrix products and convolutions
-        )
+        # bfloat16 or float16 for matrix products and convolutions; None: no autocast.
+        self.autocast_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, c, h, w] -> logits [n, C], unit z [n, D], both in the dtype of the parameters."""
@@ -65,13 +64,13 @@ class Network(nn.Module):
 
 
 def parameter_groups(module: nn.Module, wd: float, no_decay_bn: bool) -> list[dict[str, Any]]:
-    """Parameter groups for the optimizer: weight decay `wd` on all parameters, or, with no_decay_bn, on all
-    but biases and BN.
+    """Return the parameter groups for the optimizer: weight decay `wd` acts on all parameters or, with
+    no_decay_bn, on all but biases and BN parameters.
     """
     parameters = list(module.parameters())
     if not no_decay_bn:
         return [{"params": parameters, "weight_decay": wd}]
-    # Biases and BN's scales and shifts are the vectors among the parameters.
+    # Biases and BN parameters are the vectors; all other parameters have two or more dimensions.
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": wd},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

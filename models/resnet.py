@@ -17,21 +17,20 @@ class WideResNetEncoder(resnet.ResNet):
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
     def _make_layer(self, block: type, planes: int, *args: Any, **kwargs: Any) -> nn.Module:
-        if planes == 64:  # the first layer, for which torchvision has just set the width of the stem
+        if planes == 64:  # layer1: inplanes is still the width of torchvision's own stem
             self.inplanes = 64 * self.widen
         return super()._make_layer(block, planes * self.widen, *args, **kwargs)
 
 
 def resnet_encoder(block: str, layers: list[int], widen: int, channels: int) -> tuple[nn.Module, int]:
-    """Return (encoder, d): [n, channels, h, w] -> [n, d]. Parameters have torchvision's names; there is no
-    fc.
+    """Return (encoder, d): [n, channels, h, w] -> [n, d]. Parameters have torchvision's names, without fc.
 
     block: BasicBlock or Bottleneck.
     """
-    kind = getattr(resnet, block)
-    net = resnet.ResNet(kind, layers) if widen == 1 else WideResNetEncoder(kind, layers, widen)
+    block_class = getattr(resnet, block)
+    net = resnet.ResNet(block_class, layers) if widen == 1 else WideResNetEncoder(block_class, layers, widen)
     net.fc = nn.Identity()
     if channels != 3:
         net.conv1 = nn.Conv2d(channels, net.conv1.out_channels, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return net, 512 * kind.expansion * widen
+    return net, 512 * block_class.expansion * widen

@@ -15,7 +15,7 @@ from util import dist_utils
 
 
 class StudentOutput(NamedTuple):
-    """The student's forward; gradients flow through it."""
+    """What the student computes; gradients flow through it."""
 
     # fmt: off
     logits_x: Tensor                    # of the labeled images         [B, C]
@@ -25,7 +25,7 @@ class StudentOutput(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """The teacher's forward; no gradient."""
+    """What the teacher computes, without gradient."""
 
     # fmt: off
     z_x: Tensor                         # embeddings of the labeled images  [B, D]
@@ -42,13 +42,17 @@ class Targets(NamedTuple):
     z_x: Tensor                         # embeddings for the bank       [B, D]
     log_p: Tensor                       # aligned class predictions     [muB, C]
     z_uw: Tensor                        # embeddings of the weak views  [muB, D]
-    prior: Tensor | None                # mean of p over the global batch; None without DA      [C]
+    mean_p: Tensor | None               # over the global batch; None without DA    [C]
     student_output: StudentOutput | None
     # fmt: on
 
 
 class SimMatch(Method):
-    """Section 3 of the paper, in its order and with its symbols."""
+    """The method of section 3 of the paper, with its symbols.
+
+    p: class prediction, q: similarities to the bank, z: embedding. Suffixes: x for labeled images, uw and us
+    for weak and strong views of unlabeled images; w and s where only the view matters.
+    """
 
     def __init__(
         self,
@@ -78,7 +82,10 @@ class SimMatch(Method):
 
     # fmt: off
     def teacher_forward(self, batches: Sequence[Batch], student: nn.Module, step: int) -> list[TeacherOutput]:
-        """Run the teacher on the weak views of every batch."""
+        """Run the teacher on the weak views of every batch, labeled images included.
+
+        student: for the single-network form, which overrides this function.
+        """
         n_x = len(batches[0].x)
         outputs = []
         for logits, z in self.teacher([torch.cat([batch.x, batch.u_weak]) for batch in batches], step):
@@ -97,29 +104,29 @@ class SimMatch(Method):
         teacher_outputs = self.teacher_forward(batches, student, step)
         with torch.no_grad():
             log_ps = [torch.log_softmax(t.logits_uw, dim=1) for t in teacher_outputs]   # [muB, C] of each
-            prior = None
+            mean_p = None
             if self.align is not None:
                 local_mean = torch.stack([log_p.exp().mean(dim=0) for log_p in log_ps]).mean(dim=0)     # [C]
-                prior = dist_utils.all_mean(local_mean)                                 # [C]
-                log_ps = [self.align(log_p, prior) for log_p in log_ps]                 # [muB, C] of each
+                mean_p = dist_utils.all_mean(local_mean)                                # [C]
+                log_ps = [self.align(log_p, mean_p) for log_p in log_ps]                # [muB, C] of each
         pairs = zip(teacher_outputs, log_ps)
-        return [Targets(t.z_x, log_p, t.z_uw, prior, t.student_output) for t, log_p in pairs]
+        return [Targets(t.z_x, log_p, t.z_uw, mean_p, t.student_output) for t, log_p in pairs]
 
     def losses(
         self, batch: Batch, targets: Targets, student: nn.Module, *, bank_ready: bool
     ) -> tuple[dict[str, Tensor], StepOutput]:
-        z_x, log_p, z_uw, prior, student_output = targets
+        z_x, log_p, z_uw, mean_p, student_output = targets
         logits_x, logits_us, z_us = student_output or self.student_forward(batch, student)
         pseudo_label = p = log_p.exp()                                      # [muB, C]
         loss_in = z_us.new_zeros(())
         if bank_ready:
             labels = self.bank.labels                                       # [K]
             with torch.no_grad():
-                log_q_w = self.similarities(z_uw, self.tt)                  # [muB, K]
+                log_q_w = self.log_similarities(z_uw, self.tt)              # [muB, K]
                 q_hat = unfold(log_q_w, log_p, labels).exp()                # [muB, K]
                 a = aggregate(log_q_w, labels, p.shape[1])                  # [muB, C]
                 pseudo_label = self.c_smooth * p + (1 - self.c_smooth) * a  # [muB, C]
-            log_q_s = self.similarities(z_us, self.st)                      # [muB, K]
+            log_q_s = self.log_similarities(z_us, self.st)                  # [muB, K]
             loss_in = cross_entropy(q_hat, log_q_s).mean()
 
         mask = (pseudo_label.amax(dim=1) >= self.threshold).to(p.dtype)     # [muB]
@@ -127,10 +134,10 @@ class SimMatch(Method):
         losses = {"loss_x": F.cross_entropy(logits_x, batch.y),
                   "loss_u": self.lambda_u * loss_u,
                   "loss_in": self.lambda_in * loss_in}
-        return losses, StepOutput(z_x, batch.y, batch.index, prior, pseudo_label, mask)
+        return losses, StepOutput(z_x, batch.y, batch.index, mean_p, pseudo_label, mask)
     # fmt: on
 
-    def similarities(self, z: Tensor, t: float) -> Tensor:
+    def log_similarities(self, z: Tensor, t: float) -> Tensor:
         """Embeddings z [n, D] -> log q [n, K]: how similar each is to the bank's rows, at temperature t."""
         return torch.log_softmax(z @ self.bank.z.T / t, dim=1)
 
@@ -143,21 +150,21 @@ class SimMatch(Method):
         """
         out = {"bank_rows": torch.tensor(len(self.bank.labels), device=self.bank.z.device)}
         if bank_ready:
-            log_q_w = self.similarities(targets.z_uw, self.tt)  # [muB, K]
+            log_q_w = self.log_similarities(targets.z_uw, self.tt)  # [muB, K]
             out["q_entropy"] = cross_entropy(log_q_w.exp(), log_q_w).mean()
             out["bank_drift"] = 1 - F.cosine_similarity(targets.z_x, self.bank.z[batch.index]).mean()
         if self.align is not None:
-            assert targets.prior is not None  # `targets` computes it with DA
-            out["prior"] = self.align.prior(targets.prior)
+            assert targets.mean_p is not None  # `targets` computes it with DA
+            out["prior"] = self.align.prior(targets.mean_p)
         return out
 
     def update(self, output: StepOutput) -> None:
-        index, z, y, prior = output.index, output.z, output.y, output.prior
+        index, z, y, mean_p = output.index, output.z, output.y, output.mean_p
         assert index is not None and z is not None and y is not None  # `losses` fills them
         self.bank.write(*(dist_utils.all_gather(rows) for rows in (index, z, y)))
         if self.align is not None:
-            assert prior is not None
-            self.align.write(prior)
+            assert mean_p is not None
+            self.align.write(mean_p)
         super().update(output)
 
 

@@ -13,9 +13,9 @@ from models.simmatch import SimMatch, StudentOutput, TeacherOutput
 
 
 class SimMatchSingle(SimMatch):
-    """One forward of the student on all views; its outputs on weak views, detached, replace the teacher's.
+    """The student runs on all views at once; its outputs on weak views, detached, replace the teacher's.
 
-    The EMA network serves for evaluation only, with the student's BN statistics.
+    The EMA teacher serves for evaluation only, with the student's BN statistics.
     """
 
     def __init__(self, network: Network, labels: Tensor, num_classes: int, dim: int, **settings: Any):
@@ -26,7 +26,7 @@ class SimMatchSingle(SimMatch):
         if len(batches) == 1:
             return [self.joint_forward(batches[0], student)[1]]
         # The prior needs the predictions of all virtual ranks before any loss. A second forward, in
-        # student_forward, costs less than keeping the graphs of all of them.
+        # student_forward, takes less memory than keeping the graphs of all of them.
         with torch.no_grad(), freeze_bn_stats(self.student):
             outputs = [self.joint_forward(batch, self.student)[1] for batch in batches]
         return [output._replace(student_output=None) for output in outputs]

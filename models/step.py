@@ -22,9 +22,9 @@ def train_step(
     bank_ready: bool,
     scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[dict[str, Tensor], StepOutput]:
-    """Compute losses, backward, optimizer step, then update bank, prior and teacher.
+    """Compute the losses and their gradients, take an optimizer step, then update bank, prior and teacher.
 
-    Return the loss terms (means over `batches`) and the output of all of them.
+    Return the loss terms, as means over `batches`, and the outputs of all batches, concatenated.
 
     batches: one for each virtual rank of this process. They run one after the other, each with the BN
     statistics of its own batch, and their gradients are averaged, as DDP averages them over processes. So a
@@ -53,29 +53,29 @@ def train_step(
 
 
 def split_virtual_ranks(batch: Batch, ranks: int) -> list[Batch]:
-    """Split the batch of a process, in which its virtual ranks are concatenated, into one for each."""
+    """Split the batch of a process, in which its virtual ranks are concatenated, into one batch for each."""
     return [Batch(*fields) for fields in zip(*(field.chunk(ranks) for field in batch), strict=True)]
 
 
 def _join_virtual_ranks(
     results: list[tuple[dict[str, Tensor], StepOutput]],
 ) -> tuple[dict[str, Tensor], StepOutput]:
-    """Average the losses and concatenate the outputs; the prior is already the same for all."""
+    """Average the losses and concatenate the outputs; mean_p is already the same for all."""
     if len(results) == 1:
         return results[0]
     losses = {
         name: torch.stack([result[name] for result, _ in results]).mean(dim=0) for name in results[0][0]
     }
-    fields = zip(*(output._replace(prior=None) for _, output in results))
+    fields = zip(*(output._replace(mean_p=None) for _, output in results))
     output = StepOutput(*(None if values[0] is None else torch.cat(values) for values in fields))
-    return losses, output._replace(prior=results[0][1].prior)
+    return losses, output._replace(mean_p=results[0][1].mean_p)
 
 
 def configure_execution(method: Method, precision: str, channels_last: bool, compiled: bool) -> None:
     """Set autocast dtype, memory format and compilation of both networks.
 
-    The step stays the same up to rounding.
-    precision: fp32, bf16 or fp16. The keys of the state_dict do not change.
+    The step stays the same up to rounding, and the keys of the state_dict do not change.
+    precision: fp32, bf16 or fp16.
     """
     for network in (method.student, method.teacher.net):
         network.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

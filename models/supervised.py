@@ -1,4 +1,4 @@
-"""The supervised baseline: the labeled loss alone, without any unlabeled image."""
+"""The supervised baseline: it has the loss of the labeled images alone."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -9,16 +9,17 @@ LEAKY_RELU_SLOPE = 0.1
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """BN as in FixMatch: its momentum in PyTorch's convention, and TensorFlow's eps."""
+    """BN as in FixMatch: eps 0.001; TensorFlow's momentum of 0.999 is 0.001 in PyTorch's convention."""
     return nn.BatchNorm2d(channels, eps=0.001, momentum=0.001)
 
 
 def activate(bn: nn.Module, x: Tensor) -> Tensor:
+    """BN, then LeakyReLU: [n, c, h, w] -> [n, c, h, w]."""
     return F.leaky_relu(bn(x), LEAKY_RELU_SLOPE, inplace=True)
 
 
 class Block(nn.Module):
-    """Pre-activation block: shortcut + conv(act(conv(act(x)))).
+    """Pre-activation block: shortcut + conv(act(conv(act(x)))), where act is BN and LeakyReLU.
 
     The shortcut is x, or a 1×1 convolution of x where the width changes.
     activate_first: the shortcut takes act(x) instead of x.

@@ -16,6 +16,7 @@ from torch import nn
 from util.errors import UserError
 
 FORMAT = 3
+# world: ranks of a step; batch_size: labeled images of a rank; data: fingerprint of the images.
 KEYS = {
     "config": dict,
     "step": int,
@@ -32,7 +33,7 @@ KEYS = {
     "scaler": dict,
     "meter": dict,
     "bad_images": list,
-}  # world: ranks of a step; batch_size: labeled images of a rank
+}
 # EMAN's files store their best accuracy as a NumPy scalar. Its module has two names, depending on the version
 # of NumPy; creating one runs no code of the file.
 _numpy_scalar: Any = np.float64(0).__reduce__()[0]
@@ -54,8 +55,8 @@ def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], keep_previous: bool = False) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`. An
-    OSError becomes a UserError.
+    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`. Raises
+    UserError instead of OSError.
 
     keep_previous: the old file is kept as `previous(path)`. At every moment there are at least as many
     complete files as before.
@@ -74,7 +75,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], keep_previ
             f"cannot write {path}: {_reason(error)}; the file that was there before is unchanged"
         ) from None
     finally:
-        with suppress(OSError):  # it was renamed, or the disk does not allow to remove it
+        with suppress(OSError):  # it was renamed, or the file system does not allow removing it
             temporary.unlink()
 
 
@@ -103,8 +104,8 @@ class _ErrorKeepingFile:
 
 
 class Writer:
-    """Writes last.pth and best.pth in a thread: training waits until the state is copied in memory, but not
-    for the disk.
+    """Writes last.pth and best.pth in a thread: training waits for a copy of the state in memory, but not for
+    the disk.
 
     There is one write at a time, and the next one waits for it. After a failed write the run stops or, with
     on_error `continue`, warns and tries again with the next checkpoint.
@@ -113,8 +114,8 @@ class Writer:
     def __init__(
         self, last: Path, best: Path, on_error: str, warn: Callable[[str], None], last_is_whole: bool = True
     ):
-        """on_error: stop or continue. last_is_whole: False if the file at `last` is damaged and must not
-        become `previous(last)`.
+        """on_error: stop or continue. last_is_whole: False if the file at `last` must not become
+        `previous(last)`, because it is damaged or was published by others.
         """
         self.paths, self.on_error, self.warn, self.last_is_whole = (last, best), on_error, warn, last_is_whole
         self.thread: threading.Thread | None = None
@@ -160,7 +161,7 @@ class Writer:
 
 
 def copy_to_cpu(value: Any) -> Any:
-    """A deep copy of a state with its tensors on the CPU, which later steps do not change."""
+    """Return a deep copy of a state, with tensors on the CPU that later steps do not change."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -195,8 +196,8 @@ def digest(value: Any) -> str:
 
 
 def load_newest(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """(state, warning) from `path`, or from `previous(path)` if `path` is damaged or missing; (None, "") if
-    neither exists.
+    """Return (state, warning) from `path`, or from `previous(path)` if `path` is damaged or missing;
+    (None, "") if neither exists.
     """
     before = previous(path)
     if not os.path.lexists(path) and not before.exists():
@@ -210,15 +211,15 @@ def load_newest(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote to `path`, on the CPU. Raises UserError if the file is missing or damaged
-    or was not written by `save`.
+    """Return the state that `save` wrote to `path`, on the CPU. Raises UserError if the file is missing or
+    damaged or was not written by `save`.
     """
     return verify(load_file(path), path)
 
 
 def load_file(path: Path) -> Any:
-    """The content of any file that torch.save wrote, on the CPU. Raises UserError if the file is missing or
-    damaged or contains anything but tensors and plain values.
+    """Return the content of any file that torch.save wrote, on the CPU. Raises UserError if the file is
+    missing or damaged or contains anything but tensors and plain values.
     """
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
@@ -258,8 +259,8 @@ def load_file(path: Path) -> Any:
 
 
 def verify(state: Any, path: Path) -> dict[str, Any]:
-    """`state`, the content of `path`, without its checksum. Raises UserError if `save` did not write
-    it, or if it was changed since.
+    """Check the content of `path` against its checksum, remove that from `state` and return `state`. Raises
+    UserError if `save` did not write it, or if it was changed since.
     """
     if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
         raise UserError(
@@ -302,7 +303,7 @@ def check_finite(values: dict[str, Any], step: int) -> None:
 
 
 def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: str = "") -> None:
-    """module.load_state_dict with exact keys and shapes. A UserError names the first differences.
+    """Call module.load_state_dict with exact keys and shapes. Raises UserError with the first differences.
 
     prefix: what the module's keys start with in `values`; other keys of `values` are ignored.
     """
@@ -321,7 +322,7 @@ def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: s
 
 
 def first_three(wrong: list[str]) -> str:
-    """The first three entries of a list for a message, and the number of the others."""
+    """Join the first three entries of a list for a message, with the number of the others."""
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 

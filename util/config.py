@@ -106,7 +106,9 @@ class Config:
     steps_per_epoch: int = arg(0, "number of steps in an epoch; 0: one pass over the unlabeled images")
     lr: float = arg(0.1, "learning rate after warm-up")
     warmup_epoch: int = arg(0, "epochs of linear learning-rate warm-up")
-    cos: bool = arg(False, "cosine decay of the learning rate to 0, once per epoch; otherwise --schedule")
+    cos: bool = arg(
+        False, "cosine decay of the learning rate to 0, updated once per epoch; otherwise --schedule"
+    )
     cos_7_16: bool = arg(
         False, "FixMatch's decay, at every step: lr * cos(7 pi / 16 * share of the steps done)"
     )
@@ -136,7 +138,7 @@ class Config:
         0.0, "momentum of the bank: share of the old row that stays when it is written (temporal ensemble)"
     )
     eman: bool = arg(
-        False, "EMAN teacher (BN statistics are averaged too); otherwise EMA teacher with shuffle-BN"
+        False, "simmatch: EMAN teacher, whose BN is averaged, not shuffle-BN; fixmatch: the teacher labels"
     )
     ema_m: float = arg(0.999, "momentum of the teacher (m)")
     # logging, evaluation and checkpoints

@@ -18,8 +18,9 @@ class Finding(NamedTuple):
 
 
 def _latest(events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str) -> Finding | None:
-    """A finding if the value of `key` is bad in each of the last `n` events; its first step is where this row
-    of bad events began. what: a format string for {n}, the number of bad events, and {value}, the last value.
+    """Return a finding if the value of `key` is bad in each of the last `n` events; its first step is that of
+    the first bad event without a good one after it. what: a format string for {n}, the number of bad events
+    from there on, and {value}, the last value.
     """
 
     def is_bad(event: Event) -> bool:
@@ -40,13 +41,13 @@ def _first(findings: Iterable[Finding | None]) -> Finding | None:
 
 
 def _above_chance(accuracy: float, classes: int) -> float:
-    """0 at chance among `classes`, 1 if always right (Cohen's kappa for balanced classes)."""
+    """Scale an accuracy to 0 at chance and 1 if always right (Cohen's kappa for balanced classes)."""
     return (accuracy - 1 / classes) / (1 - 1 / classes)
 
 
 def _teacher_accuracy(run: RunLog) -> float | None:
-    """The teacher's latest accuracy, 0 to 1: of its pseudo-labels if the true labels are known, otherwise on
-    the test images.
+    """Return the teacher's latest accuracy, 0 to 1: that of its pseudo-labels if the true labels are known,
+    otherwise that on the test images.
     """
     if run.train_events and run.train_events[-1]["pseudo_acc"] is not None:
         return fmean(e["pseudo_acc"] for e in run.train_events[-3:])
@@ -54,8 +55,8 @@ def _teacher_accuracy(run: RunLog) -> float | None:
 
 
 def _with_bank(run: RunLog, events: list[Event]) -> list[Event]:
-    """The events after warm-up in which the bank is in use: after the first diagnostics event that used it,
-    or, in a log without diagnostics, after the second epoch.
+    """Return the events after warm-up in which the bank is in use: those after the first diagnostics event
+    that used it, or, in a log without diagnostics, those after the second epoch.
     """
     steps = [e["step"] for e in run.diagnostic_events if e["q_entropy"] is not None]
     start = steps[0] if steps else math.inf if run.diagnostic_events else 2 * (run.steps_per_epoch or 0)
@@ -137,7 +138,7 @@ def mask_at_1(run: RunLog) -> Finding | None:
 
 
 def _means_of_three(events: list[Event], key: str) -> list[float]:
-    """Means over every three consecutive events; none if an event lacks the value."""
+    """Average every three consecutive events; the list is empty if an event lacks the value."""
     values = [e[key] for e in events]
     return [fmean(values[i : i + 3]) for i in range(len(values) - 2)] if None not in values else []
 
@@ -228,7 +229,7 @@ def q_w_flat(run: RunLog) -> Finding | None:
 
 
 def _q_w_entropy(run: RunLog, bad: Callable[[float], bool], rest: str) -> Finding | None:
-    """A finding if the entropy of q_w, as a share of its maximum log K, is bad. rest: end of the message."""
+    """Return a finding if the entropy of q_w, as a share of its maximum log K, is bad. rest: message end."""
     events = [
         {"step": e["step"], "share": e["q_entropy"] / math.log(e["bank_rows"])}
         for e in run.after_warmup(run.diagnostic_events)

@@ -55,7 +55,7 @@ def diagnostics_event(
     classes: Sequence[str],
     ages: np.ndarray,
 ) -> dict[str, Any]:
-    """The values of the event, the same on every rank; all ranks must call it.
+    """Return the values of the event, the same on every rank. All ranks must call it.
 
     labels_per_step: labeled images of all ranks in a step. diag: what models.diagnose returned on this rank.
     counts: what Meter.take_counts returned. labels [K]: of the labeled images. classes [C]: names. ages [K]:
@@ -89,7 +89,7 @@ def diagnostics_event(
 
 
 def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Statistics of the pseudo-labels' class distribution; reference [C]: that of the labeled images.
+    """Describe the class distribution of the pseudo-labels. reference [C]: that of the labeled images.
 
     counts [2 or 4, C]: as Meter.take_counts returns them.
     """
@@ -116,8 +116,8 @@ def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) 
 
 
 def kl(p: np.ndarray, reference: np.ndarray) -> float:
-    """KL(p ‖ reference) in nats; p [C] is normalized to sum 1. Classes without labeled images have reference
-    1e-12.
+    """Return KL(p ‖ reference) in nats, with p [C] normalized to sum 1. The reference of a class without
+    labeled images counts as 1e-12.
     """
     p = p / p.sum()
     positive = ~(p <= 0)  # keeps NaN, so that the result shows it

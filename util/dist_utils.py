@@ -1,4 +1,4 @@
-"""The only file that calls torch.distributed. With one process every function is the identity."""
+"""The only file that calls torch.distributed. With one process no function communicates."""
 
 import atexit
 import inspect
@@ -23,7 +23,7 @@ from util.rendezvous import find_rendezvous
 GLOO_GROUP: Any = None
 STORE: dist.Store | None = None  # the key-value store of the rendezvous, on rank 0
 HOSTNAMES: list[str] = []  # by rank
-LIVENESS_SECONDS = 10  # how long the ranks that lost another one wait for each other's sign of life
+LIVENESS_SECONDS = 10  # how long the ranks that lost another one wait for each other's key in the store
 
 
 def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
@@ -36,21 +36,21 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU here; use cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
-    meeting = find_rendezvous(os.environ, port)
+    rendezvous = find_rendezvous(os.environ, port)
     if cuda:
         # Where a scheduler shows each task only its own GPU, that GPU has index 0.
-        torch.cuda.set_device(meeting.local_rank if torch.cuda.device_count() > 1 else 0)
-    if meeting.world > 1 and not dist.is_initialized():
+        torch.cuda.set_device(rendezvous.local_rank if torch.cuda.device_count() > 1 else 0)
+    if rendezvous.world > 1 and not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         # torchrun runs a store of its own; otherwise rank 0 does.
-        runs_store = meeting.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        runs_store = rendezvous.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            STORE = dist.TCPStore(meeting.host, meeting.port, meeting.world, runs_store, timeout)
+            STORE = dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.world, runs_store, timeout)
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
                 store=dist.PrefixStore("group", STORE),
-                rank=meeting.rank,
-                world_size=meeting.world,
+                rank=rendezvous.rank,
+                world_size=rendezvous.world,
                 # NCCL's timeout ends the process without naming the lost rank, so gloo's must come first.
                 timeout=2 * timeout if cuda else timeout,
             )
@@ -59,8 +59,8 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
             HOSTNAMES[:] = all_gather_object(socket.gethostname())
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"rank {meeting.rank} of {meeting.world}, on {socket.gethostname()}, did not meet the others "
-                f"at {meeting.host}:{meeting.port} within {timeout_minutes:g} minutes "
+                f"rank {rendezvous.rank} of {rendezvous.world}, on {socket.gethostname()}, did not meet the "
+                f"others at {rendezvous.host}:{rendezvous.port} within {timeout_minutes:g} minutes "
                 f"({str(error).splitlines()[0][:200]}): look for the rank that ended or never started, and "
                 "whether that port is open between the nodes"
             ) from None
@@ -74,15 +74,15 @@ def _close_gloo() -> None:
 
 
 def describe_lost_ranks(error: RuntimeError) -> str | None:
-    """If `error` says that communication with other ranks failed, a line that names the lost ranks; else
-    None.
+    """Return a line that names the lost ranks if `error` says that communication with other ranks failed,
+    else None.
     """
     text = str(error)
-    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "pair closure")
-    if STORE is None or not any(sign in text for sign in signs):
+    markers = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "pair closure")
+    if STORE is None or not any(marker in text for marker in markers):
         return None
     this_rank = f"rank {rank()} on {HOSTNAMES[rank()]}"
-    missing = [0]  # rank 0 runs the store: if that does not answer, rank 0 is the lost one
+    missing = [0]  # the store runs beside or in rank 0: if it does not answer, rank 0 is the lost one
     check = threading.Thread(target=_find_missing_ranks, args=(STORE, missing), daemon=True)
     check.start()
     check.join(LIVENESS_SECONDS + 5)
@@ -99,9 +99,9 @@ def describe_lost_ranks(error: RuntimeError) -> str | None:
 
 
 def _find_missing_ranks(store: dist.Store, missing: list[int]) -> None:
-    """Set `missing` to the ranks that give no sign of life in the store within LIVENESS_SECONDS."""
+    """Set `missing` to the ranks that do not set their key in the store within LIVENESS_SECONDS."""
     end, silent = time.monotonic() + LIVENESS_SECONDS, list(range(world_size()))
-    with suppress(RuntimeError):  # the store is gone
+    with suppress(RuntimeError):  # raised if the store has ended; `missing` then keeps its value
         store.set(f"lives/{rank()}", "")
         while silent and time.monotonic() < end:
             silent = [r for r in silent if not store.check([f"lives/{r}"])]
@@ -153,17 +153,15 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
     return ddp(module, find_unused_parameters=True, **no_buffers)
 
 
-def sync_gradients(student: nn.Module, yes: bool) -> AbstractContextManager[None]:
-    """A context in which a backward ends with averaging the accumulated gradients over processes, or does
-    not.
-    """
-    if yes or not isinstance(student, nn.parallel.DistributedDataParallel):
+def sync_gradients(student: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Return a context for a backward, which averages the accumulated gradients over processes if enabled."""
+    if enabled or not isinstance(student, nn.parallel.DistributedDataParallel):
         return nullcontext()
     return student.no_sync()
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """[n, ...] of every rank -> [world·n, ...], in rank order, on every rank. No gradient."""
+    """Concatenate x [n, ...] of all ranks -> [world·n, ...], in rank order, on every rank. No gradient."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -172,7 +170,7 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def all_gather_object(x: Any) -> list[Any]:
-    """A small Python object of every rank, in rank order, on every rank."""
+    """Collect a small Python object of every rank -> a list in rank order, on every rank."""
     if world_size() == 1:
         return [x]
     out = [None] * world_size()
@@ -180,35 +178,35 @@ def all_gather_object(x: Any) -> list[Any]:
     return out
 
 
-def any_rank(yes: bool) -> bool:
-    """Whether `yes` holds on any rank; the same answer on all ranks. Does not synchronize with the GPU."""
+def any_rank(condition: bool) -> bool:
+    """Return, on all ranks, whether `condition` holds on any. It does not synchronize with the GPU."""
     if world_size() == 1:
-        return yes
-    answer = torch.tensor(int(yes))
+        return condition
+    answer = torch.tensor(int(condition))
     dist.all_reduce(answer, dist.ReduceOp.MAX, group=GLOO_GROUP)
     return bool(answer)
 
 
 def sum_on_cpu(x: Tensor) -> Tensor:
-    """Sum of `x` over ranks, same shape, on the CPU."""
+    """Sum `x` over ranks, same shape, on the CPU. A tensor that is already there is changed in place."""
     x = x.cpu()
     if world_size() > 1:
         dist.all_reduce(x, group=GLOO_GROUP)
     return x
 
 
-def from_rank_0(yes: bool) -> bool:
-    """Rank 0's `yes`, on every rank."""
-    return all_gather_object(yes)[0]
+def from_rank_0(condition: bool) -> bool:
+    """Return rank 0's `condition` on every rank."""
+    return all_gather_object(condition)[0]
 
 
 def all_mean(x: Tensor) -> Tensor:
-    """Mean of `x` over ranks, same shape. No gradient."""
+    """Average `x` over ranks, same shape. No gradient."""
     return all_sum(x) / world_size()
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum of `x` over ranks, same shape. No gradient."""
+    """Sum `x` over ranks, same shape. No gradient."""
     if world_size() == 1:
         return x
     x = x.clone()

@@ -14,7 +14,7 @@ from util.run_log import RunLog, read_run_log
 
 
 def examine(run: RunLog) -> list[dict[str, Any]]:
-    """What the rules find in a run, in the order of RULES."""
+    """Return what the rules find in a run, in the order of RULES."""
     found = [(rule, rule.find(run)) for rule in RULES]
     return [
         {

@@ -29,11 +29,11 @@ def cli_main(
     interrupted: str = "interrupted",
     describe_error: Callable[[RuntimeError], str | None] = lambda error: None,
 ) -> None:
-    """Call `main`. A UserError becomes one line and exit code 2, Ctrl-C the line `interrupted` and exit code
-    130.
+    """Call `main`. A UserError becomes one line and exit code 2; Ctrl-C becomes the line `interrupted` and
+    exit code 130.
 
-    describe_error: returns a line for a RuntimeError whose cause lies in another process, such as a lost rank
-    (exit code 1), and None for any other error, which gets its traceback.
+    describe_error: returns a line for a RuntimeError whose cause lies in another process, such as a lost
+    rank, and None for any other error, whose traceback is printed. The exit code is 1 in both cases.
     """
     error: BaseException
     try:
@@ -61,10 +61,10 @@ def cli_main(
 
 
 def _exit_without_joining() -> NoReturn:
-    """Exit with code 1, without joining the threads and groups that wait for a lost rank."""
+    """Exit with code 1 without waiting for a lost rank; a checkpoint that is being written is completed."""
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
-            thread.join()  # a checkpoint that is being written
+            thread.join()  # it writes a checkpoint
     multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]  # removes the files of the workers' queues
     os._exit(1)
 

@@ -7,17 +7,18 @@ from torch import Tensor, nn
 
 from util.errors import UserError
 
+# torchvision and timm have these, too.
 SHARED_RESNETS = (
     "resnet18_encoder",
     "resnet34_encoder",
     "resnet50_encoder",
     "resnet101_encoder",
-)  # torchvision and timm have these
+)
 
 
 def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[str, Tensor]:
-    """The backbone and classifier of a network's state_dict, with torchvision's names, which are also timm's.
-    The projection head is left out. Raises UserError if torchvision has no such network.
+    """Return the backbone and classifier of a network's state_dict with torchvision's names, which are also
+    timm's. The projection head is left out. Raises UserError if torchvision has no such network.
     """
     if backbone not in SHARED_RESNETS:
         raise UserError(
@@ -42,8 +43,8 @@ def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[s
 
 @torch.no_grad()
 def onnx(network: nn.Module, channels: int, size: int) -> tuple[bytes, str]:
-    """(content of an ONNX file, how it was checked). Input: normalized x [n, channels, size, size]; outputs:
-    logits [n, C], z [n, D].
+    """Return (content of an ONNX file, how it was checked). The file's input is x [n, channels, size, size],
+    normalized; its outputs are logits [n, C] and z [n, D].
 
     network: in eval mode, on the CPU. If onnxruntime is installed, its outputs are compared with the
     network's.

@@ -24,8 +24,8 @@ TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr",
 def init_output_dir(output_dir: Path, checkpoint_dir: Path, config_yaml: str, new_run: bool) -> list[str]:
     """Make both directories and write config.yaml into the first. Raises UserError if that is not possible.
 
-    new_run: nothing is resumed; then a log and a best.pth of an earlier run are renamed, not overwritten.
-    Return the names that these were given.
+    new_run: whether nothing is resumed; if so, log.jsonl and best.pth of an earlier run are renamed, not
+    overwritten. Return their new names.
     """
     archived = []
     try:
@@ -60,15 +60,14 @@ class Logger:
         buffer_on_error: if events cannot be written, as on a full disk, keep them in memory and go on;
         otherwise raise UserError.
         """
-        self.start, self.total, self.active, self.buffer_on_error = start, total, active, buffer_on_error
+        self.total, self.active, self.buffer_on_error = total, active, buffer_on_error
         self.pending_lines = b""  # not yet written to log.jsonl
         self.pending_scalars: list[tuple[str, float, int]] = []  # not yet written to tb/
         self.terminal = sys.stdout.isatty()
-        self.first_event: float | None = None  # time of the first train event of this process
+        self.first_train_event: tuple[float, int] | None = None  # (time, step) of this process, for the ETA
         self.tb: SummaryWriter | None = None
-        self.purge_step: int | None = (
-            start + 1
-        )  # what an earlier attempt has written to tb/ from there on is dropped
+        # TensorBoard drops what an earlier attempt has written to tb/ from this step on.
+        self.purge_step: int | None = start + 1
         if not active:
             return
         threading.excepthook = _ignore_disk_errors
@@ -93,13 +92,15 @@ class Logger:
             print(f"\r\033[K{line}" if self.terminal else line, flush=True)
 
     def log_start(self, step: int, split: str, sha256: str) -> None:
-        """split, sha256: of the labeled images; util.report refuses to compare runs on different splits."""
+        """Write the start event, unless the log has one. split, sha256: of the labeled images; util.report
+        refuses to compare runs on different splits.
+        """
         if self.active and self.empty:
             self.write("start", step, {"split": split, "sha256": sha256})
 
     def bad_images(self, step: int, bad: Sequence[tuple[str, str]], fate: str) -> None:
-        """bad: (name, cause) of unreadable images. fate: what was done with them, to complete "images were
-        …".
+        """Write and print a bad_images event, if there are any. bad: (name, cause) of unreadable images.
+        fate: what was done with them, to complete "images were …".
         """
         if not bad:
             return
@@ -113,7 +114,9 @@ class Logger:
             self.print_line(f"  and {len(unique) - 20} more, in {self.path}")
 
     def train(self, step: int, epoch: int, epochs: int, means: dict[str, float]) -> None:
-        """step: finished steps. epoch: the current one, from 1. means: the TRAIN_KEYS that the method has."""
+        """Write and print a train event. step: finished steps. epoch: the current one, from 1. means: values
+        for the TRAIN_KEYS that the method has.
+        """
         self.write("train", step, {"epoch": epoch, **{key: means.get(key) for key in TRAIN_KEYS}})
         if not self.active:
             return
@@ -131,7 +134,9 @@ class Logger:
             print(line, flush=True)
 
     def eval(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """values: student_top1, student_top5, teacher_top1, teacher_top5, in percent."""
+        """Write and print an eval event. values: student_top1, student_top5, teacher_top1, teacher_top5, in
+        percent.
+        """
         self.write("eval", step, values)
         self.print_line(
             f"epoch {epoch}  student {values['student_top1']:.3f} / {values['student_top5']:.3f}  "
@@ -139,7 +144,7 @@ class Logger:
         )
 
     def close(self) -> None:
-        """Raises UserError if there are events that could not be written."""
+        """Write what is pending and close the files. Raises UserError if that is not possible."""
         if not self.active:
             return
         self.buffer_on_error = False
@@ -149,7 +154,7 @@ class Logger:
             self.tb.close()
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """values: JSON values; all numbers are finite."""
+        """Write an event to log.jsonl, and its numbers to tb/. values: JSON values with finite numbers."""
         if not self.active:
             return
         line = json.dumps({"event": event, "step": step, **values}, allow_nan=False)
@@ -160,7 +165,7 @@ class Logger:
             self._write_scalars()
 
     def _flush(self) -> bool:
-        """Write the pending lines; whether that succeeded."""
+        """Write the pending lines. Return whether that succeeded."""
         try:
             while self.pending_lines:
                 self.pending_lines = self.pending_lines[self.file.write(self.pending_lines) :]
@@ -197,10 +202,11 @@ class Logger:
 
     def _eta(self, step: int) -> str:
         now = time.monotonic()
-        if self.first_event is None:
-            self.first_event, self.start = now, step
+        if self.first_train_event is None:
+            self.first_train_event = now, step
             return "?"
-        seconds = round((self.total - step) * (now - self.first_event) / (step - self.start))
+        first_time, first_step = self.first_train_event
+        seconds = round((self.total - step) * (now - first_time) / (step - first_step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
@@ -211,7 +217,7 @@ def _ignore_disk_errors(args: threading.ExceptHookArgs) -> None:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """The complete lines of a log; a crash may have cut the last one short."""
+    """Return the complete lines of a log; a crash may have cut the last one short."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

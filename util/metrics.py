@@ -12,7 +12,7 @@ from util.errors import UserError
 
 class Accuracy(NamedTuple):
     top1: float  # percent
-    top5: float  # percent; 100 if there are fewer than five classes
+    top5: float  # percent; 100 if there are five classes or fewer
     per_class: list[float]  # top-1 of each class, percent; nan for a class without images
 
 
@@ -23,19 +23,18 @@ def evaluate(
     num_classes: int,
     device: torch.device,
 ) -> list[Accuracy]:
-    """Accuracy of each network over the batches of all ranks together.
+    """Return the accuracy of each network over the batches of all ranks together. All ranks must call it.
 
     networks: each maps x to (logits, z) and is in eval mode. batches: of this rank, each x [n, c, h, w] and
     y [n] on `device`; one pass serves all networks. Raises UserError if there is no image.
     """
-    counts = torch.zeros(
-        len(networks), 3, num_classes, dtype=torch.float64, device=device
-    )  # top-1, top-5, images
+    # For each network and class the numbers of top-1 hits, of top-5 hits, and of images.
+    counts = torch.zeros(len(networks), 3, num_classes, dtype=torch.float64, device=device)
     for x, y in batches:
         for network, own in zip(networks, counts):
             logits, _ = network(x)  # [n, C]
-            best = logits.topk(min(5, num_classes), dim=1).indices  # [n, 5]
-            hit = (best == y[:, None]).double()  # [n, 5]
+            top = logits.topk(min(5, num_classes), dim=1).indices  # [n, 5]
+            hit = (top == y[:, None]).double()  # [n, 5]
             for row, value in enumerate((hit[:, 0], hit.sum(dim=1), torch.ones_like(hit[:, 0]))):
                 own[row].index_add_(0, y, value)
     out = []
@@ -92,8 +91,8 @@ class Meter:
         self.rows.append((step, torch.stack([v.float() for v in values.values()])))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was added since the last calls, averaged or summed over ranks, so that a resumed run reports
-        the same values.
+        """Return what was added since the last calls, averaged or summed over ranks, so that a resumed run
+        logs the same values. All ranks must call it.
         """
         rows = (
             dist_utils.all_mean(torch.stack([row for _, row in self.rows])).cpu()
@@ -122,7 +121,7 @@ class Meter:
         self.counts = self.counts.to(rows.device).index_add_(1, label, rows)
 
     def take_counts(self) -> Tensor | None:
-        """The number of pseudo-labels of each class on all ranks since the last call, int64 on the CPU.
+        """Return the number of pseudo-labels per class on all ranks since the last call, int64 on the CPU.
 
         [4, C]: all, confident, correct, and both confident and correct ones; [2, C]: all and confident ones,
         if the true labels are unknown; None: there were no pseudo-labels.
@@ -131,8 +130,8 @@ class Meter:
         return None if counts is None else dist_utils.all_sum(counts).cpu()
 
     def take_means(self) -> dict[str, float]:
-        """The mean of each value over all ranks and the steps since the last call. Raises UserError with name
-        and step if a value is not finite.
+        """Return the mean of each value over all ranks and the steps since the last call. Raises UserError
+        with name and step if a value is not finite.
         """
         steps = [step for step, _ in self.rows]
         last = self.rows[-1][1]  # rows restored from a checkpoint are on the CPU

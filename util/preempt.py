@@ -1,6 +1,6 @@
 """Stopping on a signal before a time limit or a preemption: all ranks save and stop after the same step.
 
-This file imports no PyTorch, so that train_semi.py can catch signals during the seconds which that import
+This file imports no PyTorch, so that train_semi.py can catch signals during the seconds that this import
 takes.
 """
 
@@ -33,8 +33,8 @@ def stop_requested() -> bool:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block these signals and Ctrl-C; child processes started in the context inherit that. Here they arrive
-    after it.
+    """Block SIGNALS and Ctrl-C. Child processes that are started in the context inherit that; this process
+    receives the signals after it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGINT))
     try:

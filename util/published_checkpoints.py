@@ -49,7 +49,7 @@ KIND_BY_KEY = {
     "main.fc.weight": "fixmatch",
     "encoder_q.conv1.weight": "moco",
 }
-# (bottleneck blocks, blocks of each layer, channels of the stem) -> name in models/resnet.py
+# (bottleneck blocks, blocks of each layer, channels of the stem) -> name in models/network.py
 RESNETS = {
     (False, (2, 2, 2, 2), 64): "resnet18_encoder",
     (False, (3, 4, 6, 3), 64): "resnet34_encoder",
@@ -63,8 +63,8 @@ BUFFERS = {"bank": "bank.z", "labels": "bank.labels", "DA_queue": "align.ring", 
 
 
 def detect_kind(state: Any, where: str = "the checkpoint") -> str:
-    """native, simmatch, simmatchv2, fixmatch or moco, from the keys. Raises UserError, naming up to three
-    keys, if the file has none of these layouts.
+    """Detect from the keys whether a file is native, simmatch, simmatchv2, fixmatch or moco. Raises
+    UserError, with up to three keys, if it has none of these layouts.
     """
     if (
         isinstance(state, dict)
@@ -102,7 +102,7 @@ def detect_kind(state: Any, where: str = "the checkpoint") -> str:
 
 
 def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The state_dict of a published file, with its keys without `module.`."""
+    """Return the state_dict of a published file, with its keys without `module.`."""
     values = state["state_dict"]
     if all(isinstance(key, str) and key.startswith("module.") for key in values):
         return {key.removeprefix("module."): value for key, value in values.items()}
@@ -121,8 +121,8 @@ class NetworkSpec(NamedTuple):
 
 
 def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> NetworkSpec:
-    """The architecture, from the shapes of the tensors, because `arch` in these files is the name of the
-    method. Not for `moco` files, which have no classifier. Raises UserError if the backbone is unknown.
+    """Find the architecture from the shapes of the tensors, because `arch` in these files is the name of the
+    method. `moco` files have no classifier and are not accepted. Raises UserError if the backbone is unknown.
     """
     values = tensors(state)
     main = {key.removeprefix("main."): value for key, value in values.items() if key.startswith("main.")}
@@ -148,7 +148,7 @@ def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> Networ
 
 
 def _resnet(backbone: dict[str, Tensor], where: str) -> str:
-    """The name of a ResNet in models/resnet.py, from the tensors of its state_dict."""
+    """Return the name of a ResNet in models/network.py, from the tensors of its state_dict."""
     blocks = tuple(
         len({key.split(".")[1] for key in backbone if key.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4)
     )
@@ -161,16 +161,16 @@ def _resnet(backbone: dict[str, Tensor], where: str) -> str:
     return RESNETS[found]
 
 
-def describe(state: dict[str, Any], kind: str, found: NetworkSpec) -> str:
-    """One line that describes a published file."""
-    labeled = f", {found.labeled} labeled images" if found.labeled else ""
-    if found.labeled in SPLITS:
-        labeled += f" (as many as {SPLITS[found.labeled]})"
-    return f"{PROGRAMS[kind]} as published, {found.backbone}; epoch {state.get('epoch')}{labeled}"
+def describe(state: dict[str, Any], kind: str, spec: NetworkSpec) -> str:
+    """Return one line that describes a published file."""
+    labeled = f", {spec.labeled} labeled images" if spec.labeled else ""
+    if spec.labeled in SPLITS:
+        labeled += f" (as many as {SPLITS[spec.labeled]})"
+    return f"{PROGRAMS[kind]} as published, {spec.backbone}; epoch {state.get('epoch')}{labeled}"
 
 
 def to_method_state(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """A published SimMatch file -> the state_dict of models.simmatch.SimMatch. The published bank is
+    """Convert a published SimMatch file to the state_dict of models.simmatch.SimMatch. The published bank is
     transposed. Raises UserError if the file has another layout or its buffers have other shapes or types.
     """
     kind = detect_kind(state, where)
@@ -188,16 +188,16 @@ def to_method_state(state: dict[str, Any], where: str = "the checkpoint") -> dic
     return out
 
 
-def _check_buffers(values: dict[str, Tensor], found: NetworkSpec, where: str) -> None:
+def _check_buffers(values: dict[str, Tensor], spec: NetworkSpec, where: str) -> None:
     """Raise UserError if a buffer is missing or has another shape or type: load_state_dict would convert
     types silently.
     """
     expected: dict[str, tuple[int | None, ...]] = {
-        "bank": (found.dim, found.labeled),
-        "labels": (found.labeled,),
+        "bank": (spec.dim, spec.labeled),
+        "labels": (spec.labeled,),
     }
     if "DA_queue" in values or "DA_ptr" in values:
-        expected |= {"DA_queue": (RING, found.num_classes), "DA_ptr": (1,)}
+        expected |= {"DA_queue": (RING, spec.num_classes), "DA_ptr": (1,)}
     wrong = [f"{key} is missing" for key in expected if key not in values]
     for key in [key for key in expected if key in values]:
         value, dtype = values[key], torch.int64 if key in ("labels", "DA_ptr") else torch.float32
@@ -215,8 +215,8 @@ def _describe_tensor(shape: Sequence[int | None], dtype: torch.dtype) -> str:
 def from_method_state(
     method: dict[str, Tensor], optimizer: dict[str, Any], epoch: int, where: str = "the checkpoint"
 ) -> dict[str, Any]:
-    """The state_dicts of a SimMatch method and its SGD -> a file that the published code loads with strict
-    keys.
+    """Convert the state_dicts of a SimMatch method and its SGD to a file that the published code loads with
+    strict keys.
 
     epoch: number of finished epochs. A method without distribution alignment gives a file that the published
     code loads without --DA. Raises UserError if the published layout cannot hold the method or the optimizer.
@@ -238,9 +238,9 @@ def from_method_state(
         for key, value in method.items()
         if key.startswith(tuple(to_published))
     }
-    found = network_spec({"state_dict": values}, where)  # raises UserError if the backbone is not a ResNet
-    if found.channels != 3:
-        raise UserError(f"{where} is for images of {found.channels} channels; the published code needs 3")
+    spec = network_spec({"state_dict": values}, where)  # raises UserError if the backbone is not a ResNet
+    if spec.channels != 3:
+        raise UserError(f"{where} is for images of {spec.channels} channels; the published code needs 3")
     names = parameter_names(values, "main.")
     groups = optimizer["param_groups"]
     if len(groups) != 1 or list(groups[0]["params"]) != list(range(len(names))):
@@ -261,8 +261,8 @@ def from_method_state(
 def to_training_state(
     state: dict[str, Any], steps_per_epoch: int, where: str = "the checkpoint"
 ) -> tuple[dict[str, Tensor], dict[str, Any], int, int]:
-    """A published SimMatch file -> (method state_dict, SGD state_dict, finished epochs, finished steps), to
-    resume training. Raises UserError if that is not possible.
+    """Convert a published SimMatch file to (method state_dict, SGD state_dict, finished epochs, finished
+    steps), to resume training. Raises UserError if that is not possible.
 
     steps_per_epoch: of the resumed run. The published code saves only at the end of epochs.
     """
@@ -276,8 +276,8 @@ def to_training_state(
 def to_optimizer_state(
     saved: Any, method: dict[str, Tensor], where: str = "the checkpoint"
 ) -> dict[str, Any]:
-    """The state of the published SGD -> that of an SGD over the student alone. Both number the parameters in
-    the order of the networks. Raises UserError if the state does not fit the student.
+    """Convert the state of the published SGD to that of an SGD over the student alone. Both number the
+    parameters in the order of the networks. Raises UserError if the state does not fit the student.
 
     method: from `to_method_state`, whose keys have that order.
     """
@@ -312,13 +312,13 @@ def to_optimizer_state(
 
 
 def parameter_names(values: dict[str, Tensor], prefix: str) -> list[str]:
-    """The keys of the parameters that start with `prefix`, in order: all except BN's running statistics."""
+    """Return, in order, the keys of the parameters below `prefix`: all except BN's running statistics."""
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     return [key for key in values if key.startswith(prefix) and not key.endswith(statistics)]
 
 
 def moco_backbone(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """A MoCo file -> backbone.* and head.* of a Network, from the query encoder and its two-layer MLP.
+    """Convert a MoCo file to backbone.* and head.* of a Network: the query encoder and its two-layer MLP.
 
     A MoCo v1 file has a linear layer instead of the MLP; then there is no head.*. Raises UserError if the
     file has another layout.
@@ -343,7 +343,7 @@ def moco_backbone(state: dict[str, Any], where: str = "the checkpoint") -> dict[
 
 
 def _renamed(key: str, prefixes: dict[str, str]) -> str:
-    """`key` with its prefix replaced, if that is in `prefixes` (old -> new)."""
+    """Return `key` with its prefix replaced, if that is in `prefixes` (old -> new)."""
     for old, new in prefixes.items():
         if key.startswith(old):
             return new + key.removeprefix(old)
@@ -351,5 +351,5 @@ def _renamed(key: str, prefixes: dict[str, str]) -> str:
 
 
 def _matches(key: str, entry: str) -> bool:
-    """Whether `key` is an entry of LAYOUTS, or starts with it if it is a prefix."""
+    """Return whether `key` is the `entry` of LAYOUTS, or starts with it if that is a prefix."""
     return key.startswith(entry) if entry.endswith(".") else key == entry

@@ -29,8 +29,8 @@ class RankLayout(NamedTuple):
 
 
 def plan_ranks(batch_size: int, virtual_ranks: int, processes: int) -> RankLayout:
-    """The ranks of a new run: one per process, or `virtual_ranks` in all. Raises UserError if the processes
-    cannot share them evenly.
+    """Return the ranks of a new run: one per process, or `virtual_ranks` in all. Raises UserError if the
+    processes cannot share them evenly.
     """
     total = virtual_ranks or processes
     if total % processes:
@@ -44,17 +44,17 @@ def plan_ranks(batch_size: int, virtual_ranks: int, processes: int) -> RankLayou
 def plan_ranks_on_resume(
     planned: RankLayout, virtual_ranks: int, other_ranks: str, state: dict[str, Any]
 ) -> tuple[RankLayout, str]:
-    """(ranks, warning) with which a run resumes from the checkpoint `state`. The step number and the images
-    of each step stay the same in every case.
+    """Return (ranks, warning) with which a run resumes from the checkpoint `state`. The step number and the
+    images of each step stay the same in every case.
 
     planned: the ranks of a new run with the same settings.
 
-    1. It has as many ranks as the checkpoint: every step computes the same, up to rounding if the number of
-       processes is another one.
-    2. Another number of ranks, and other_ranks is `refuse`: UserError.
-    3. Another number of ranks, and other_ranks is `continue`: if virtual_ranks is 0 and the processes can
-       share the checkpoint's ranks evenly, they run these as virtual ranks, as in 1. Otherwise the images of
-       a step are divided among the new ranks, which changes the BN statistics.
+    1. If there are as many planned ranks as in the checkpoint, every step computes the same, up to rounding
+       if the number of processes differs.
+    2. If there are not, and other_ranks is `refuse`, UserError is raised.
+    3. If there are not, and other_ranks is `continue`: if virtual_ranks is 0 and the processes can share the
+       checkpoint's ranks evenly, they run these as virtual ranks, as in 1. Otherwise the images of a step are
+       divided among the planned ranks, which changes the BN statistics.
     """
     before = RankLayout(state["world"], state["processes"], state["batch_size"])
     if planned.total != before.total:

@@ -21,8 +21,8 @@ class Rendezvous(NamedTuple):
 
 
 def find_rendezvous(env: Mapping[str, str], port: int) -> Rendezvous:
-    """The rendezvous that the environment variables of torchrun or srun describe; without either a single
-    rank.
+    """Return the rendezvous that the environment variables of torchrun or srun describe; without either, a
+    single rank.
 
     Under srun the ranks are the tasks of the job step. They meet on the first host of its nodes, at `port`
     plus an offset from the IDs of job and step and the number of restarts, so that different starts use

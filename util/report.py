@@ -8,12 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 from util.errors import Parser, UserError, cli_main
 from util.run_log import RunLog, read_run_log
 
-# of the curves; color-blind readers can tell them apart
+# The colors of the curves are the Okabe-Ito palette, which color-blind readers can tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def read_evaluated_run(folder: Path) -> RunLog:
-    """The run whose output directory is `folder`. Raises UserError if it has not been evaluated yet."""
+    """Read the run whose output directory is `folder`. Raises UserError if it has not been evaluated yet."""
     run = read_run_log(folder)
     if not run.eval_events:
         raise UserError(f"{folder} has no evaluation yet: let it train for an epoch first")
@@ -33,8 +33,8 @@ def check_same_split(runs: list[RunLog]) -> None:
 
 
 def table(runs: list[RunLog]) -> str:
-    """A Markdown table of final accuracies, one row per run: of the last model and not of the best one, which
-    would be selected on the test images.
+    """Return a Markdown table with one row per run: the accuracies of the last model, not of the best one,
+    which would be selected on the test images.
     """
     rows = [
         "| method | labels a class | steps | student top-1 % | teacher top-1 % |",
@@ -83,7 +83,7 @@ def _draw_panel(
     title: str,
     curves: list[list[tuple[float, float]]],
 ) -> None:
-    """Axes, grid and one curve per run, each a list of (step, percent). box: left, top, right, bottom."""
+    """Draw axes, grid and one curve per run, a list of (step, percent). box: left, top, right, bottom."""
     left, top, right, bottom = (v * scale for v in box)
     points = [point for curve in curves for point in curve]
     x_max = max((x for x, _ in points), default=1)

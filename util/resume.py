@@ -16,8 +16,8 @@ from util.errors import UserError
 
 
 def load_last(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """(content, warning) of the checkpoint to resume from: the one at `path`, which may be a published one,
-    or the previous one if that is damaged; (None, "") if there is none.
+    """Return (content, warning) of the checkpoint to resume from: the one at `path`, which may be a published
+    one, or the previous one if that is damaged or missing; (None, "") if there is none.
     """
     if path.is_dir():
         raise UserError(
@@ -40,7 +40,7 @@ def load_last(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def is_published(content: Any) -> bool:
-    """Whether a checkpoint was written by the published code; this repository's have no `state_dict`."""
+    """Return whether the published code wrote a checkpoint; those of this repository have no `state_dict`."""
     return isinstance(content, dict) and "state_dict" in content
 
 

@@ -40,7 +40,7 @@ class RunLog(NamedTuple):
         split = f"{starts[0]['split']} (sha256 {starts[0]['sha256'][:12]})" if starts else "unknown"
         if diagnostics:
             steps_per_epoch = diagnostics[0]["steps_per_epoch"]
-        else:  # an evaluation is at the end of an epoch, whose number the train event of that step has
+        else:  # an evaluation ends an epoch, and the train event of its step has the number of that epoch
             epochs = {e["step"]: e["epoch"] for e in trains}
             steps_per_epoch = next(
                 (e["step"] // epochs[e["step"]] for e in evals if e["step"] in epochs), None
@@ -48,20 +48,20 @@ class RunLog(NamedTuple):
         return cls(name, config, events, trains, evals, diagnostics, stops, split, steps_per_epoch)
 
     def after_warmup(self, events: list[Event]) -> list[Event]:
-        """The events after the first epoch and the learning-rate warm-up; earlier values may look unusual."""
+        """Return the events after both the first epoch and the warm-up; earlier values may look unusual."""
         if self.steps_per_epoch is None:
             return []
         return [e for e in events if e["step"] > max(1, self.config.warmup_epoch) * self.steps_per_epoch]
 
 
 def read_run_log(folder: Path) -> RunLog:
-    """The run whose output directory is `folder`. Raises UserError if its log or config cannot be read."""
+    """Read the run whose output directory is `folder`. Raises UserError if log or config cannot be read."""
     events = read_events(folder)
     return RunLog.from_events(folder.name, Config(**read_yaml(str(folder / "config.yaml"))), events)
 
 
 def read_events(folder: Path) -> list[Event]:
-    """The events in `folder`/log.jsonl, in order. Raises UserError if there is no log or it is damaged."""
+    """Read the events of `folder`/log.jsonl, in order. Raises UserError if it is missing or damaged."""
     path = folder / "log.jsonl"
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""The learning rate as a pure function of the step: warm-up and a cosine per epoch for ImageNet, a cosine per
-step for CIFAR.
+"""The learning rate as a pure function of the step: warm-up and a cosine that is updated once per epoch for
+ImageNet, a cosine that is updated at every step for CIFAR.
 """
 
 import math
@@ -17,7 +17,7 @@ def learning_rate(
     schedule: Sequence[int],
     cos_7_16: bool = False,
 ) -> float:
-    """The learning rate of one optimizer step, as in the published recipes. step: counted from 0.
+    """Return the learning rate of one optimizer step, as in the published recipes. step: counted from 0.
 
     During the first `warmup_epoch` epochs the rate rises linearly to `lr`, step by step. After that, `cos` is
     half a cosine from `lr` to 0, updated once per epoch; `cos_7_16` is lr·cos(7π/16·t), where t is the share

@@ -122,7 +122,7 @@ def test_entropy_drift_and_prior_by_plain_loops():
     assert 0 < diag["q_entropy"] < math.log(small.K)
     assert diag["bank_drift"].item() == pytest.approx(1 - sum(cosines) / len(cosines), rel=1e-10)
     torch.testing.assert_close(
-        diag["prior"] / diag["prior"].sum(), target.prior
+        diag["prior"] / diag["prior"].sum(), target.mean_p
     )  # the ring holds only this step
 
 
