@@ -319,13 +319,13 @@ def test_the_number_of_workers_changes_only_the_speed(doctor, tree):
 
 
 def test_images_of_the_unlabeled_folder_are_checked(doctor, tree):
-    pile = tree.parent / "pile"
-    (pile / "deep").mkdir(parents=True)
-    photo(99).save(pile / "deep/x.jpg")
-    shutil.copyfile(tree / "val/a/0.jpg", pile / "leak.jpg")
-    said, rows = doctor("--unlabelled", pile)
+    unlabeled = tree.parent / "unlabeled"
+    (unlabeled / "deep").mkdir(parents=True)
+    photo(99).save(unlabeled / "deep/x.jpg")
+    shutil.copyfile(tree / "val/a/0.jpg", unlabeled / "leak.jpg")
+    said, rows = doctor("--unlabelled", unlabeled)
     assert said["ok"][1].startswith("4 labeled, 8 unlabeled, 4 test images")
-    assert rows == [(str(pile / "leak.jpg"), "unlabeled in test", f"the same as {tree}/val/a/0.jpg")]
+    assert rows == [(str(unlabeled / "leak.jpg"), "unlabeled in test", f"the same as {tree}/val/a/0.jpg")]
 
 
 def test_missing_files_of_a_list_are_reported(doctor, tree):

@@ -103,7 +103,9 @@ def test_a_published_share_is_a_published_list(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "simmatch-1p.txt").write_bytes(text)
     monkeypatch.setitem(
-        splits.PUBLISHED, "simmatch-1p", splits.Published(hashlib.sha256(text).hexdigest(), 3, "nobody")
+        splits.PUBLISHED,
+        "simmatch-1p",
+        splits.Published(hashlib.sha256(text).hexdigest(), 3, "owner/repository/file"),
     )
     monkeypatch.setattr(splits.load, "__defaults__", (folder,))
     data = build(root, labels_per_class=0, anno_percent=0.01)
@@ -168,19 +170,19 @@ def test_a_share_of_one_folder_can_be_held_out(tmp_path):
 
 
 def test_a_folder_of_unlabeled_images_can_be_added(tmp_path):
-    root, pile = imagenet(tmp_path / "in"), tmp_path / "pile"
+    root, unlabeled = imagenet(tmp_path / "in"), tmp_path / "unlabeled"
     for k, place in enumerate(("x.png", "deep/er/y.jpg", "deep/z.webp")):
-        (pile / place).parent.mkdir(parents=True, exist_ok=True)
-        picture(k).save(pile / place)
-    (pile / "notes.txt").write_text("not an image")
-    data = own(root, unlabelled=str(pile), labels_per_class=0)
+        (unlabeled / place).parent.mkdir(parents=True, exist_ok=True)
+        picture(k).save(unlabeled / place)
+    (unlabeled / "notes.txt").write_text("not an image")
+    data = own(root, unlabelled=str(unlabeled), labels_per_class=0)
     assert len(data.labeled) == 24 and len(data.unlabeled) == 3 and (data.labels[data.unlabeled] == -1).all()
     assert sorted(data.images.name(row) for row in data.unlabeled) == sorted(
-        str(pile / place) for place in ("x.png", "deep/er/y.jpg", "deep/z.webp")
+        str(unlabeled / place) for place in ("x.png", "deep/er/y.jpg", "deep/z.webp")
     )
     assert all(data.images[row].mode == "RGB" for row in data.unlabeled)
     assert Stream(data, 1, 3, seed=0)[0].true_labels is None
-    part = own(root, unlabelled=str(pile), labels_per_class=2)
+    part = own(root, unlabelled=str(unlabeled), labels_per_class=2)
     assert len(part.labeled) == 6 and len(part.unlabeled) == 24 - 6 + 3
 
 

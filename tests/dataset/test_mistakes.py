@@ -185,14 +185,14 @@ def _(root, monkeypatch):
 
 @row("`--unlabelled` that holds the test images too")
 def _(root, monkeypatch):
-    shutil.copytree(root / "val", root.parent / "pile" / "more")
+    shutil.copytree(root / "val", root.parent / "unlabeled" / "more")
     return [
         "--dataset",
         "folder",
         "--val",
-        root.parent / "pile" / "more",
+        root.parent / "unlabeled" / "more",
         "--unlabelled",
-        root.parent / "pile",
+        root.parent / "unlabeled",
     ]
 
 
@@ -211,8 +211,8 @@ def _(root, monkeypatch):
 
 @row("`--unlabelled` without images")
 def _(root, monkeypatch):
-    (root.parent / "pile").mkdir()
-    return ["--dataset", "folder", "--unlabelled", root.parent / "pile"]
+    (root.parent / "unlabeled").mkdir()
+    return ["--dataset", "folder", "--unlabelled", root.parent / "unlabeled"]
 
 
 @row("a test class that training does not have")
