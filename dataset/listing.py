@@ -60,7 +60,7 @@ class _Tree(NamedTuple):
     counts: np.ndarray  # numbers of their images    [C] int64
     names: np.ndarray  # [N] bytes
     folders: np.ndarray  # all that were read         [F] bytes
-    stamps: np.ndarray  # their time stamps          [F, 2] int64
+    mtimes: np.ndarray  # their time stamps          [F, 2] int64
 
 
 def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool = False) -> Listing:
@@ -80,7 +80,7 @@ def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool 
         if tree is None:
             tree = _walk_tree(top, recursive, pool)
             # A folder that changed this recently may change again without getting a new time stamp.
-            if cache and tree.stamps.max() < start_ns - TIMESTAMP_NS:
+            if cache and tree.mtimes.max() < start_ns - TIMESTAMP_NS:
                 _save_cache(cache, tree)
     labels = np.repeat(np.arange(len(tree.classes), dtype=np.int64), tree.counts)  # [N]
     return Listing(root, [os.fsdecode(c) for c in tree.classes], Names(tree.names), labels)
@@ -217,7 +217,7 @@ def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> _Tree:
         counts=np.array(counts, np.int64),
         names=np.array(names),
         folders=np.array(folders),
-        stamps=np.array(mtimes, np.int64),
+        mtimes=np.array(mtimes, np.int64),
     )
 
 
@@ -303,7 +303,7 @@ def _load_cache(cache: Path, root: bytes, pool: ThreadPoolExecutor) -> _Tree | N
         return None
     tree = _Tree(**np.load(io.BytesIO(data), allow_pickle=False))
     mtimes = pool.map(lambda folder: _mtimes(os.path.join(root, folder)), tree.folders)
-    return tree if np.array_equal(tree.stamps, list(mtimes)) else None
+    return tree if np.array_equal(tree.mtimes, list(mtimes)) else None
 
 
 @functools.cache
