@@ -1,4 +1,4 @@
-"""What a step sees depends on seed, step, rank and world size alone."""
+"""What a step loads depends only on seed, step, rank and world size."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Numbers:
-    """Images whose every pixel is their own number; those in `bad` cannot be read."""
+    """Images whose pixels all hold the row of the image; those in `bad` cannot be read."""
 
     max_decoded = 4
 
@@ -37,7 +37,7 @@ class Numbers:
 
 
 def numbered(labeled, unlabeled, bad=(), bad_tests=()):
-    """Images that are numbers, and a view that adds the random number it was given."""
+    """Images that hold their row, in a view that adds its random number."""
     n = labeled + unlabeled
     view = View(
         1,
@@ -62,7 +62,7 @@ def numbered(labeled, unlabeled, bad=(), bad_tests=()):
 
 
 def parts(item):
-    """(x, y, index, weak, strong) of an item whose views are one tensor each."""
+    """(x, y, index, weak, strong) of a batch in which every view is one tensor."""
     return item.x[0], item.y, item.index, item.u_weak[0], item.u_strong[0]
 
 
@@ -85,7 +85,7 @@ def test_the_same_bytes_with_any_workers_and_from_any_start(workers):
         assert all(same(a, b) for a, b in zip(got, expected[start:]))
 
 
-def test_random_numbers_belong_to_seed_purpose_pass_and_image():
+def test_random_numbers_depend_on_seed_stream_pass_and_image():
     rows, passes = np.array([5, 3, 5, 5]), np.array([0, 0, 1, 0])
     u = uniforms(rows, 7, 11, 2, passes)
     assert (u[0] == u[3]).all() and (u[0] == uniforms(rows[:1], 7, 11, 2, passes[:1])[0]).all()
@@ -152,7 +152,7 @@ def test_an_image_gets_new_views_in_every_pass():
     assert max(draws.values()) == 1
 
 
-def test_the_bank_is_ready_once_every_label_was_seen():
+def test_the_bank_is_ready_once_every_labeled_image_was_seen():
     assert [Stream(numbered(4, 40), 2, 2, seed=0).bank_ready(s) for s in (0, 9, 10, 25)] == [
         False,
         False,
@@ -163,7 +163,7 @@ def test_the_bank_is_ready_once_every_label_was_seen():
     assert [slow.bank_ready(s) for s in (0, 10, 19, 20)] == [False, False, False, True]
 
 
-def test_hidden_labels_are_absent_when_unknown():
+def test_true_labels_are_absent_when_unknown():
     data = numbered(4, 12)
     assert (
         Stream(data._replace(labels=np.where(np.arange(16) < 4, data.labels, -1)), 2, 2, seed=0)[
@@ -174,7 +174,7 @@ def test_hidden_labels_are_absent_when_unknown():
 
 
 def test_with_a_number_of_steps_an_epoch_no_image_is_dropped():
-    """CIFAR's epochs: passes follow each other, whatever the length of an epoch."""
+    """As for CIFAR: passes follow one another, whatever the length of an epoch."""
     stream = Stream(numbered(7, 20), 2, 3, seed=0, steps_per_epoch=4)
     assert stream.steps_per_epoch == 4
     seen = [row for step in range(10) for row in parts(stream[step])[3][:, 0, 0, 0].long().tolist()]
@@ -196,7 +196,7 @@ def test_every_test_image_is_in_one_share(world, workers):
     assert Counter(y.tolist()) == Counter(data.test_labels.tolist())
 
 
-# Images that cannot be read.
+# Unreadable images.
 
 
 def test_a_bad_unlabeled_image_is_replaced_by_the_same_other_one_and_listed():
@@ -234,7 +234,7 @@ def test_a_class_without_a_readable_image_stops_the_run():
         stream[0]
 
 
-def test_what_becomes_of_bad_images():
+def test_bad_images_stop_the_run_or_are_collected():
     with pytest.raises(UserError, match="image 3: torn; .*--on-bad-image skip"):
         BadImages("stop").add([("image 3", "torn")])
     kept = BadImages("skip")

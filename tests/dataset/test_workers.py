@@ -1,4 +1,4 @@
-"""Processes that load images: what they are copies of, how long they stay, and which signals reach them."""
+"""Worker processes: where they are forked from, how long they live, and which signals reach them."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ from util.errors import UserError
 
 
 class Processes(Dataset):
-    """What a worker says of itself."""
+    """An item names the processes around the worker that loaded it."""
 
     def __init__(self):
         self.state = "as sent"
@@ -44,10 +44,10 @@ class Processes(Dataset):
         }
 
 
-def test_workers_are_no_copies_of_this_process_and_stay_for_the_next_pass():
+def test_workers_are_not_forked_from_this_process_and_serve_the_next_pass():
     dataset = Processes()
     made = PrefetchLoader(dataset, range(6), 2, pin_memory=False)
-    dataset.state = "edited later"  # they have begun already
+    dataset.state = "edited later"  # after the workers have started
     first, second = list(made), list(made)
     assert [said["item"] for said in first] == [said["item"] for said in second] == list(range(6))
     pids = {said["pid"] for said in first}
@@ -68,12 +68,35 @@ def test_signals_of_a_scheduler_reach_the_workers_and_not_the_helpers():
         for process in (helper, tracker, said["pid"]):
             os.kill(process, number)
     time.sleep(1)
-    assert [again["pid"] for again in made] == 2 * [said["pid"]]  # it goes on for preempt.GRACE seconds
+    assert [again["pid"] for again in made] == 2 * [said["pid"]]  # it lives for WORKER_GRACE_SECONDS more
     assert [again["parent"] for again in PrefetchLoader(Processes(), range(1), 1, pin_memory=False)] == [
         helper
     ]
     os.kill(tracker, 0)
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*preempt.SIGNALS, signal.SIGINT}
+
+
+@pytest.mark.parametrize(
+    "error, named",
+    [
+        (EOFError(), True),
+        (ConnectionResetError("reset by peer"), True),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (EOFError("Caught EOFError in DataLoader worker process 0."), False),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), False),
+    ],
+    ids=repr,
+)
+def test_a_broken_connection_is_a_lost_worker_but_an_error_in_a_worker_is_not(error, named):
+    class Loader:
+        def __iter__(self):
+            raise error
+
+    loader = PrefetchLoader([], [], workers=0, pin_memory=False)
+    loader.loader = Loader()
+    with pytest.raises(UserError if named else type(error)) as raised:
+        list(loader)
+    assert ("a worker process that loads images has ended" in str(raised.value)) == named
 
 
 def test_a_worker_that_is_killed_is_named():
@@ -90,13 +113,13 @@ class Raises(Dataset):
         raise ConnectionResetError("of the file server")
 
 
-def test_what_a_worker_raises_is_told_as_it_is():
+def test_an_error_in_a_worker_is_raised_here():
     with pytest.raises(ConnectionResetError, match="of the file server"):
         list(PrefetchLoader(Raises(), range(3), 1, pin_memory=False))
 
 
 def main(end):
-    """Of a process that ends while workers have work."""
+    """Run a process that ends while its workers are busy."""
     made = PrefetchLoader(Processes(), range(10_000), 2, pin_memory=False)
     for said in made:
         print(said["pid"], said["parent"], flush=True)
@@ -125,7 +148,7 @@ def test_a_process_ends_at_once_with_its_workers(end, code, lines, tmp_path):
     worker, helper = map(int, process.stdout.readline().split())
     begun = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < preempt.WORKER_GRACE_SECONDS / 2  # not by the alarm
+    assert time.monotonic() - begun < preempt.WORKER_GRACE_SECONDS / 2  # not after the grace period
     assert process.returncode == code and re.fullmatch(lines, err.strip(), re.DOTALL), err
     assert gone(worker, helper) and list(tmp_path.iterdir()) == []
 
@@ -154,7 +177,7 @@ def test_nothing_is_left_when_the_process_is_killed(tmp_path):
 
 
 def gone(*pids):
-    """Whether they end within a while: the helper notices that nobody is left."""
+    """Whether the processes end within 20 s; the helper ends when no process uses it any more."""
     end = time.monotonic() + 20
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.1)
