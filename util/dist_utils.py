@@ -55,7 +55,7 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
                 timeout=2 * timeout if cuda else timeout,
             )
             GLOO_GROUP = dist.new_group(backend="gloo", timeout=timeout)
-            atexit.register(_close_gloo)
+            atexit.register(_close_groups)
             HOSTNAMES[:] = all_gather_object(socket.gethostname())
         except (RuntimeError, ValueError) as error:
             raise UserError(
@@ -67,10 +67,17 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def _close_gloo() -> None:
-    """End gloo's threads before Python exits after an error; a living thread would abort the process."""
+def _close_groups() -> None:
+    """Destroy the process groups, and end gloo's threads with them.
+
+    A thread of gloo that frees a tensor while Python exits aborts the process, even after a finished run. It
+    ends when the last reference to its group is gone. NCCL's group is left to the exit after an error,
+    because destroying it may wait for a lost rank.
+    """
+    global GLOO_GROUP
     if dist.is_initialized():
         dist.destroy_process_group(GLOO_GROUP if dist.get_backend() == "nccl" else None)
+    GLOO_GROUP = None
 
 
 def describe_lost_ranks(error: RuntimeError) -> str | None:
@@ -128,7 +135,9 @@ def dist_end() -> None:
     """Barrier, then destroy the process group: no rank ends before rank 0 has written its last checkpoint."""
     if dist.is_initialized():
         all_gather_object(None)
-        dist.destroy_process_group()
+        _close_groups()
+        if dist.is_initialized():  # NCCL's
+            dist.destroy_process_group()
 
 
 def rank() -> int:
