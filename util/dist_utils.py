@@ -23,7 +23,9 @@ from util.rendezvous import find_rendezvous
 GLOO_GROUP: Any = None
 STORE: dist.Store | None = None  # the key-value store of the rendezvous, on rank 0
 HOSTNAMES: list[str] = []  # by rank
-LIVENESS_SECONDS = 10  # how long the ranks that lost another one wait for each other's key in the store
+# Seconds that the ranks which lost another one wait for each other's key in the store; dist_init raises them.
+LIVENESS_SECONDS = 10.0
+liveness_window = LIVENESS_SECONDS
 
 
 def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
@@ -32,7 +34,7 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
     device: auto, cpu or cuda. timeout_minutes: how long a rank waits for another one, now and in any step.
     port: see util/rendezvous.py. Raises UserError if there is no such device, or if the ranks do not meet.
     """
-    global GLOO_GROUP, STORE
+    global GLOO_GROUP, STORE, liveness_window
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable GPU here; use cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -42,6 +44,9 @@ def dist_init(device: str, timeout_minutes: float, port: int) -> torch.device:
         torch.cuda.set_device(rendezvous.local_rank if torch.cuda.device_count() > 1 else 0)
     if rendezvous.world > 1 and not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
+        if rendezvous.world > 2:
+            # A rank that waits for another survivor notices the loss only at its own timeout.
+            liveness_window = LIVENESS_SECONDS + min(timeout.total_seconds(), 30)
         # torchrun runs a store of its own; otherwise rank 0 does.
         runs_store = rendezvous.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
@@ -92,7 +97,7 @@ def describe_lost_ranks(error: RuntimeError) -> str | None:
     missing = [0]  # the store runs beside or in rank 0: if it does not answer, rank 0 is the lost one
     check = threading.Thread(target=_find_missing_ranks, args=(STORE, missing), daemon=True)
     check.start()
-    check.join(LIVENESS_SECONDS + 5)
+    check.join(liveness_window + 5)
     if not missing:
         return (
             f"{this_rank} lost the connection to the other ranks, which are still alive "
@@ -106,14 +111,14 @@ def describe_lost_ranks(error: RuntimeError) -> str | None:
 
 
 def _find_missing_ranks(store: dist.Store, missing: list[int]) -> None:
-    """Set `missing` to the ranks that do not set their key in the store within LIVENESS_SECONDS."""
-    end, silent = time.monotonic() + LIVENESS_SECONDS, list(range(world_size()))
-    with suppress(RuntimeError):  # raised if the store has ended; `missing` then keeps its value
+    """Set `missing` to the ranks that do not set their key in the store within `liveness_window` seconds."""
+    end, silent = time.monotonic() + liveness_window, list(range(world_size()))
+    with suppress(RuntimeError):  # raised if the store has ended; `missing` then keeps its last value
         store.set(f"lives/{rank()}", "")
         while silent and time.monotonic() < end:
             silent = [r for r in silent if not store.check([f"lives/{r}"])]
+            missing[:] = silent
             time.sleep(0.1)
-        missing[:] = silent
         if rank() == 0:
             time.sleep(3)  # the store ends with this process, and the other ranks may still be reading it
 
