@@ -15,9 +15,12 @@ def imported(*arguments):
     return {name.partition(".")[0] for name in re.findall(r"\| +([\w.]+)$", done.stderr, re.M)}
 
 
-@pytest.mark.parametrize("module", ["dataset.check", "dataset.splits"])
-def test_help_does_not_import_torch(module):
-    assert "torch" not in imported("-m", module, "--help")
+@pytest.mark.parametrize(
+    "program",
+    ["train_semi.py", "eval.py", "-m dataset.check", "-m dataset.splits", "-m util.report", "-m util.doctor"],
+)
+def test_help_does_not_import_torch(program):
+    assert "torch" not in imported(*program.split(), "--help")
 
 
 def test_the_digits_do_not_import_torchvision():
