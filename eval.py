@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from util.errors import Parser, UserError, cli_main
+from util.errors import Parser, UserError, cli_main, start_program
 
 # Settings of the training run that the command line of an evaluation may override.
 OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "image_size")
@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     # Importing PyTorch takes seconds, for which --help and a wrong flag need not wait.
-    cli_main(lambda: parse_args(sys.argv[1:]))
+    start_program(lambda: parse_args(sys.argv[1:]))
 
 import numpy as np
 import torch

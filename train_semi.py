@@ -2,20 +2,22 @@
 [--field value …]
 """
 
+import itertools
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from util import preempt
 from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
-from util.errors import UserError, cli_main
+from util.errors import UserError, cli_main, start_program
 
 if __name__ == "__main__":
-    # Importing PyTorch takes seconds. A signal meanwhile must not end the run, and --help and a wrong flag
-    # need not wait.
+    # Importing PyTorch takes seconds. A signal meanwhile must not end the run.
     preempt.catch_signals()
-    cli_main(lambda: parse(sys.argv[1:], __doc__))
+    start_program(lambda: parse(sys.argv[1:], __doc__), output_may_be_lost=True)
 
 import torch
 from torch import Tensor
@@ -38,23 +40,37 @@ from models import (
 )
 from util import checkpoint, dist_utils
 from util.diagnostics import diagnostics_event, log_stop_reason
-from util.log import Logger, init_output_dir
-from util.metrics import Meter, evaluate
+from util.lock import RunLock
+from util.log import LEFT_OUT, Logger, init_output_dir
+from util.metrics import Meter, count_hits, join_hits
 from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
 from util.resume import is_published, load_last, resume, resume_published, start_from_moco
 from util.schedule import learning_rate
 
 
 def main() -> None:
-    # The command line, the ranks, and the last checkpoint if there is one.
     config = parse(sys.argv[1:], __doc__)
     device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
-    rank, out = dist_utils.rank(), Path(config.output_dir)
-    last = Path("checkpoints", config.checkpoint) if config.checkpoint else out / "last.pth"
+    last = last_checkpoint(config)
     if config.evaluate:
         preempt.restore_default_handlers()
         evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
         return
+    locked = [
+        Path(config.output_dir, "lock"),
+        *([last.with_name(f"{last.name}.lock")] * bool(config.checkpoint)),
+    ]
+    lock = dist_utils.on_rank_0(lambda: RunLock(locked, print))
+    with lock or nullcontext():
+        train(config, device, last, may_write=lock.check if lock else lambda: None)
+
+
+def train(config: Config, device: torch.device, last: Path, may_write: Callable[[], None]) -> None:
+    """Train until all epochs are done or a signal asks the run to stop. last: the path of last.pth.
+    may_write: raises UserError if another start has taken over the output directory.
+    """
+    # The last checkpoint, if there is one, and the ranks.
+    rank, out = dist_utils.rank(), Path(config.output_dir)
     found, load_warning = load_last(last)
     published_state = found if is_published(found) else None
     saved_state = None if published_state else found
@@ -100,12 +116,13 @@ def main() -> None:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter, bad = Meter(), BadImages(config.on_bad_image)
-    start, best = 0, {"step": 0, "student_top1": -1.0}
+    start, best, evaluation_due = 0, {"step": 0, "student_top1": -1.0}, False
 
     # The state to start from instead: this run's checkpoint, else a published one, else a MoCo checkpoint.
     if saved_state:
         resume(last, saved_state, config, data.split, fingerprint, method, optimizer)
         start, best = saved_state["step"], saved_state["best"]
+        evaluation_due = saved_state.get("evaluation_due", False)  # older checkpoints were written after it
         bad.seen = saved_state["bad_images"] if rank == 0 else []
         meter.load_state_dict(saved_state["meter"])
         scaler.load_state_dict(saved_state["scaler"])
@@ -136,17 +153,51 @@ def main() -> None:
         )
     configure_execution(method, config.precision, config.channels_last, config.compile)
     student = dist_utils.wrap_ddp(method.student)
-    log = Logger(out, start, total, active=rank == 0, buffer_on_error=config.on_save_error == "continue")
+    log = Logger(
+        out,
+        start,
+        total,
+        active=rank == 0,
+        buffer_on_error=config.on_save_error == "continue",
+        evaluation_due=evaluation_due,
+    )
     describe_run(log, config, data, stream, ranks, method, device, start, total, last, warnings)
     writer = checkpoint.Writer(
-        last, out / "best.pth", config.on_save_error, log.print_line, last_is_whole=not load_warning
+        last,
+        out / "best.pth",
+        config.on_save_error,
+        log.print_line,
+        last_is_whole=not load_warning,
+        resumed=saved_state,
+        may_write=may_write,
     )
 
+    def evaluate_step(done: int) -> bool:
+        """Evaluate after `done` steps, and add the score to their checkpoint. Return False if the run was
+        asked
+        to stop meanwhile: the checkpoint says that the evaluation is due, and the run resumes with it.
+        """
+        nonlocal best
+        unreadable = BadImages(config.on_bad_image)
+        scores = accuracies(method, eval_loader.batches(unreadable), config.cls, device)
+        if scores is None:
+            return False
+        log.eval(done, done // stream.steps_per_epoch, scores)
+        log.bad_images(done, of_all_ranks(unreadable.take()), LEFT_OUT)
+        better = scores["student_top1"] > best["student_top1"]
+        if better:
+            best = {"step": done, **scores}
+        if rank == 0:
+            writer.add_score(best, better)
+        return True
+
     last_save = time.monotonic()
-    clock, clock_step = last_save, start  # images/s are counted from this time and step
-    workers = config.workers if start < total else 0
+    workers = config.workers if start < total or evaluation_due else 0
     loader = PrefetchLoader(stream, range(start, total), workers, pin_memory=device.type == "cuda")
     eval_loader = EvalLoader(data, rank, ranks.processes, workers, device)
+    if evaluation_due and not evaluate_step(start):
+        stop_early(writer, log, start, last)
+    clock, clock_step = time.monotonic(), start  # images/s are counted from this time and step
     for step, host_batch in enumerate(loader, start):
         # The learning rate and the batch of this step.
         bad.add(host_batch.bad)
@@ -205,8 +256,8 @@ def main() -> None:
             log.write("diagnostics", done, values)
         # Several processes agree on stopping only every print_freq steps, because they must communicate for
         # that.
-        may_stop = ranks.processes == 1 or done % config.print_freq == 0
-        stop = may_stop and dist_utils.any_rank(preempt.stop_requested()) and done < total
+        may_stop = ranks.processes == 1 or done % config.print_freq == 0 or evaluate_now
+        stop = may_stop and dist_utils.any_rank(preempt.stop_requested())
         if done % config.print_freq == 0 or evaluate_now:
             with log_stop_reason(log, done):
                 means = meter.take_means()  # raises if a loss was not finite, before anything is saved
@@ -215,16 +266,6 @@ def main() -> None:
             log.train(done, epoch, config.epochs, {**means, "lr": lr, "images_per_s": round(images_per_s, 1)})
             clock, clock_step = time.monotonic(), done
 
-        # Once in a while: evaluation.
-        if evaluate_now:
-            unreadable = BadImages(config.on_bad_image)
-            scores = accuracies(method, eval_loader.batches(unreadable), config.cls, device)
-            log.eval(done, epoch, scores)
-            log.bad_images(done, of_all_ranks(unreadable.take()), "left out of testing")
-            better = scores["student_top1"] > best["student_top1"]
-            if better:
-                best = {"step": done, **scores}
-            clock = time.monotonic()
         if end_of_epoch and not bad.stop:
             log.bad_images(done, of_all_ranks(bad.take()), "replaced by others in this epoch")
 
@@ -250,20 +291,23 @@ def main() -> None:
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "best": best,
+                "evaluation_due": evaluate_now,
                 "meter": meter.state_dict(),
                 "bad_images": of_all_ranks(bad.seen),
             }
             with log_stop_reason(log, done):
                 checkpoint.check_finite(method.state_dict(), done)
             if rank == 0:
-                writer.save(state, best=evaluate_now and better)
+                writer.save(state)
             last_save = time.monotonic()
+
+        # Once in a while: evaluation. The step is saved already, so that an evaluation that fails loses
+        # nothing.
+        if evaluate_now and not stop:
+            stop = not evaluate_step(done)
+            clock = time.monotonic()
         if stop:
-            writer.close()
-            log.print_line(f"asked to stop: saved step {done} in {last}; the same command continues")
-            log.close()
-            dist_utils.dist_end()
-            sys.exit(preempt.REQUEUE_EXIT_CODE)
+            stop_early(writer, log, done, last)
 
     writer.close()
     if best["step"]:
@@ -271,6 +315,22 @@ def main() -> None:
         log.print_line(f"done: best student top-1 {top1} at step {best['step']}, in {file}")
     log.close()
     dist_utils.dist_end()
+
+
+def last_checkpoint(config: Config) -> Path:
+    """Return the path of the checkpoint that the run resumes from."""
+    if config.checkpoint:
+        return Path("checkpoints", config.checkpoint)
+    return Path(config.output_dir, "last.pth")
+
+
+def stop_early(writer: checkpoint.Writer, log: Logger, step: int, last: Path) -> NoReturn:
+    """End a run that was asked to stop, and whose checkpoint of this step is being written."""
+    writer.close()
+    log.print_line(f"asked to stop: saved step {step} in {last}; the same command continues")
+    log.close()
+    dist_utils.dist_end()
+    sys.exit(preempt.REQUEUE_EXIT_CODE)
 
 
 def overrides(config: Config) -> list[str]:
@@ -286,8 +346,9 @@ def of_all_ranks(bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def accuracies(
     method: Method, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device
-) -> dict[str, float]:
-    """Return student_top1, student_top5, teacher_top1 and teacher_top5, in percent.
+) -> dict[str, float] | None:
+    """Return student_top1, student_top5, teacher_top1 and teacher_top5, in percent, or None if a signal has
+    asked the run to stop meanwhile.
 
     All ranks must call it; they first take over rank 0's BN statistics.
     batches: this rank's (x [n, c, h, w], y [n]); the accuracy is that over the batches of all ranks.
@@ -296,10 +357,14 @@ def accuracies(
     networks = {"student": method.student, "teacher": method.teacher.net}
     for network in networks.values():
         dist_utils.broadcast_buffers(network)
-    scores = {}
-    for name, result in zip(networks, evaluate(list(networks.values()), batches, num_classes, device)):
-        scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
+    until_stop = itertools.takewhile(lambda batch: not preempt.stop_requested(), batches)
+    hits = count_hits(list(networks.values()), until_stop, num_classes, device)
     method.train()
+    if dist_utils.any_rank(preempt.stop_requested()):
+        return None
+    scores = {}
+    for name, result in zip(networks, join_hits(hits)):
+        scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
     return scores
 
 
@@ -344,9 +409,17 @@ def describe_run(
     log.log_start(start, *data.split)
 
 
+def describe_interrupt() -> str:
+    """Return the last line of a run that Ctrl-C has ended."""
+    last = last_checkpoint(parse(sys.argv[1:], __doc__))
+    if last.exists():
+        return f"interrupted; the same command continues from the last checkpoint, {last}"
+    return "interrupted before the first checkpoint: the same command starts the run again"
+
+
 if __name__ == "__main__":
     cli_main(
         main,
-        interrupted="interrupted; the same command continues from the last checkpoint",
+        interrupted=describe_interrupt,
         describe_error=dist_utils.describe_lost_ranks,
     )

@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli_main(main, interrupted="interrupted: some images were not read")
+    cli_main(main, interrupted=lambda: "interrupted: some images were not read")

@@ -30,15 +30,15 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   if [ "$gpus" = 0 ] && command -v sbatch >/dev/null; then
     echo "train: no GPU on this machine, so training uses the CPU. To use the cluster's: sbatch script/train.sh $config $*"
   fi
-  [ "$gpus" -le 1 ] && exec "$PYTHON" train_semi.py --config "$config" "$@"
-  exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" train_semi.py --config "$config" "$@"
+  [ "$gpus" -le 1 ] && exec "$PYTHON" train_semi.py --config "$config" --debug "$@"
+  exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" train_semi.py --config "$config" --debug "$@"
 fi
 echo "train: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number ${SLURM_RESTART_COUNT:-0}: $config $*"
 # The ranks handle USR1, and this script waits for them. TERM must end this script: it comes with scancel or Slurm's own requeue.
 trap : USR1
 # When a rank ends, srun ends the others a minute later, not at once: ranks that stop on request do not end at the same time.
 srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-  "$PYTHON" train_semi.py --config "$config" "$@" &
+  "$PYTHON" train_semi.py --config "$config" --debug "$@" &
 wait $!; code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done     # `wait` also returns when the trap runs
 if [ $code = 75 ]; then                                     # asked to stop, and saved (util/preempt.py)

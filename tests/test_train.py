@@ -160,7 +160,7 @@ def test_a_killed_run_continues_to_the_same_bits(method, flags, train, tmp_path)
 @pytest.mark.slow(25)
 def test_a_run_that_is_asked_to_stop_saves_and_continues_to_the_same_bits(train, tmp_path):
     assert train(tmp_path / "whole", "--epochs", "6", "--workers", "0").returncode == 0
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
         folder = tmp_path / number.name
         flags = [*DIGITS, folder, "--epochs", "6", "--workers", "2"]
         run = start_python("train_semi.py", *flags, start_new_session=True)

@@ -112,52 +112,82 @@ class Writer:
     """
 
     def __init__(
-        self, last: Path, best: Path, on_error: str, warn: Callable[[str], None], last_is_whole: bool = True
+        self,
+        last: Path,
+        best: Path,
+        on_error: str,
+        warn: Callable[[str], None],
+        last_is_whole: bool = True,
+        resumed: dict[str, Any] | None = None,
+        may_write: Callable[[], None] = lambda: None,
     ):
         """on_error: stop or continue. last_is_whole: False if the file at `last` must not become
-        `previous(last)`, because it is damaged or was published by others.
+        `previous(last)`, because it is damaged or was published by others. resumed: the state that the run
+        resumes from. may_write: is called before each write and raises UserError if this process must not
+        write any more.
         """
-        self.paths, self.on_error, self.warn, self.last_is_whole = (last, best), on_error, warn, last_is_whole
+        self.paths, self.on_error, self.warn, self.may_write = (last, best), on_error, warn, may_write
+        self.last_is_whole = last_is_whole
+        self.last_step = resumed["step"] if resumed and last_is_whole else None  # of the file at `last`
         self.thread: threading.Thread | None = None
         self.best: dict[str, Any] | None = None  # the state for best.pth until it is written
-        self.error: UserError | None = None
+        # The state whose evaluation is due.
+        self.unscored = resumed if resumed and resumed.get("evaluation_due") else None
+        self.error: Exception | None = None
 
-    def save(self, state: dict[str, Any], best: bool) -> None:
+    def save(self, state: dict[str, Any], best: bool = False) -> None:
         """Start to write `state`, which has the KEYS, to last.pth, and with `best` also to best.pth. Raises
         UserError if the previous write failed.
         """
         self._wait()
         state = copy_to_cpu(state)
-        if best:
-            self.best = state
-        self.thread = threading.Thread(target=self._write, args=(state,))
-        self.thread.start()
+        self.unscored = state if state.get("evaluation_due") else None
+        self._start(state, best)
+
+    def add_score(self, best_score: dict[str, Any], best: bool) -> None:
+        """Start to write the state of the last `save`, whose evaluation was due, once more, with the best
+        score after that evaluation.
+        """
+        assert self.unscored is not None
+        state = {**self.unscored, "best": best_score, "evaluation_due": False}
+        self._wait()
+        self.unscored = None
+        self._start(state, best)
 
     def close(self) -> None:
         """Wait until everything is written. Raises UserError if the last write failed, for any on_error."""
         self.on_error = "stop"
         self._wait()
 
+    def _start(self, state: dict[str, Any], best: bool) -> None:
+        if best:
+            self.best = state
+        self.thread = threading.Thread(target=self._write, args=(state,))
+        self.thread.start()
+
     def _write(self, state: dict[str, Any]) -> None:
         try:
+            self.may_write()
             # best.pth first: a run killed between the two writes resumes from the old last.pth and writes
             # both again
             if self.best is not None:
                 save(self.paths[1], self.best)
                 self.best = None
-            save(self.paths[0], state, keep_previous=self.last_is_whole)
-            self.last_is_whole = True
-        except UserError as error:
+            same_step = state["step"] == self.last_step  # `previous(last)` stays that of an earlier step
+            save(self.paths[0], state, keep_previous=self.last_is_whole and not same_step)
+            self.last_is_whole, self.last_step = True, state["step"]
+        except Exception as error:  # not swallowed: `_wait` raises it in the main thread
             self.error = error
 
     def _wait(self) -> None:
         if self.thread is not None:
             self.thread.join()
         error, self.thread, self.error = self.error, None, None
-        if error is not None and self.on_error == "stop":
+        if error is None:
+            return
+        if self.on_error == "stop" or not isinstance(error, UserError):
             raise error
-        if error is not None:
-            self.warn(f"{error}; training goes on and tries again with the next checkpoint")
+        self.warn(f"{error}; training goes on and tries again with the next checkpoint")
 
 
 def copy_to_cpu(value: Any) -> Any:

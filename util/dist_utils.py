@@ -6,10 +6,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from util.errors import UserError
 from util.rendezvous import find_rendezvous
 
+T = TypeVar("T")
 # Two groups: the default one for tensors (NCCL between GPUs), and gloo for control messages, whose timeout
 # lets us name the lost rank.
 GLOO_GROUP: Any = None
@@ -207,6 +208,20 @@ def sum_on_cpu(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x, group=GLOO_GROUP)
     return x
+
+
+def on_rank_0(call: Callable[[], T]) -> T | None:
+    """Return `call()` on rank 0 and None on the others. A UserError that it raises is raised on all ranks."""
+    result, message = None, None
+    if rank() == 0:
+        try:
+            result = call()
+        except UserError as error:
+            message = str(error)
+    message = all_gather_object(message)[0]
+    if message is not None:
+        raise UserError(message)
+    return result
 
 
 def from_rank_0(condition: bool) -> bool:

@@ -1,13 +1,22 @@
-"""Errors that a user can fix end in one line on stderr and exit code 2, never in a traceback."""
+"""How a program starts and ends. An error that a user can fix is one line on stderr and exit code 2; only a
+bug of ours has a traceback, which --debug shows.
+"""
 
 import argparse
+import io
 import multiprocessing.util
 import os
+import select
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LOST_OUTPUT_EXIT_CODE = 128 + signal.SIGPIPE  # as a shell reports it for other programs
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator: can't allocate memory")
 
 
 class UserError(Exception):
@@ -17,27 +26,49 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are UserErrors, and whose flags cannot be abbreviated."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         super().__init__(description=description, allow_abbrev=False)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
 
 
+def start_program(parse: Callable[[], object], output_may_be_lost: bool = False) -> None:
+    """Check the command line with `parse` before a program imports PyTorch, which takes seconds: --help and a
+    wrong flag need not wait for it. From now on Ctrl-C prints one line, during the imports too.
+
+    output_may_be_lost: the program goes on without a word when its output cannot be written, as when the
+    terminal is closed or `head` has ended.
+    """
+    _open_closed_streams()
+    if output_may_be_lost:
+        sys.stdout, sys.stderr = _without_write_errors(sys.stdout), _without_write_errors(sys.stderr)
+    cli_main(parse)
+    _on_interrupt(lambda number, frame: _end_at_once("interrupted", 130))
+
+
 def cli_main(
     main: Callable[[], object],
-    interrupted: str = "interrupted",
+    interrupted: Callable[[], str] = lambda: "interrupted",
     describe_error: Callable[[RuntimeError], str | None] = lambda error: None,
 ) -> None:
-    """Call `main`. A UserError becomes one line and exit code 2; Ctrl-C becomes the line `interrupted` and
-    exit code 130.
+    """Call `main`. A UserError becomes one line and exit code 2; Ctrl-C becomes the line `interrupted()` and
+    exit code 130; output that is not read any more becomes exit code 141 without a line.
 
     describe_error: returns a line for a RuntimeError whose cause lies in another process, such as a lost
-    rank, and None for any other error, whose traceback is printed. The exit code is 1 in both cases.
+    rank, and None for any other error, which is a bug of ours. The exit code is 1 in both cases.
     """
     error: BaseException
+    _open_closed_streams()
+    _on_interrupt(signal.default_int_handler)
     try:
-        main()
+        try:
+            main()
+        except SystemExit:
+            _flush_output()
+            raise
+        _flush_output()
         return
     except UserError as e:
         # PyTorch re-raises the UserError of a worker process with the worker's traceback before its message.
@@ -45,19 +76,108 @@ def cli_main(
         _print_last_line(f"error: {message}")
         error, code = e, 2
     except KeyboardInterrupt as e:
-        _print_last_line(interrupted)
+        _print_last_line(interrupted())
         error, code = e, 130
-    except Exception as e:  # not swallowed: described in a line or printed with its traceback
+    except Exception as e:  # not swallowed: described in a line, and printed with its traceback on request
+        if isinstance(e, BrokenPipeError) and _output_is_lost():
+            os._exit(LOST_OUTPUT_EXIT_CODE)  # not sys.exit, which writes the rest of the output once more
         line = describe_error(e) if isinstance(e, RuntimeError) else None
         if line is not None:
             _print_last_line(f"error: {line}")
             _exit_without_joining()
-        traceback.print_exc()
-        error, code = e, 1
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        line, code = _describe(e)
+        _print_last_line(f"error: {line}")
+        error = e
     # The frames hold the data loader: freeing it now ends its workers at once, while at Python's exit it
     # takes long.
     traceback.clear_frames(error.__traceback__)
     sys.exit(code)
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """Return one line about an unexpected error, with the place in this repository that it came from, and the
+    exit code.
+    """
+    last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
+    if any(name in last_line for name in OUT_OF_MEMORY):
+        advice = "lower --batch-size, --mu, --image-size or --workers"
+        return f"out of memory ({last_line[:200]}): {advice}", 2
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.startswith(ROOT) and "site-packages" not in frame.filename
+    ]
+    place = f" ({os.path.relpath(frames[-1].filename, ROOT)}, line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return f"the operating system refused something: {last_line[:300]}{place}", 2
+    advice = "it is printed above" if "--debug" in sys.argv else "--debug shows it"
+    return f"this is a bug, please report it with its traceback ({advice}): {last_line[:300]}{place}", 1
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null for a standard stream that is closed. Otherwise the next file that the program opens
+    gets its number, and what libraries print goes to that file.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as Python starts with a closed one
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
+def _on_interrupt(handler: Callable[[int, Any], object]) -> None:
+    """Handle Ctrl-C, unless the process was started with it ignored, as in the background of a script."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _flush_output() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write the output: {error.strerror}") from None
+
+
+def _output_is_lost() -> bool:
+    """Return whether no process reads the standard output any more."""
+    poller = select.poll()
+    poller.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
+
+
+def _end_at_once(line: str, code: int) -> NoReturn:
+    _print_last_line(line)
+    os._exit(code)
+
+
+class _WithoutWriteErrors(io.FileIO):
+    """A file whose writes drop what cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _without_write_errors(stream: Any) -> io.TextIOWrapper:
+    """Return a text file for the descriptor of `stream` that drops what cannot be written."""
+    stream.flush()
+    raw = _WithoutWriteErrors(os.dup(stream.fileno()), "w")
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def _exit_without_joining() -> NoReturn:
@@ -70,4 +190,10 @@ def _exit_without_joining() -> NoReturn:
 
 
 def _print_last_line(line: str) -> None:
+    line = printable(line)
     print(f"\n{line}" if sys.stdout.isatty() else line, file=sys.stderr, flush=True)
+
+
+def printable(line: str) -> str:
+    """Return `line` with its control characters and undecodable bytes, as in file names, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

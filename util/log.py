@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from util.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+LEFT_OUT = "left out of testing"  # the fate of a test image that cannot be read
 TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s")
 
 
@@ -54,8 +56,17 @@ class Logger:
     log.jsonl.
     """
 
-    def __init__(self, output_dir: Path, start: int, total: int, active: bool, buffer_on_error: bool = False):
-        """total: steps of the run. active: whether this is rank 0.
+    def __init__(
+        self,
+        output_dir: Path,
+        start: int,
+        total: int,
+        active: bool,
+        buffer_on_error: bool = False,
+        evaluation_due: bool = False,
+    ):
+        """total: steps of the run. active: whether this is rank 0. evaluation_due: whether the run evaluates
+        step `start` again, whose evaluation did not end; its events are dropped, too.
 
         buffer_on_error: if events cannot be written, as on a full disk, keep them in memory and go on;
         otherwise raise UserError.
@@ -73,7 +84,12 @@ class Logger:
         threading.excepthook = _ignore_disk_errors
         self.path = output_dir / "log.jsonl"
         try:
-            kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] <= start]
+            kept = []
+            for line in _complete_lines(self.path):
+                event = json.loads(line)
+                repeated = evaluation_due and event["step"] == start and _is_of_evaluation(event)
+                if event["step"] <= start and not repeated:
+                    kept.append(line)
             self.empty = not kept
             temporary = self.path.with_name("log.jsonl.tmp")
             temporary.write_text("".join(kept), encoding="utf-8")
@@ -129,7 +145,7 @@ class Logger:
             line += f"  pseudo_acc {means['pseudo_acc']:.3f}"
         line += f"  lr {means['lr']:.4f}  {means['images_per_s']:,.0f} images/s  ETA {self._eta(step)}"
         if self.terminal:
-            print(f"\r\033[K{line[: os.get_terminal_size().columns - 1]}", end="", flush=True)
+            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
         else:
             print(line, flush=True)
 
@@ -214,6 +230,10 @@ def _ignore_disk_errors(args: threading.ExceptHookArgs) -> None:
     """On a full disk TensorBoard's thread prints a traceback; the next flush raises the same error."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
+
+
+def _is_of_evaluation(event: dict[str, Any]) -> bool:
+    return event["event"] == "eval" or event.get("fate") == LEFT_OUT
 
 
 def _complete_lines(path: Path) -> list[str]:

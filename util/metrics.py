@@ -16,19 +16,31 @@ class Accuracy(NamedTuple):
     per_class: list[float]  # top-1 of each class, percent; nan for a class without images
 
 
-@torch.no_grad()
 def evaluate(
     networks: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]],
     batches: Iterable[tuple[Tensor, Tensor]],
     num_classes: int,
     device: torch.device,
 ) -> list[Accuracy]:
-    """Return the accuracy of each network over the batches of all ranks together. All ranks must call it.
+    """Return the accuracy of each network over the batches of all ranks together; the arguments are those of
+    `count_hits`. All ranks must call it. Raises UserError if there is no image.
+    """
+    return join_hits(count_hits(networks, batches, num_classes, device))
+
+
+@torch.no_grad()
+def count_hits(
+    networks: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+) -> Tensor:
+    """Return for each network and class the numbers of top-1 hits, of top-5 hits, and of images, of this
+    rank, [networks, 3, C] float64. Ranks do not communicate.
 
     networks: each maps x to (logits, z) and is in eval mode. batches: of this rank, each x [n, c, h, w] and
-    y [n] on `device`; one pass serves all networks. Raises UserError if there is no image.
+    y [n] on `device`; one pass serves all networks.
     """
-    # For each network and class the numbers of top-1 hits, of top-5 hits, and of images.
     counts = torch.zeros(len(networks), 3, num_classes, dtype=torch.float64, device=device)
     for x, y in batches:
         for network, own in zip(networks, counts):
@@ -37,6 +49,13 @@ def evaluate(
             hit = (top == y[:, None]).double()  # [n, 5]
             for row, value in enumerate((hit[:, 0], hit.sum(dim=1), torch.ones_like(hit[:, 0]))):
                 own[row].index_add_(0, y, value)
+    return counts
+
+
+def join_hits(counts: Tensor) -> list[Accuracy]:
+    """Sum what `count_hits` returned over all ranks, and return the accuracy of each network. All ranks must
+    call it. Raises UserError if there is no image.
+    """
     out = []
     for top1, top5, images in dist_utils.sum_on_cpu(counts):  # [C] each
         total = images.sum()

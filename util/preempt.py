@@ -8,22 +8,26 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run has stopped and can resume; script/train.sh requeues its job
 WORKER_GRACE_SECONDS = 30
 _received: list[int] = []
 
 
 def catch_signals() -> None:
-    """From now on SIGUSR1 and SIGTERM do not end this process; `stop_requested` reports them."""
+    """From now on SIGNALS do not end this process; `stop_requested` reports them. A signal that is ignored
+    from the start, as SIGHUP is under nohup, stays ignored.
+    """
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: _received.append(number))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: _received.append(number))
 
 
 def restore_default_handlers() -> None:
     """Let the signals end the process again, where `stop_requested` is not polled."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def stop_requested() -> bool:
@@ -62,7 +66,7 @@ def ignore_signals() -> None:
 
     SIGTERM still ends the worker, after WORKER_GRACE_SECONDS.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_SECONDS))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -137,7 +137,7 @@ def main(end):
 @pytest.mark.parametrize(
     "end, code, lines",
     [
-        ("bug", 1, "Traceback.*ValueError: a bug"),
+        ("bug", 1, "error: this is a bug[^\n]*ValueError: a bug[^\n]*"),
         ("lost", 1, "error: a rank was lost"),
         ("mistake", 2, "error: a mistake"),
         ("Ctrl-C", 130, "interrupted"),

@@ -84,7 +84,11 @@ def test_a_terminal_shows_one_line_that_is_rewritten(tmp_path):
         "log.print_line('bye')\n"
     )
     main, side = pty.openpty()
-    run = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path)], stdout=side)
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT), str(tmp_path)],
+        stdout=side,
+        env={**os.environ, "COLUMNS": "200"},
+    )
     os.close(side)
     shown = b""
     while True:
