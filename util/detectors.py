@@ -363,7 +363,7 @@ def describe_start_in_teacher(ema_m: float, steps: int) -> str:
     digit = 10.0 ** math.floor(math.log10(enough))
     better = 1 - math.ceil(round(enough / digit, 6)) * digit  # with `enough` rounded up to one digit
     return (
-        f"with --ema-m {ema_m:g} the teacher still holds {100 * left:.0f} % of the network it started from "
+        f"with --ema-m {ema_m:g} the teacher still holds {100 * left:.3g} % of the network it started from "
         f"after all {steps:,} steps; --ema-m {better:.10g} leaves 1 % at most"
     )
 

@@ -273,7 +273,7 @@ def test_the_suggested_ema_m_leaves_a_hundredth_of_the_start(ema_m, steps):
     warning = describe_start_in_teacher(ema_m, steps)
     assert bool(warning) is (ema_m**steps > 0.1)
     if warning:
-        assert f"with --ema-m {ema_m:g} the teacher still holds {100 * ema_m**steps:.0f} %" in warning
+        assert f"with --ema-m {ema_m:g} the teacher still holds {100 * ema_m**steps:.3g} %" in warning
         better = float(re.search(r"; --ema-m (\S+) leaves", warning)[1])
         assert 0.00009 < better**steps < 0.010001 or (steps, better) == (1, 0)
 
