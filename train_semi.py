@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dataset.bank_age import bank_row_ages
 from dataset.build import build_data
+from dataset.findings import start_warnings
 from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
 from dataset.workers import PrefetchLoader
 from eval import OVERRIDES
@@ -151,6 +152,7 @@ def train(config: Config, device: torch.device, last: Path, may_write: Callable[
         warnings += (
             [f"an earlier run's files in {out} were renamed: {', '.join(archived)}"] if archived else []
         )
+        warnings += start_warnings(config, data, stream.steps_per_epoch) if start == 0 else []
     configure_execution(method, config.precision, config.channels_last, config.compile)
     student = dist_utils.wrap_ddp(method.student)
     log = Logger(

@@ -8,7 +8,6 @@ what is worth knowing (note) and what has to be fixed (BAD). Exit code 0: nothin
 import os
 import sys
 
-from dataset.findings import Findings
 from util.config import parse
 from util.errors import Parser, UserError, cli_main
 
@@ -34,6 +33,7 @@ def main() -> None:
 
     # These import torch, which takes seconds: --help and mistakes in the command line do not wait for it.
     from dataset.build import build_data
+    from dataset.findings import Findings
     from dataset.inspection import check_data
 
     data = build_data(config, gpu=False)  # before the report is opened: an older one is kept if this fails

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dataset.findings import Findings
-from dataset.loader import Data
+from dataset.findings import Findings, same_files, settings_notes, standard_error
+from dataset.loader import Data, Stream
 from dataset.source import BadImage, Files, Source
 from dataset.workers import PrefetchLoader
 from util.config import Config
@@ -97,6 +97,7 @@ def check_data(data: Data, config: Config, sample: int, findings: Findings) -> N
     """Run all checks. sample: the number of images to read, or 0 for all images."""
     images = NumberedImages(data.images, data.test_images)
     sets, labels = check_sets(data, images, findings)  # [T], [T]
+    check_settings(data, config, labels[sets == TEST], findings)
     numbers = np.flatnonzero(sets)  # [n]
     total = len(numbers)
     if 0 < sample < total:
@@ -104,6 +105,10 @@ def check_data(data: Data, config: Config, sample: int, findings: Findings) -> N
             f"only {sample:,} of {total:,} images were read, drawn by seed {config.seed}"
         )
         numbers = np.sort(np.random.default_rng(config.seed).choice(numbers, sample, replace=False))
+        for labeled, test in same_files(data):
+            if not np.isin([labeled, len(data.images) + test], numbers).all():  # else it is found below
+                name = data.test_images.name(test)
+                findings.add_case(images.name(labeled), "labeled in test", f"the same as {name}")
     records, folders, seconds = read_images(images, numbers, config.workers, findings)  # [n]
     usable = np.setdiff1d(np.flatnonzero(sets == LABELED), numbers[~records["readable"]])
     for c in np.setdiff1d(np.arange(len(data.classes)), labels[usable]).tolist():
@@ -152,6 +157,21 @@ def check_sets(data: Data, images: NumberedImages, findings: Findings) -> tuple[
     for c in np.flatnonzero(per_class == 0).tolist():
         findings.add_case(data.classes[c], "class without test", f"label {c}")
     return sets, labels
+
+
+def check_settings(data: Data, config: Config, test_labels: np.ndarray, findings: Findings) -> None:
+    """Report how exact the accuracy can be, and settings with which results mean little. test_labels [M]: −1
+    if they are wrong.
+    """
+    per_class = np.bincount(test_labels[test_labels >= 0], minlength=len(data.classes))  # [C]
+    error = standard_error(len(test_labels))
+    findings.lines["ok"].append(
+        f"the standard error of an accuracy over all test images is up to {error} points"
+    )
+    # The number of processes is not known: this is one. With more of them an epoch has fewer steps.
+    batch_size = config.batch_size * max(1, config.virtual_ranks)
+    stream = Stream(data, batch_size, config.mu, config.seed, steps_per_epoch=config.steps_per_epoch)
+    findings.lines["note"] += settings_notes(config, per_class, data.classes, stream.steps_per_epoch)
 
 
 def read_images(

@@ -16,6 +16,7 @@ from models import SimMatch
 from models.ema import Teacher
 from models.memory import DistributionAlignment
 from tests.reference import SimMatchReference
+from util import published_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT, FAST = parity.Mode("float64", precision="fp64"), parity.Mode("float32")
@@ -169,10 +170,16 @@ def test_a_compiled_step_holds_the_bounds(steps):
 # The example of docs/PARITY.md
 
 
+def examples():
+    """The program, the lines that go before its last line, and the program that writes a published state."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "PARITY.md").read_text(encoding="utf-8"), re.S)
+
+
 def example():
-    return re.search(r"```python\n(.*?)```", (ROOT / "docs" / "PARITY.md").read_text(encoding="utf-8"), re.S)[
-        1
-    ]
+    program, more, _ = examples()
+    end = "dist_utils.dist_end()\n"
+    assert program.endswith(end)
+    return program.removesuffix(end) + more + end
 
 
 @pytest.mark.slow(5)
@@ -186,6 +193,7 @@ def test_the_example_gives_the_references_numbers(eman):
         ("eman=False", f"eman={eman}, threshold=0.15"),
         ("side, side)", "side, side, dtype=torch.float64)"),
         ("# 2. The tensors", "method.double()\n# 2. The tensors"),
+        ("# 4. The results.\n", "after = copy.deepcopy(method.state_dict())\n# 4. The results.\n"),
     ):
         assert old in text
         text = text.replace(old, new)
@@ -196,10 +204,11 @@ def test_the_example_gives_the_references_numbers(eman):
     for name, value in terms.items():
         assert value > 0 and space["losses"][name].item() == pytest.approx(value, rel=1e-9)
     assert space["L_u"] == pytest.approx(terms["loss_u"] / config.lambda_u, rel=1e-9)
-    got = space["method"].state_dict()
+    check_more_of_the_step(space, slow, reference_from(before, space["method"], config))
     expected = {
         key: value for key, value in parity_steps.state_of(slow).items() if not key.startswith("momentum.")
     }
+    got = space["after"]
     assert set(got) == set(expected)
     assert (
         parity.relative(space["output"].pseudo_label, torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1))
@@ -207,6 +216,34 @@ def test_the_example_gives_the_references_numbers(eman):
     )
     for key, value in expected.items():
         assert parity.relative(got[key], value) <= 1e-9, key
+
+
+def check_more_of_the_step(space, after, before):
+    """after, before: references in these states."""
+
+    def equal(got, expected):
+        assert parity.relative(got, expected) <= 1e-9
+
+    for network, logits, z in (
+        (after.student, "logits", "z"),
+        (after.teacher, "teacher_logits", "teacher_z"),
+    ):
+        network.eval()
+        for name, expected in zip((logits, z), network(space["images"])):
+            equal(space[name], expected.detach())
+    for name, mean in space["losses"].items():
+        own = [terms[name].item() for terms in space["own_terms"]]
+        assert len(set(own)) == 2 and sum(own) / 2 == pytest.approx(mean.item(), rel=1e-9)
+    names = ("logits_x", "logits_us", "z_us", "z_x", "logits_uw", "z_uw")
+    before.student.train()
+    for name, ranks in zip(names, before._forwards(space["batches"], space["step"]), strict=True):
+        outputs = space["in_teacher" if name in ("z_x", "logits_uw", "z_uw") else "in_student"]
+        for output, expected in zip(outputs, ranks, strict=True):
+            equal(getattr(output, name), expected.detach())
+    for key, value in space["before"].items():
+        assert torch.equal(
+            space["method"].state_dict()[key], value.to(space["method"].state_dict()[key].dtype)
+        )
 
 
 def reference_from(state, method, config):
@@ -236,6 +273,20 @@ def reference_from(state, method, config):
     slow.teacher.load_state_dict(method.teacher.net.state_dict())
     slow.ring, slow.ptr = method.align.ring.tolist(), int(method.align.ptr)
     return slow
+
+
+def test_the_example_writes_a_state_in_the_published_layout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(compile(examples()[2], "docs/PARITY.md", "exec"), space)
+    saved = torch.load("random.pth", weights_only=True)
+    assert published_checkpoints.detect_kind(saved) == "simmatch" and saved["epoch"] == 0
+    assert all(key.startswith("module.") for key in saved["state_dict"])
+    assert saved["state_dict"]["module.bank"].shape == (16, 40)
+    method, optimizer, epoch, step = published_checkpoints.to_training_state(saved, steps_per_epoch=7)
+    expected = space["method"].state_dict()
+    assert set(method) == set(expected) and (epoch, step, optimizer["state"]) == (0, 0, {})
+    assert all(torch.equal(method[key], value) for key, value in expected.items())
 
 
 @pytest.mark.slow(10)

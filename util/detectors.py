@@ -4,6 +4,7 @@ util/rules.py names and describes them.
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ class Finding(NamedTuple):
 def _latest(events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str) -> Finding | None:
     """Return a finding if the value of `key` is bad in each of the last `n` events; its first step is that of
     the first bad event without a good one after it. what: a format string for {n}, the number of bad events
-    from there on, and {value}, the last value.
+    from there on, {s}, which is "s" if there are several, and {value}, the last value.
     """
 
     def is_bad(event: Event) -> bool:
@@ -32,8 +33,21 @@ def _latest(events: list[Event], key: str, n: int, bad: Callable[[float], bool],
     while start and is_bad(events[start - 1]):
         start -= 1
     bad_events = events[start:]
-    message = what.format(n=len(bad_events), value=bad_events[-1][key])
+    message = what.format(n=len(bad_events), s="s" * (len(bad_events) > 1), value=bad_events[-1][key])
     return Finding(message, bad_events[0]["step"], bad_events[-1]["step"])
+
+
+def _latest_after_warmup(
+    run: RunLog, events: list[Event], key: str, n: int, bad: Callable[[float], bool], what: str
+) -> Finding | None:
+    """Call `_latest` with the events after warm-up. A finished run may have fewer than `n`: then all of these
+    are judged, or, if the run ended within the warm-up, the last `n` of all its events.
+    """
+    settled = run.after_warmup(events)
+    if run.finished:
+        settled = settled or events
+        n = max(1, min(n, len(settled)))
+    return _latest(settled, key, n, bad, what)
 
 
 def _first(findings: Iterable[Finding | None]) -> Finding | None:
@@ -63,6 +77,24 @@ def _with_bank(run: RunLog, events: list[Event]) -> list[Event]:
     return [e for e in run.after_warmup(events) if e["step"] > start]
 
 
+def bank_in_use(run: RunLog) -> Finding | None:
+    """Find the train event in which loss_in rises from 0, because the bank is used from then on."""
+    for before, e in pairwise(run.train_events):
+        if before["loss_in"] == 0 and e["loss_in"]:
+            rise = f"{before['loss']:.3g} to {e['loss']:.3g}"
+            what = f"loss_in rose from 0 to {e['loss_in']:.3g}, and loss from {rise}"
+            return Finding(what, e["step"], e["step"])
+    return None
+
+
+def _same_pseudo_labels(run: RunLog) -> list[Event]:
+    """Return the train events after warm-up and after the first use of the bank: from then on pseudo-labels
+    contain its predictions, so that mask and pseudo_acc do not compare with those before.
+    """
+    start = bank_in_use(run)
+    return [e for e in run.after_warmup(run.train_events) if not start or e["step"] > start.first_step]
+
+
 def not_finite(run: RunLog) -> Finding | None:
     for e in run.diagnostic_events:
         bad = [
@@ -81,8 +113,9 @@ def exploding_loss(run: RunLog) -> Finding | None:
 
 def not_learning(run: RunLog) -> Finding | None:
     chance = math.log(run.config.cls)
-    return _latest(
-        run.after_warmup(run.train_events),
+    return _latest_after_warmup(
+        run,
+        run.train_events,
         "loss_x",
         5,
         lambda v: v >= 0.95 * chance,
@@ -97,30 +130,32 @@ def dead_term(run: RunLog) -> Finding | None:
             for e in events
             if e[name] is not None and e["loss"] > 0
         ]
-        return _latest(
+        return _latest_after_warmup(
+            run,
             shares,
             "share",
             5,
             lambda v: v < 1e-6,
-            f"{name} is {{value:.1g}} of the loss in {{n}} train events",
+            f"{name} is {{value:.1g}} of the loss in {{n}} train event{{s}}",
         )
 
     c = run.config
     return _first(
         [
-            find("loss_u", run.after_warmup(run.train_events)) if c.lambda_u else None,
+            find("loss_u", run.train_events) if c.lambda_u else None,
             find("loss_in", _with_bank(run, run.train_events)) if c.lambda_in else None,
         ]
     )
 
 
 def mask_at_0(run: RunLog) -> Finding | None:
-    return _latest(
-        run.after_warmup(run.train_events),
+    return _latest_after_warmup(
+        run,
+        run.train_events,
         "mask",
         5,
-        lambda v: v < 1e-4,
-        "mask is {value:.2g} in {n} train events",
+        lambda v: v < 0.005,
+        "mask is {value:.2g} in {n} train event{s}",
     )
 
 
@@ -128,12 +163,14 @@ def mask_at_1(run: RunLog) -> Finding | None:
     accuracy = _teacher_accuracy(run)
     if accuracy is None or accuracy >= 0.9:
         return None
-    return _latest(
-        run.after_warmup(run.train_events),
+    return _latest_after_warmup(
+        run,
+        run.train_events,
         "mask",
         5,
         lambda v: v > 0.999,
-        f"mask is {{value:.4f}} in {{n}} train events, but the teacher's accuracy is {100 * accuracy:.1f} %",
+        "mask is {value:.4f} in {n} train event{s}, but the teacher's accuracy is "
+        f"{100 * accuracy:.1f} %",
     )
 
 
@@ -144,7 +181,7 @@ def _means_of_three(events: list[Event], key: str) -> list[float]:
 
 
 def mask_falling(run: RunLog) -> Finding | None:
-    events = run.after_warmup(run.train_events)
+    events = _same_pseudo_labels(run)
     means = _means_of_three(events, "mask")
     if not means or max(means) < 0.1 or means[-1] > max(means) / 2:
         return None
@@ -155,17 +192,18 @@ def mask_falling(run: RunLog) -> Finding | None:
 
 
 def pseudo_labels_at_chance(run: RunLog) -> Finding | None:
-    return _latest(
-        run.after_warmup(run.train_events),
+    return _latest_after_warmup(
+        run,
+        run.train_events,
         "pseudo_acc",
         5,
         lambda v: _above_chance(v, run.config.cls) < 0.02,
-        "pseudo_acc is {value:.3f} in {n} train events; chance is " + f"{1 / run.config.cls:.3f}",
+        "pseudo_acc is {value:.3f} in {n} train event{s}; chance is " + f"{1 / run.config.cls:.3f}",
     )
 
 
 def confirmation_bias(run: RunLog) -> Finding | None:
-    events = run.after_warmup(run.train_events)
+    events = _same_pseudo_labels(run)
     accuracy, mask = _means_of_three(events, "pseudo_acc"), _means_of_three(events, "mask")
     if not accuracy:
         return None
@@ -297,23 +335,43 @@ def exploding_gradient(run: RunLog) -> Finding | None:
 
 
 def at_chance(run: RunLog) -> Finding | None:
-    return _latest(
-        run.after_warmup(run.eval_events),
+    return _latest_after_warmup(
+        run,
+        run.eval_events,
         "student_top1",
         2,
         lambda v: _above_chance(v / 100, run.config.cls) < 0.02,
-        "student_top1 is {value:.2f} % in {n} evaluations; chance is " + f"{100 / run.config.cls:.2f} %",
+        "student_top1 is {value:.2f} % in {n} evaluation{s}; chance is " + f"{100 / run.config.cls:.2f} %",
     )
 
 
 def student_and_teacher_apart(run: RunLog) -> Finding | None:
-    gaps = [
-        {"step": e["step"], "gap": e["student_top1"] - e["teacher_top1"]}
-        for e in run.after_warmup(run.eval_events)
-    ]
+    gaps = [{"step": e["step"], "gap": e["student_top1"] - e["teacher_top1"]} for e in run.eval_events]
     limits: list[Callable[[float], bool]] = [lambda v: v < -20, lambda v: v > 20]
     what = "student_top1 - teacher_top1 is {value:.1f} points"
-    return _first(_latest(gaps, "gap", 2, bad, what) for bad in limits)
+    return _first(_latest_after_warmup(run, gaps, "gap", 2, bad, what) for bad in limits)
+
+
+def describe_start_in_teacher(ema_m: float, steps: int) -> str:
+    """Return a warning if the teacher, a moving average, still holds more than a tenth of the network that it
+    started from after `steps` steps; otherwise "".
+    """
+    left = ema_m**steps
+    if left <= 0.1:
+        return ""
+    enough = 1 - 0.01 ** (1 / steps)  # the 1 - ema_m that leaves a hundredth
+    digit = 10.0 ** math.floor(math.log10(enough))
+    better = 1 - math.ceil(round(enough / digit, 6)) * digit  # with `enough` rounded up to one digit
+    return (
+        f"with --ema-m {ema_m:g} the teacher still holds {100 * left:.3g} % of the network it started from "
+        f"after all {steps:,} steps; --ema-m {better:.10g} leaves 1 % at most"
+    )
+
+
+def start_in_teacher(run: RunLog) -> Finding | None:
+    what = describe_start_in_teacher(run.config.ema_m, run.total_steps) if run.total_steps else ""
+    step = run.events[-1]["step"] if what else 0
+    return Finding(what, step, step) if what else None
 
 
 def accuracy_lost(run: RunLog) -> Finding | None:

@@ -1,6 +1,7 @@
 """Find what looks wrong in a run: python -m util.doctor RUN_DIR [--json] reads its config.yaml and log.jsonl.
 
-Exit code 0: no rule found anything; 1: a rule found something; 2: RUN_DIR cannot be read.
+Exit code 0: no rule found anything, though notes may tell of what is unusual but expected; 1: a rule found
+something; 2: RUN_DIR cannot be read.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import Parser, UserError, cli_main
-from util.rules import RULES
+from util.rules import NOTES, RULES
 from util.run_log import RunLog, read_run_log
 
 
@@ -38,12 +39,13 @@ def main() -> None:
     try:
         run = read_run_log(args.run)
         findings = examine(run)
+        notes = [(note, finding) for note in NOTES if (finding := note.find(run))]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{args.run / 'log.jsonl'} is damaged or of another version: an event lacks a value ({error})"
         ) from None
     step = max((e["step"] for e in run.events), default=0)
-    total = run.steps_per_epoch and run.steps_per_epoch * run.config.epochs
+    total = run.total_steps
     if args.json:
         print(
             json.dumps(
@@ -54,6 +56,15 @@ def main() -> None:
                     "rules": len(RULES),
                     "events": len(run.events),
                     "findings": findings,
+                    "notes": [
+                        {
+                            "note": note.name,
+                            "what": what,
+                            "step": first_step,
+                            "description": note.description,
+                        }
+                        for note, (what, first_step, _) in notes
+                    ],
                 }
             )
         )
@@ -67,6 +78,8 @@ def main() -> None:
         print(f"nothing looks wrong ({len(RULES)} rules, {len(run.events)} events)")
     elif not findings:
         print("nothing to judge: the log has no train event yet")
+    for note, (what, first_step, _) in notes:
+        print(f"note: {note.name}: {what} (step {first_step}); {note.description}")
     if total is None or step < total:
         print(f"unfinished at step {step} of {total or 'an unknown number (no evaluation yet)'}")
     if run.events and not run.diagnostic_events:

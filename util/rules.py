@@ -18,7 +18,8 @@ class Rule(NamedTuple):
 
 
 # C: number of classes; K: number of labeled images. "After warm-up" means after the first epoch and after the
-# learning-rate warm-up. docs/DOCTOR.md has the same table.
+# learning-rate warm-up. A finished run with fewer train events or evaluations than a rule asks for is judged
+# by those that it has. docs/DOCTOR.md has the same table.
 RULES = (
     Rule(
         "not finite",
@@ -48,9 +49,11 @@ RULES = (
     ),
     Rule(
         "mask at 0",
-        "mask is below 0.0001 in the last 5 train events after warm-up",
+        "mask is below 0.005 in the last 5 train events after warm-up: hardly a pseudo-label reaches the "
+        "threshold, so L_u trains nothing",
         detectors.mask_at_0,
-        "a lower --threshold, or --c-smooth closer to 1",
+        "a lower --threshold, --c-smooth closer to 1, more steps, or a smaller --ema-m if the teacher is "
+        "behind the student",
     ),
     Rule(
         "mask at 1",
@@ -61,8 +64,8 @@ RULES = (
     ),
     Rule(
         "mask falling",
-        "mask, averaged over 3 train events after warm-up, is at most half of its highest value, which is "
-        "at least 0.1",
+        "mask, averaged over 3 train events after warm-up and after the first use of the bank, is at most "
+        "half of its highest value, which is at least 0.1",
         detectors.mask_falling,
         "a lower --lr: the teacher is losing confidence",
     ),
@@ -75,8 +78,8 @@ RULES = (
     ),
     Rule(
         "confirmation bias",
-        "pseudo_acc, averaged over 3 train events after warm-up, is at least 0.05 below its highest value, "
-        "and mask is at least 0.02 above its value at that time",
+        "pseudo_acc, averaged over 3 train events after warm-up and after the first use of the bank, is at "
+        "least 0.05 below its highest value, and mask is at least 0.02 above its value at that time",
         detectors.confirmation_bias,
         "a higher --threshold, a smaller --lambda-u, or --DA",
     ),
@@ -145,6 +148,13 @@ RULES = (
         "a smaller --ema-m if the teacher is behind, a lower --lr if the student is",
     ),
     Rule(
+        "start in the teacher",
+        "ema_m to the power of the number of steps of the whole run is above 0.1: the teacher, an average, "
+        "still holds that share of the network it started from",
+        detectors.start_in_teacher,
+        "a smaller --ema-m, or more steps",
+    ),
+    Rule(
         "accuracy lost",
         "student_top1 is more than 10 points below its best value in the last 2 evaluations",
         detectors.accuracy_lost,
@@ -163,5 +173,23 @@ RULES = (
         "events in all)",
         detectors.slowed_down,
         "check the disk and other jobs on the machine; more --workers",
+    ),
+)
+
+
+class Note(NamedTuple):
+    name: str
+    find: Callable[[RunLog], Finding | None]
+    description: str
+
+
+# What looks wrong in a log, but is expected. docs/DOCTOR.md has the same descriptions.
+NOTES = (
+    Note(
+        "bank in use",
+        detectors.bank_in_use,
+        "this is expected: the bank is used from the first epoch that begins after every labeled image was "
+        "seen. Before, loss_in is 0. It starts near lambda_in ln K, its value if all labeled images look "
+        "alike, and cannot fall below lambda_in times the entropy of its targets",
     ),
 )

@@ -47,6 +47,16 @@ class RunLog(NamedTuple):
             )
         return cls(name, config, events, trains, evals, diagnostics, stops, split, steps_per_epoch)
 
+    @property
+    def total_steps(self) -> int | None:
+        """The steps that the config asks for; None as long as the length of an epoch is unknown."""
+        return self.steps_per_epoch and self.steps_per_epoch * self.config.epochs
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last event belongs to the last step that the config asks for, or to a later one."""
+        return bool(self.total_steps) and self.events[-1]["step"] >= (self.total_steps or 0)
+
     def after_warmup(self, events: list[Event]) -> list[Event]:
         """Return the events after both the first epoch and the warm-up; earlier values may look unusual."""
         if self.steps_per_epoch is None:

@@ -21,7 +21,7 @@ from util import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "configs/digits.yaml"
-NAMES = [f"{part}/{c}/{k}.jpg" for part, n in (("train", 5), ("val", 2)) for c in "ab" for k in range(n)]
+NAMES = [f"{part}/{c}/{k}.jpg" for part, n in (("train", 5), ("val", 10)) for c in "ab" for k in range(n)]
 SPLIT = "a/0.jpg\na/1.jpg\nb/0.jpg\nb/1.jpg\n"
 
 
@@ -32,7 +32,7 @@ def photo(seed, size=(48, 40)):
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """train/ with 5 images a class, of which split.txt takes 2, and val/ with 2; all different and good."""
+    """train/ with 5 images a class, of which split.txt takes 2, and val/ with 10; all different and good."""
     monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "images"
     for seed, name in enumerate(NAMES):
@@ -93,16 +93,17 @@ def test_a_correct_tree_has_no_findings(doctor, tree):
         hashlib.sha256(SPLIT.encode()).hexdigest(),
         sum((tree / name).stat().st_size for name in NAMES),
     )
-    assert said["ok"][:5] == [
+    assert said["ok"][:6] == [
         f"split split, sha256 {sha256}",
-        "4 labeled, 6 unlabeled, 4 test images; 2 classes",
+        "4 labeled, 6 unlabeled, 20 test images; 2 classes",
         "each class has 2 to 2 labeled images",
-        "each class has 2 to 2 test images",
-        "formats: JPEG RGB 14",
+        "each class has 10 to 10 test images",
+        "the standard error of an accuracy over all test images is up to 11 points",
+        "formats: JPEG RGB 30",
     ]
-    assert said["ok"][5].startswith(f"{size / 1e9:,.3f} GB in 4 folders, {size / 14e3:,.1f} kB per image")
-    assert "(processes: 1, CPUs: " in said["ok"][6] and "estimate for 1,000 per second: " in said["ok"][6]
-    assert [problem[2] for problem in findings.PROBLEMS.values() if problem[2]] == said["ok"][7:]
+    assert said["ok"][6].startswith(f"{size / 1e9:,.3f} GB in 4 folders, {size / 30e3:,.1f} kB per image")
+    assert "(processes: 1, CPUs: " in said["ok"][7] and "estimate for 1,000 per second: " in said["ok"][7]
+    assert [problem[2] for problem in findings.PROBLEMS.values() if problem[2]] == said["ok"][8:]
 
 
 # Each of these functions makes a fault in the tree.
@@ -254,7 +255,7 @@ def test_twenty_cases_are_printed_and_all_are_reported(doctor, tree):
 def test_all_images_may_be_unreadable(doctor, tree):
     write(b"", *NAMES)(tree)
     _, rows = doctor()
-    assert len(rows) == 16 and rows[14:] == [
+    assert len(rows) == 32 and rows[30:] == [
         (c, "class without labeled", f"label {k}") for k, c in enumerate("ab")
     ]
 
@@ -263,7 +264,45 @@ def test_balance_is_given_by_the_smallest_and_the_largest_class(doctor, tree):
     (tree.parent / "split.txt").write_text(SPLIT + "b/2.jpg\n")
     (tree / "val/a/1.jpg").unlink()
     said, _ = doctor()
-    assert said["ok"][2:4] == ["each class has 2 to 3 labeled images", "each class has 1 to 2 test images"]
+    assert said["ok"][2:4] == ["each class has 2 to 3 labeled images", "each class has 9 to 10 test images"]
+
+
+def test_few_test_images_are_noted_with_their_standard_error(doctor, tree):
+    for name in ["val/a/9.jpg", *(f"val/b/{k}.jpg" for k in range(2, 10))]:
+        (tree / name).unlink()
+    said, rows = doctor()
+    assert said["note"] == [
+        "2 of 2 classes have fewer than 10 test images (b 2, a 9): the standard error of the accuracy is up "
+        "to 35 points for a class of 2, and up to 15 points for all 11 test images; a smaller difference "
+        "between runs says little"
+    ]
+    assert not rows and not said["BAD"]
+    shutil.rmtree(tree / "val/b")
+    said, rows = doctor()
+    assert one(said["note"], "1 of 2 classes have fewer than 10 test images (a 9)")
+    assert one(said["note"], findings.PROBLEMS["class without test"].found).endswith(": 1\nb: label 1")
+    assert rows == [("b", "class without test", "label 1")]
+
+
+@pytest.mark.parametrize("flags, noted", [([], False), (["--virtual-ranks", 2], True), (["--mu", 2], True)])
+def test_settings_with_few_steps_are_noted(doctor, flags, noted):
+    """6 unlabeled images: 6, 3 or 3 steps an epoch."""
+    said, _ = doctor("--batch-size", 1, "--mu", 1, "--print-freq", 4, "--eval-freq", 1, *flags)
+    lines = [line for line in said["note"] if "--print-freq" in line]
+    assert lines == noted * [
+        "evaluations are 3 steps apart (3 steps an epoch), fewer than --print-freq 4: the log has hardly any "
+        "train event but those of evaluations; set --print-freq 1"
+    ]
+    said, _ = doctor("--batch-size", 1, "--mu", 1, "--epochs", 5, "--ema-m", 0.999)
+    assert one(said["note"], "--ema-m 0.999 the teacher still holds 97 % of the network it started from")
+
+
+def test_a_labeled_file_among_the_test_images_is_found_outside_of_a_sample_too(doctor, tree):
+    (tree / "val/a/1.jpg").unlink()
+    os.link(tree / "train/a/1.jpg", tree / "val/a/1.jpg")
+    for n in (0, 1, 29):
+        _, rows = doctor("--sample", n)
+        assert rows == [("train/a/1.jpg", "labeled in test", f"the same as {tree}/val/a/1.jpg")], n
 
 
 def test_formats_and_modes_are_counted(doctor, tree):
@@ -276,7 +315,7 @@ def test_formats_and_modes_are_counted(doctor, tree):
     Image.effect_noise((2000, 1000), 100).save(tree / "train/b/7.BMP")
     said, rows = doctor()
     assert (
-        one(said["ok"], "formats:") == "formats: JPEG RGB 13, JPEG CMYK 1, JPEG L 1, WEBP RGB 1, BMP L 1"
+        one(said["ok"], "formats:") == "formats: JPEG RGB 29, JPEG CMYK 1, JPEG L 1, WEBP RGB 1, BMP L 1"
         and not rows
     )
     assert one(said["ok"], " GB in ").startswith("0.002 GB in 4 folders, ")
@@ -302,7 +341,7 @@ def test_labels_out_of_range_are_reported(doctor, monkeypatch):
 
     monkeypatch.setattr("dataset.build.build_data", broken)
     said, rows = doctor()
-    assert said["ok"][2:4] == ["each class has 1 to 2 labeled images", "each class has 1 to 2 test images"]
+    assert said["ok"][2:4] == ["each class has 1 to 2 labeled images", "each class has 9 to 10 test images"]
     wrong = {"train/a/1.jpg": 7, "train/b/2.jpg": -2, "val/a/0.jpg": -1}
     assert one(said["BAD"], "of a class: 3")
     assert rows == [(name, "label", f"label {label}, of 2 classes from 0") for name, label in wrong.items()]
@@ -324,7 +363,7 @@ def test_images_of_the_unlabeled_folder_are_checked(doctor, tree):
     photo(99).save(unlabeled / "deep/x.jpg")
     shutil.copyfile(tree / "val/a/0.jpg", unlabeled / "leak.jpg")
     said, rows = doctor("--unlabelled", unlabeled)
-    assert said["ok"][1].startswith("4 labeled, 8 unlabeled, 4 test images")
+    assert said["ok"][1].startswith("4 labeled, 8 unlabeled, 20 test images")
     assert rows == [(str(unlabeled / "leak.jpg"), "unlabeled in test", f"the same as {tree}/val/a/0.jpg")]
 
 
@@ -358,10 +397,10 @@ def test_a_sample_is_announced_and_drawn_by_the_seed(doctor, tree):
     seen = []
     for seed in (0, 0, 1):
         said, rows = doctor("--sample", 5, "--seed", seed)
-        assert one(said["note"], f"only 5 of 14 images were read, drawn by seed {seed}")
+        assert one(said["note"], f"only 5 of 30 images were read, drawn by seed {seed}")
         seen.append([row for row in rows if row[1] == "unreadable"])
     assert len(seen[0]) == 5 and seen[0] == seen[1] != seen[2]
-    assert not doctor("--sample", 14)[0]["note"]
+    assert not doctor("--sample", 30)[0]["note"]
 
 
 def test_labeled_images_outside_of_a_sample_count_as_usable(doctor):
@@ -430,7 +469,7 @@ def test_the_command_prints_findings_and_progress(tree):
         and out.splitlines()[-1] == "bad: 1 problem"
         and "a/2.jpg: the file is empty" in out
     ), err
-    assert err.splitlines()[-1] == "14 of 14 images, 0 s to go" and "Traceback" not in err
+    assert err.splitlines()[-1] == "30 of 30 images, 0 s to go" and "Traceback" not in err
 
 
 @pytest.mark.slow(10)

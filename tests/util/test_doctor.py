@@ -16,8 +16,9 @@ from conftest import ROOT
 
 from util import doctor
 from util.config import Config, read_yaml, to_yaml
+from util.detectors import describe_start_in_teacher
 from util.diagnostics import KEYS
-from util.rules import RULES
+from util.rules import NOTES, RULES
 from util.run_log import RunLog, read_run_log
 
 
@@ -91,6 +92,16 @@ def evaluation(n, **values):
     return last(n, "eval", **values)
 
 
+def only(n, kind):
+    """A change of a log: of this kind of event, keep the last n alone."""
+
+    def change(events):
+        kept = [e for e in events if e["event"] == kind][-n:]
+        events[:] = [e for e in events if e["event"] != kind or e in kept]
+
+    return change
+
+
 def both(*changes):
     return lambda events: [change(events) for change in changes]
 
@@ -136,6 +147,10 @@ FAULTS = {
         evaluation(2, student_top1=50.0, teacher_top1=71.0),
         evaluation(2, student_top1=50.0, teacher_top1=[71.0, 69.0]),
     ),
+    "start in the teacher": (  # 0.95 to the power of 42 steps is 0.12, of 45 steps 0.099
+        diagnostics(6, steps_per_epoch=14),
+        diagnostics(6, steps_per_epoch=15),
+    ),
     "accuracy lost": (
         evaluation(3, student_top1=[80.0, 69.0, 69.0]),
         evaluation(3, student_top1=[80.0, 69.0, 71.0]),
@@ -157,7 +172,24 @@ MORE_FAULTS = [  # rule, change, settings, whether the rule finds it
         {},
         False,
     ),  # the bank is not in use yet
-    ("mask at 0", train(5, mask=0.0), {"warmup_epoch": 3}, False),
+    ("mask at 0", train(5, mask=0.0), {"warmup_epoch": 3, "epochs": 4}, False),
+    ("mask at 0", train(5, mask=0.0), {"warmup_epoch": 3}, True),  # finished within the warm-up
+    ("mask at 0", train(5, mask=0.004), {}, True),
+    ("mask at 0", train(5, mask=0.006), {}, False),
+    ("mask at 0", both(only(1, "train"), train(1, mask=0.0)), {}, True),
+    ("mask at 0", both(only(1, "train"), train(1, mask=0.0)), {"epochs": 4}, False),
+    ("dead loss term", both(only(1, "train"), train(1, loss_u=0.0)), {}, True),
+    ("not learning", both(only(1, "train"), train(1, loss_x=0.96 * LN_10)), {}, True),
+    ("mask falling", train(15, loss_in=[0.0] * 9 + [1.0] * 6, mask=[0.9] * 9 + [0.4] * 6), {}, False),
+    ("mask falling", train(15, loss_in=1.0, mask=[0.9] * 9 + [0.4] * 6), {}, True),
+    (
+        "confirmation bias",
+        train(
+            15, loss_in=[0.0] * 9 + [1.0] * 6, pseudo_acc=[0.9] * 9 + [0.8] * 6, mask=[0.4] * 9 + [0.6] * 6
+        ),
+        {},
+        False,
+    ),
     ("mask at 1", both(train(15, mask=1.0, pseudo_acc=None), evaluation(1, teacher_top1=80.0)), {}, True),
     ("collapsed classes", diagnostics(2, marginal_kl=0.6), {}, True),
     ("collapsed classes", diagnostics(2, marginal_kl=0.6, pseudo_labels=199), {}, False),
@@ -172,6 +204,21 @@ MORE_FAULTS = [  # rule, change, settings, whether the rule finds it
         {},
         False,
     ),
+    (
+        "student and teacher apart",
+        both(only(1, "eval"), evaluation(1, student_top1=78.0, teacher_top1=19.0)),
+        {},
+        True,
+    ),
+    (
+        "student and teacher apart",
+        both(only(1, "eval"), evaluation(1, student_top1=78.0, teacher_top1=19.0)),
+        {"epochs": 4},
+        False,
+    ),
+    ("start in the teacher", train(0), {"ema_m": 0.97}, True),
+    ("start in the teacher", train(0), {"ema_m": 0.96}, False),
+    ("start in the teacher", train(0), {"ema_m": 0.97, "epochs": 4}, False),
     ("stale bank", diagnostics(1, bank_unwritten=1), {}, True),
     ("stale bank", diagnostics(6, bank_unwritten=1, q_entropy=None), {}, False),
     ("stale bank", diagnostics(3, bank_drift=0.6), {}, True),
@@ -220,6 +267,36 @@ def test_no_rule_finds_anything_in_an_incomplete_log(kept, healthy):
         assert findings(folder, [e for e in events[:length] if e["event"] in kept]) == []
 
 
+@pytest.mark.parametrize("ema_m", [0.98, 0.999, 0.9999, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 20, 60, 200, 10**6])
+def test_the_suggested_ema_m_leaves_a_hundredth_of_the_start(ema_m, steps):
+    warning = describe_start_in_teacher(ema_m, steps)
+    assert bool(warning) is (ema_m**steps > 0.1)
+    if warning:
+        assert f"with --ema-m {ema_m:g} the teacher still holds {100 * ema_m**steps:.3g} %" in warning
+        better = float(re.search(r"; --ema-m (\S+) leaves", warning)[1])
+        assert 0.00009 < better**steps < 0.010001 or (steps, better) == (1, 0)
+
+
+def notes(folder, events):
+    run = RunLog.from_events(folder.name, Config(**read_yaml(str(folder / "config.yaml"))), events)
+    return [(note.name, *found) for note in NOTES if (found := note.find(run))]
+
+
+def test_the_jump_of_loss_in_is_noted(healthy):
+    folder, events = healthy
+    ((name, what, step, last_step),) = notes(folder, events)
+    assert (name, step, last_step) == ("bank in use", 24, 24)
+    before, first = [e for e in events if e["event"] == "train"][4:6]
+    assert before["loss_in"] == 0 and first["loss_in"] > 5
+    assert what.startswith(
+        f"loss_in rose from 0 to {first['loss_in']:.3g}, and loss from {before['loss']:.3g} to "
+    )
+    for values in ({"loss_in": None}, {"loss_in": 0.0}, {"loss_in": 1.0}):
+        train(15, **values)(changed := copy.deepcopy(events))
+        assert notes(folder, changed) == []
+
+
 def command(*args):
     return subprocess.run(
         [sys.executable, "-m", "util.doctor", *map(str, args)], cwd=ROOT, capture_output=True, text=True
@@ -229,9 +306,11 @@ def command(*args):
 def test_the_command_prints_its_findings(healthy, tmp_path):
     folder, events = healthy
     done = command(folder)
+    ((name, what, step, _),) = notes(folder, events)
     assert (done.returncode, done.stdout) == (
         0,
-        f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)\n",
+        f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)\n"
+        f"note: {name}: {what} (step {step}); {NOTES[0].description}\n",
     ), done.stderr
     shutil.copytree(folder, tmp_path / "faulty")
     train(5, mask=0.0)(events := copy.deepcopy(events[:-3]))
@@ -257,6 +336,9 @@ def test_the_command_prints_its_findings(healthy, tmp_path):
         "description": rule.description,
         "advice": rule.advice,
     } in output["findings"]
+    assert output["notes"] == [
+        {"note": name, "what": what, "step": step, "description": NOTES[0].description}
+    ]
 
 
 def test_a_folder_that_is_no_run_is_a_user_error(healthy, mistake, tmp_path):
@@ -293,6 +375,8 @@ def test_the_docs_have_every_rule_and_key():
     text = (ROOT / "docs" / "DOCTOR.md").read_text()
     rows = re.findall(r"^\| (.+?) \| (.+) \| (.+) \|$", text.partition("## The rules")[2], re.M)[1:]
     assert rows == [(rule.name, rule.description, rule.advice) for rule in RULES]
+    for note in NOTES:
+        assert f"{note.name}: {note.description}" in " ".join(text.split())
     keys = text.partition("## The event")[2].partition("## The rules")[0]
     assert re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.+?) \|", keys, re.M))) == list(KEYS)
 
@@ -302,6 +386,11 @@ SICK_RUNS = [
     (["--lr", "50", "--epochs", "3"], 2, {"not finite", "exploding loss"}),
     (["--tt", "0.0001", "--epochs", "8"], 0, {"q_w too certain"}),
     (["--lr", "0.000001", "--epochs", "4"], 0, {"not learning", "accuracy at chance"}),
+    (
+        ["--ema-m", "0.9999", "--warmup-epoch", "5", "--epochs", "6", "--print-freq", "50"],
+        0,
+        {"mask at 0", "student and teacher apart", "start in the teacher"},
+    ),
 ]
 
 
