@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -374,39 +373,21 @@ def change(rng: random.Random, value: Any, where: str) -> str:
         if isinstance(part, (dict, list)) and part and rng.random() < 0.8:
             value = part
             continue
-        new: list[Callable[[], Any]] = [
-            lambda: None,
-            lambda: -1,
-            lambda: 10**13,
-            lambda: "x",
-            lambda: [],
-            lambda: {},
-        ]
-        new += [
-            lambda: math.nan,
-            lambda: True,
-            lambda: [part],
-            lambda: {1: part},
-            lambda: "a\nb",
-            lambda: 2**70,
-        ]
-        if isinstance(part, torch.Tensor):
-            new += [
-                lambda: part * math.nan,
-                lambda: part[:0] if part.ndim else part[None],
-                lambda: part.long(),
-            ]
-            new += [
-                lambda: part.flatten(),
-                lambda: part.double(),
-                lambda: part.to_sparse() if part.ndim else part,
-            ]
+        new = replacements(part)
         number = rng.randrange(len(new) + 1)
         if number == len(new) and isinstance(value, dict):
             del value[key]
             return f"{where} is deleted"
-        value[key] = new[number % len(new)]()
+        value[key] = new[number % len(new)]
         return f"{where} = {str(value[key])[:60]!r}"
+
+
+def replacements(part: Any) -> list[Any]:
+    new = [None, -1, 10**13, "x", [], {}, math.nan, True, [part], {1: part}, "a\nb", 2**70]
+    if isinstance(part, torch.Tensor):
+        new += [part * math.nan, part.long(), part.flatten(), part.double(), part[None]]
+        new += [part[:0], part.to_sparse()] if part.ndim else []
+    return new
 
 
 KINDS = (spoil_flag, spoil_yaml, spoil_file, spoil_content)
