@@ -136,7 +136,7 @@ def compare(form, results, ranks):
 
 def test_alone_every_collective_is_the_identity():
     x = torch.randn(4, 2)
-    shuffle = dist_utils.Shuffle(4, 1, seed=0)
+    shuffle = dist_utils.Shuffle(4, 1, 0, x.device)
     for f in (dist_utils.all_gather, dist_utils.all_mean, dist_utils.all_sum):
         assert torch.equal(f(x), x)
     assert shuffle.scatter([x])[0] is x and shuffle.gather([x])[0] is x
@@ -144,7 +144,7 @@ def test_alone_every_collective_is_the_identity():
 
 def test_virtual_ranks_exchange_rows_and_get_them_back():
     groups = list(torch.arange(24.0).view(3, 4, 2))
-    shuffle = dist_utils.Shuffle(4, 3, seed=0)
+    shuffle = dist_utils.Shuffle(4, 3, 0, groups[0].device)
     mixed = shuffle.scatter(groups)
     assert not torch.equal(torch.cat(list(mixed)), torch.cat(groups))
     assert sorted(torch.cat(list(mixed))[:, 0].tolist()) == torch.cat(groups)[:, 0].tolist()
