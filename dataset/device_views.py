@@ -1,7 +1,7 @@
 """Flips and color stages of views, applied in batches on the training device, with parameters per image.
 
 Every op rounds to whole values of 0 to 255 as Pillow does, so that for the same parameters both paths give
-the same image to about one level. Images are [n, 3, h, w] float32 with whole numbers. The parameters come on
+the same image to about one level. Images are [n, 3, h, w] float32 with whole numbers. The parameters are on
 the CPU, where the images that an op applies to are selected; a selection on a GPU would have to wait for it.
 """
 

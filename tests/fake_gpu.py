@@ -1,9 +1,9 @@
-"""A GPU without hardware: it computes nothing, but shows what a real one would wait for or refuse.
+"""A GPU without hardware: it computes nothing, but shows what would fail or wait on a real one.
 
-A tensor on it is one of PyTorch's FakeTensors, with a device, a shape and a dtype, but without values. Tensors
-on the CPU are real. An operation between both devices raises, as it does on a GPU. Everything that makes the
-host wait for a GPU is listed, with the function of the repository that causes it. Gradients are zeros, because
-a backward pass needs a real GPU.
+A tensor on it is one of PyTorch's FakeTensors: it has a device, a shape and a dtype, but no values. Tensors
+on the CPU are real. An operation on both devices raises, as on a GPU. Whatever makes the host wait for a GPU
+is listed, with the function of the repository that causes it. Gradients are zeros, because a backward pass
+needs a real GPU. DDP, compilation and channels-last are left out.
 """
 
 import traceback

@@ -1,5 +1,6 @@
-"""Training on a GPU, here a fake one: no step without an event waits for it, and no operation mixes devices."""
+"""Training on a fake GPU (tests/fake_gpu.py): operations mix no devices, and a step waits only for events."""
 
+import os
 import sys
 from unittest import mock
 
@@ -28,7 +29,14 @@ METHODS = {
     "fixmatch, eman": ["--method", "fixmatch", "--eman"],
     "supervised": ["--method", "supervised"],
 }
-RANKS = {"1 rank": (1, []), "virtual": (1, ["--virtual-ranks", "2"]), "processes": (2, [])}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RANKS = {"1 rank": (1, []), "virtual ranks": (1, ["--virtual-ranks", "2"]), "processes": (2, [])}
+# Every pair of a method, a precision and a kind of ranks is in one of these.
+CASES = [
+    (method, precision, list(RANKS)[(i + k) % 3])
+    for i, method in enumerate(METHODS)
+    for k, precision in enumerate(PRECISIONS)
+]
 
 
 @pytest.fixture
@@ -37,7 +45,7 @@ def waits(monkeypatch):
     and the dtypes of convolutions.
     """
 
-    def call(*flags, processes=1):
+    def train(*flags, processes=1):
         monkeypatch.setattr(sys, "argv", ["train_semi.py", *map(str, flags)])
         starts = []
 
@@ -50,17 +58,19 @@ def waits(monkeypatch):
         bounds = [0, *starts, len(gpu.waits)]
         return [gpu.waits[start:end] for start, end in zip(bounds, bounds[1:])], gpu.dtypes
 
-    return call
+    return train
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_no_step_without_an_event_waits(precision, method, ranks, waits, tmp_path):
+def test_ordinary_tests_see_no_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and torch.cuda.device_count() == 0
+
+
+@pytest.mark.parametrize("method, precision, ranks", CASES)
+def test_no_step_without_an_event_waits(method, precision, ranks, waits, tmp_path):
     processes, flags = RANKS[ranks]
     flags = [*flags, *METHODS[method], "--precision", precision]
     (_, *steps, last), dtypes = waits(*DIGITS, tmp_path, *flags, processes=processes)
-    assert {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision] in dtypes
+    assert PRECISIONS[precision] in dtypes
     # GradScaler reads whether gradients have overflowed, unless the optimizer is fused.
     scaler = [("models/step.py:train_step", "it reads the result of aten._local_scalar_dense")]
     assert steps == [scaler if precision == "fp16" else []] * 3
@@ -80,8 +90,9 @@ def test_no_view_waits(name):
 
 def test_no_step_on_photographs_waits(waits, tmp_path):
     flags = (
-        "--config configs/imagenet_1p.yaml --backbone small_encoder --cls 3 --labels-per-class 2 --image-size 32 "
-        "--strong multicrop_224 --batch-size 2 --mu 2 --workers 0 --epochs 1 --steps-per-epoch 3 --warmup-epoch 0"
+        "--config configs/imagenet_1p.yaml --backbone small_encoder --cls 3 --labels-per-class 2 "
+        "--image-size 32 --strong multicrop_224 --batch-size 2 --mu 2 --workers 0 --epochs 1 "
+        "--steps-per-epoch 3 --warmup-epoch 0"
     )
     data = imagenet(tmp_path / "data")
     (_, *steps, last), _ = waits(*flags.split(), "--data", data, "--output-dir", tmp_path / "run")
@@ -90,10 +101,12 @@ def test_no_step_on_photographs_waits(waits, tmp_path):
 
 def test_a_save_right_after_a_resume_mixes_no_devices(waits, tmp_path):
     """The rows of the meter that the checkpoint has are on the CPU, and new ones on the GPU."""
-    flags = [*DIGITS, tmp_path, "--epochs", "1", "--steps-per-epoch", "3", "--eval-freq", "1", "--save-freq", "1"]
+    more = "--epochs 1 --steps-per-epoch 3 --eval-freq 1 --save-freq 1"
+    flags = [*DIGITS, tmp_path, *more.split()]
     with mock.patch.object(preempt, "stop_requested", lambda: True), pytest.raises(SystemExit):
         waits(*flags)
     assert weights(tmp_path)["step"] == 1 and len(weights(tmp_path)["meter"]["rows"]) == 1
     waits(*flags)
     saved = weights(tmp_path, "last.previous.pth")
-    assert saved["step"] == 2 and saved["meter"]["rows"].shape == (2, 6) and saved["meter"]["counts"].sum() > 0
+    assert saved["step"] == 2 and saved["meter"]["rows"].shape == (2, 6)
+    assert saved["meter"]["counts"].sum() > 0

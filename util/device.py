@@ -5,11 +5,10 @@ from torch import Tensor
 
 
 def copy_async(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor on the CPU to `device`: a GPU copies it when its earlier work is done, and this function
-    returns before.
+    """Copy a tensor from the CPU to `device`. A GPU may copy it later, before the next work that it is given.
 
-    Only memory that is pinned and contiguous can be copied without waiting, so `x` is made so first if it is
-    not. The loader pins its batches.
+    Only a copy from pinned and contiguous memory lets the CPU go on at once. The loader returns its batches in
+    such memory; any other tensor is moved there first.
     """
     if device.type == "cuda":
         x = x.contiguous().pin_memory()

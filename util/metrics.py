@@ -122,8 +122,9 @@ class Meter:
     def _means(self) -> Tensor:
         """Return the mean of each value over ranks, on the CPU: [steps, names].
 
-        The sum in float64 is exact. In float32 it would depend on the order in which ranks are added, which
-        differs between the rows of one message.
+        In float64 the sum is exact, as long as the ranks' values differ by less than a factor of 10^8. In
+        float32 it would depend on the order in which an all-reduce adds the ranks, which is another one for
+        each part of the message, and so on the number of rows.
         """
         means = list(self.restored_rows)
         if self.rows:
@@ -148,8 +149,9 @@ class Meter:
         return counts
 
     def take_means(self) -> dict[str, float]:
-        """Return the mean of each value over all ranks and the steps since the last call. Raises UserError
-        if a value is not finite, with its name and the number of steps that were finished then, as in the log.
+        """Return the mean of each value over all ranks and the steps since the last call.
+
+        Raises UserError if a value is not finite, with its name and its step, counted from 1 as in the log.
         """
         means, steps = self._means(), self.steps
         self.steps, self.restored_rows, self.rows = [], [], []
@@ -157,7 +159,7 @@ class Meter:
             for name, value in zip(self.names, row):
                 if not math.isfinite(value):
                     raise UserError(
-                        f"{name} is {value} at step {step + 1}; training stops and keeps the last checkpoint: "
-                        "try a lower --lr, or check the images of that step"
+                        f"{name} is {value} at step {step + 1}; training stops and keeps the last "
+                        "checkpoint: try a lower --lr, or check the images of that step"
                     )
         return dict(zip(self.names, means.mean(dim=0).tolist()))
