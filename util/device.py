@@ -7,8 +7,8 @@ from torch import Tensor
 def copy_async(x: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the CPU to `device`. A GPU may copy it later, before the next work that it is given.
 
-    Only a copy from pinned and contiguous memory lets the CPU go on at once. The loader returns its batches in
-    such memory; any other tensor is moved there first.
+    Only a copy from pinned and contiguous memory lets the CPU go on at once. The loader returns its batches
+    in such memory; other tensors are copied there first.
     """
     if device.type == "cuda":
         x = x.contiguous().pin_memory()
