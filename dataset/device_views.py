@@ -1,10 +1,11 @@
 """Flips and color stages of views, applied in batches on the training device, with parameters per image.
 
 Every op rounds to whole values of 0 to 255 as Pillow does, so that for the same parameters both paths give
-the same image to about one level. Images are [n, 3, h, w] float32 with whole numbers. The parameters stay on
+the same image to about one level. Images are [n, 3, h, w] float32 with whole numbers. The parameters are on
 the CPU, where the images that an op applies to are selected; a selection on a GPU would have to wait for it.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from util.device import copy_async
 
 ORDERS = list(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 BLUR_PASSES = 3  # Pillow's Gaussian is three box filters in each direction
@@ -43,8 +46,14 @@ def finish(
     x = pixels.permute(0, 3, 1, 2).float()  # [n, 3, h, w], channels last in memory
     for name, p in zip(stages, params, strict=True):
         x = STAGES[name](x, p)  # [n, 3, h, w]
-    m, s = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))  # [1, 3, 1, 1] each
+    m, s = (constant(tuple(v), x.device).view(1, 3, 1, 1) for v in (mean, std))  # [1, 3, 1, 1] each
     return (x / 255 - m) / s  # [n, 3, h, w]
+
+
+@functools.cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """Return a tensor of these numbers on `device`; it is copied there once."""
+    return copy_async(torch.tensor(values), device)
 
 
 def flip(x: Tensor, p: Tensor) -> Tensor:
@@ -63,7 +72,7 @@ def solarize(x: Tensor, p: Tensor) -> Tensor:
 
 
 def _applies(x: Tensor, p: Tensor) -> Tensor:
-    return p.bool().view(-1, 1, 1, 1).to(x.device, non_blocking=True)  # [n, 1, 1, 1]
+    return copy_async(p, x.device).bool().view(-1, 1, 1, 1)  # [n, 1, 1, 1]
 
 
 def jitter(x: Tensor, p: Tensor) -> Tensor:
@@ -72,13 +81,13 @@ def jitter(x: Tensor, p: Tensor) -> Tensor:
     p [n, 6]: whether to apply it, the index in ORDERS, three factors, and the shift of the hue
     """
     orders = torch.tensor(ORDERS)[p[:, 1].long()]  # [n, 4]
+    applies = (orders.T[:, None] == torch.arange(4)[:, None]) & p[:, 0].bool()  # [position, op, n]
+    rows = copy_async(applies.nonzero()[:, 2], x.device)  # by position, then by op
+    groups = rows.split(applies.sum(dim=2).flatten().tolist())  # [m] each
+    p = copy_async(p, x.device)  # [n, 6]
     x = x.clone()
-    for position in range(4):
-        for k, op in enumerate((brightness, contrast, saturation, hue)):
-            rows = torch.nonzero((orders[:, position] == k) & p[:, 0].bool()).flatten()  # [m]
-            amount = p[rows, 2 + k].view(-1, 1, 1, 1).to(x.device, non_blocking=True)  # [m, 1, 1, 1]
-            rows = rows.to(x.device, non_blocking=True)  # [m]
-            x[rows] = op(x[rows], amount)
+    for group, (k, op) in zip(groups, 4 * [*enumerate((brightness, contrast, saturation, hue))]):
+        x[group] = op(x[group], p[group, 2 + k].view(-1, 1, 1, 1))
     return x
 
 
@@ -137,9 +146,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     p, q, t = ((v * (1 - s * part)).add(0.5).floor().float() for part in (1, f, 1 - f))  # [n, 1, h, w] each
     sector = (sector % 6).long()  # [n, 1, h, w]
     table = torch.stack([v, q, p, t])  # [4, n, 1, h, w]
-    pick = torch.tensor(
-        [[0, 1, 2, 2, 3, 0], [3, 0, 0, 1, 2, 2], [2, 2, 3, 0, 0, 1]], device=x.device
-    )  # [3, 6]
+    pick = constant(((0, 1, 2, 2, 3, 0), (3, 0, 0, 1, 2, 2), (2, 2, 3, 0, 0, 1)), x.device)  # [3, 6]
     return torch.cat([table.gather(0, pick[c][sector][None])[0] for c in range(3)], dim=1)  # [n, 3, h, w]
 
 
@@ -150,8 +157,8 @@ def blur(x: Tensor, p: Tensor) -> Tensor:
     reach = 1 + int(radius.max()) if len(rows) else 1
     offsets = torch.arange(-reach, reach + 1)  # [k]
     weight = (radius[:, None] + 1 - offsets.abs()).clamp(0, 1)  # [m, k]: 1 inside, the fraction at both ends
-    weight = (weight / (2 * radius[:, None] + 1)).float().to(x.device, non_blocking=True)  # [m, k]
-    rows = rows.to(x.device, non_blocking=True)  # [m]
+    weight = copy_async((weight / (2 * radius[:, None] + 1)).float(), x.device)  # [m, k]
+    rows = copy_async(rows, x.device)  # [m]
     y = x[rows]  # [m, 3, h, w]
     for dim in (3, 2):
         for _ in range(BLUR_PASSES):

@@ -29,6 +29,7 @@ from dataset.rng import (
 )
 from dataset.source import BadImage, Files, Source
 from dataset.workers import PrefetchLoader
+from util.device import copy_async
 from util.errors import UserError
 
 # What cpu_transform returns and device_transform takes: pixels [n, ...], then the parameters [n, k] of each
@@ -325,7 +326,7 @@ class EvalLoader:
     def batches(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x [n, c, h, w], y [n]) on the device. Unreadable images go to `bad` instead."""
         for x, rows in self.images.batches(bad):
-            yield x, self.labels[rows].to(x.device, non_blocking=True)
+            yield x, copy_async(self.labels[rows], x.device)
 
 
 def to_device(view: View, tensors: HostTensors, device: torch.device) -> Tensor:
@@ -333,4 +334,4 @@ def to_device(view: View, tensors: HostTensors, device: torch.device) -> Tensor:
 
     The parameters stay on the CPU; dataset/device_views.py says why.
     """
-    return view.device_transform((tensors[0].to(device, non_blocking=True), *tensors[1:]))
+    return view.device_transform((copy_async(tensors[0], device), *tensors[1:]))

@@ -148,7 +148,8 @@ class SimMatch(Method):
         From the second epoch on also `q_entropy`, the mean entropy of q_w in nats, and `bank_drift`, 1 − the
         mean cosine between the rows to be written and the rows that they replace.
         """
-        out = {"bank_rows": torch.tensor(len(self.bank.labels), device=self.bank.z.device)}
+        # torch.full needs no copy to a GPU, for which torch.tensor would wait.
+        out = {"bank_rows": torch.full((), len(self.bank.labels), device=self.bank.z.device)}
         if bank_ready:
             log_q_w = self.log_similarities(targets.z_uw, self.tt)  # [muB, K]
             out["q_entropy"] = cross_entropy(log_q_w.exp(), log_q_w).mean()

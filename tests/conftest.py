@@ -17,6 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
+# The GPUs that tests/test_gpu.py uses. pytest-xdist's processes inherit the variable.
+GPUS = os.environ.setdefault("SIMMATCH_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 # A shell ignores Ctrl-C for what it starts in the background, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,6 +29,12 @@ from util import errors, preempt  # noqa: E402
 # Started as dataset/workers.py does it, before a test starts it with signals that would kill it.
 with preempt.signals_blocked():
     resource_tracker.ensure_running()
+
+
+def pytest_configure(config):
+    """Hide GPUs from all tests and from what they start: a GPU does not compute the same bits twice."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 # Several processes (pytest-xdist, script/test.sh) take from one list: Slurm's tests first, since they mostly
 # wait; then the slow tests, the longest first; then the others.

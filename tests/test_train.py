@@ -274,7 +274,7 @@ def test_a_non_finite_loss_names_term_and_step_and_keeps_the_checkpoint(mistake,
     mistake(
         train_semi.main,
         [*DIGITS, tmp_path, "--lambda-in", "3e38"],
-        "loss_in is inf at step 20",
+        "loss_in is inf at step 21",
         "keeps the last checkpoint",
     )
     kept = weights(tmp_path)

@@ -312,7 +312,7 @@ def verify(state: Any, path: Path) -> dict[str, Any]:
 
 def check_finite(values: dict[str, Any], step: int) -> None:
     """Raise UserError with the name of the first tensor of a state_dict that is not finite: such a state is
-    never saved.
+    never saved. step: the number of finished steps.
 
     Training waits for this check. It therefore reads every tensor once and synchronizes with a GPU once: all
     values of a tensor are finite if and only if its minimum and its maximum are.
@@ -327,7 +327,7 @@ def check_finite(values: dict[str, Any], step: int) -> None:
     for name, fine in zip(floating, finite):
         if not fine:
             raise UserError(
-                f"{name} is not finite after step {step - 1}; training stops and keeps the last checkpoint: "
+                f"{name} is not finite after step {step}; training stops and keeps the last checkpoint: "
                 "try a lower --lr"
             )
 

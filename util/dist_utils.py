@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from util.device import copy_async
 from util.errors import UserError
 from util.rendezvous import find_rendezvous
 
@@ -264,10 +265,10 @@ class Shuffle:
     the identity, because BN's batch statistics do not depend on the order of the rows.
     """
 
-    def __init__(self, rows: int, virtual_ranks: int, seed: int):
+    def __init__(self, rows: int, virtual_ranks: int, seed: int, device: torch.device):
         """rows: per virtual rank, the same on all. virtual_ranks: of this process.
 
-        seed: the same on all processes, and another one in every step.
+        seed: the same on all processes, and another one in every step. device: of the rows.
         """
         self.rows, self.is_identity = rows, world_size() * virtual_ranks == 1
         if self.is_identity:
@@ -278,8 +279,9 @@ class Shuffle:
         slot = torch.randperm(world_size() * n, generator=generator)  # [world·n]
         own = slice(rank() * n, (rank() + 1) * n)
         source = torch.argsort(slot)[own] // n  # the process that each own slot's row comes from [n]
-        self.send_order = torch.argsort(slot[own])  # own rows in the order of their slots [n]
-        self.receive_order = torch.argsort(source, stable=True)  # own slots in the order of arrival [n]
+        send_order = torch.argsort(slot[own])  # own rows in the order of their slots [n]
+        receive_order = torch.argsort(source, stable=True)  # own slots in the order of arrival [n]
+        self.send_order, self.receive_order = copy_async(torch.stack([send_order, receive_order]), device)
         self.sent = torch.bincount(slot[own] // n, minlength=world_size()).tolist()  # rows to each process
         self.received = torch.bincount(source, minlength=world_size()).tolist()  # rows from each process
 
@@ -288,7 +290,7 @@ class Shuffle:
         if self.is_identity:
             return batches
         x = torch.cat(list(batches))  # [n, ...]
-        x = self._exchange(x[self.send_order.to(x.device)], self.received, self.sent)  # [n, ...]
+        x = self._exchange(x[self.send_order], self.received, self.sent)  # [n, ...]
         return _undo_order(x, self.receive_order).split(self.rows)
 
     def gather(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -296,7 +298,7 @@ class Shuffle:
         if self.is_identity:
             return batches
         x = torch.cat(list(batches))  # [n, ...]
-        x = self._exchange(x[self.receive_order.to(x.device)], self.sent, self.received)  # [n, ...]
+        x = self._exchange(x[self.receive_order], self.sent, self.received)  # [n, ...]
         return _undo_order(x, self.send_order).split(self.rows)
 
     @staticmethod
@@ -311,5 +313,5 @@ class Shuffle:
 def _undo_order(x: Tensor, order: Tensor) -> Tensor:
     """Return y with y[order] = x, row by row."""
     out = torch.empty_like(x)
-    out[order.to(x.device)] = x
+    out[order] = x
     return out

@@ -1,5 +1,6 @@
 """Accuracy over a data set, and means of what training steps report."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from util import dist_utils
+from util.device import copy_async
 from util.errors import UserError
 
 
@@ -75,13 +77,17 @@ class Meter:
     """Collects the loss terms and pseudo-label statistics of each step: `take_means` gives the means since
     its last call, `take_counts` the number of pseudo-labels of each class since its last call.
 
-    Until then all values stay on the device, so that no step waits for a GPU.
+    Until then all values stay on the device, so that no step waits for a GPU. What a checkpoint contains was
+    averaged or summed over ranks already. It stays on the CPU, apart from the values of this rank.
     """
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, Tensor]] = []  # (step, values [names])
         self.names: tuple[str, ...] = ()
-        self.counts: Tensor | None = None  # as `take_counts` returns them, but of this rank
+        self.steps: list[int] = []  # of all rows: first the restored ones
+        self.restored_rows: list[Tensor] = []  # means over ranks [names] of each step
+        self.rows: list[Tensor] = []  # values [names] of each step
+        self.restored_counts: Tensor | None = None  # as `take_counts` returns them
+        self.counts: Tensor | None = None  # the same of this rank
 
     def add(
         self,
@@ -91,8 +97,8 @@ class Meter:
         mask: Tensor | None,
         true_labels: Tensor | None,
     ) -> None:
-        """terms: weighted losses; pseudo_label [muB, C]; mask [muB]: 1 if it is confident, else 0;
-        true_labels [muB]: None if unknown.
+        """step: from 0. terms: weighted losses; pseudo_label [muB, C]; mask [muB]: 1 if it is confident, else
+        0; true_labels [muB]: None if unknown.
         """
         values = {name: term.detach() for name, term in terms.items()}
         values["loss"] = sum(values.values(), torch.zeros(()))
@@ -102,42 +108,54 @@ class Meter:
             label = pseudo_label.argmax(dim=1)  # [muB]
             counted = [torch.ones_like(mask), mask]
             if true_labels is not None:
-                correct = (label == true_labels.to(label.device)).float()  # [muB]
+                correct = (label == copy_async(true_labels, label.device)).float()  # [muB]
                 values["pseudo_acc"] = correct.mean()
                 counted += [correct, correct * mask]
             self._count(label, torch.stack(counted).long(), pseudo_label.shape[1])
         self.names = tuple(values)
-        self.rows.append((step, torch.stack([v.float() for v in values.values()])))
+        self.steps.append(step)
+        self.rows.append(torch.stack([v.float() for v in values.values()]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was added since the last calls, averaged or summed over ranks, so that a resumed run
         logs the same values. All ranks must call it.
         """
-        rows = (
-            dist_utils.all_mean(torch.stack([row for _, row in self.rows])).cpu()
-            if self.rows
-            else torch.empty(0)
-        )
-        counts = None if self.counts is None else dist_utils.all_sum(self.counts).cpu()
         return {
             "names": list(self.names),
-            "steps": [step for step, _ in self.rows],
-            "rows": rows,  # [steps, names]
-            "counts": counts,
+            "steps": list(self.steps),
+            "rows": self._means(),  # [steps, names]
+            "counts": self._totals(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.names, self.rows = tuple(state["names"]), list(zip(state["steps"], state["rows"]))
-        self.counts = state.get("counts")  # older checkpoints have none
-        if self.counts is not None and dist_utils.rank():
-            # rank 0 continues with the sum over all ranks, which is exact because counts are integers
-            self.counts = torch.zeros_like(self.counts)
+        self.names, self.steps = tuple(state["names"]), list(state["steps"])
+        self.restored_rows, self.rows = list(state["rows"]), []
+        self.restored_counts, self.counts = state.get("counts"), None  # older checkpoints have none
 
     def _count(self, label: Tensor, rows: Tensor, num_classes: int) -> None:
         """Add each column of `rows` [2 or 4, muB] to the counts of its class in `label` [muB]."""
         if self.counts is None:
             self.counts = rows.new_zeros(len(rows), num_classes)
-        self.counts = self.counts.to(rows.device).index_add_(1, label, rows)
+        self.counts.index_add_(1, label, rows)
+
+    def _means(self) -> Tensor:
+        """Return the mean of each value over ranks, on the CPU: [steps, names].
+
+        In float64 the sum is exact, as long as the ranks' values differ by less than a factor of 10^8. In
+        float32 it would depend on the order in which an all-reduce adds the ranks, which is another one for
+        each part of the message, and so on the number of rows.
+        """
+        means = list(self.restored_rows)
+        if self.rows:
+            means += dist_utils.all_mean(torch.stack(self.rows).double()).cpu().float()
+        return torch.stack(means) if means else torch.empty(0)
+
+    def _totals(self) -> Tensor | None:
+        """Return the counts of all ranks, on the CPU, as `take_counts` does."""
+        if self.counts is None:
+            return self.restored_counts
+        counts = dist_utils.all_sum(self.counts).cpu()
+        return counts if self.restored_counts is None else self.restored_counts + counts
 
     def take_counts(self) -> Tensor | None:
         """Return the number of pseudo-labels per class on all ranks since the last call, int64 on the CPU.
@@ -145,24 +163,22 @@ class Meter:
         [4, C]: all, confident, correct, and both confident and correct ones; [2, C]: all and confident ones,
         if the true labels are unknown; None: there were no pseudo-labels.
         """
-        counts, self.counts = self.counts, None
-        return None if counts is None else dist_utils.all_sum(counts).cpu()
+        counts = self._totals()
+        self.restored_counts = self.counts = None
+        return counts
 
     def take_means(self) -> dict[str, float]:
-        """Return the mean of each value over all ranks and the steps since the last call. Raises UserError
-        with name and step if a value is not finite.
+        """Return the mean of each value over all ranks and the steps since the last call.
+
+        Raises UserError if a value is not finite, with its name and its step, counted from 1 as in the log.
         """
-        steps = [step for step, _ in self.rows]
-        last = self.rows[-1][1]  # rows restored from a checkpoint are on the CPU
-        values = dist_utils.all_mean(
-            torch.stack([row.to(last.device) for _, row in self.rows])
-        ).cpu()  # [steps, names]
-        self.rows = []
-        for step, row in zip(steps, values):
-            for name, value in zip(self.names, row.tolist()):
-                if value != value or value in (float("inf"), float("-inf")):
+        means, steps = self._means(), self.steps
+        self.steps, self.restored_rows, self.rows = [], [], []
+        for step, row in zip(steps, means.tolist()):
+            for name, value in zip(self.names, row):
+                if not math.isfinite(value):
                     raise UserError(
-                        f"{name} is {value} at step {step}; training stops and keeps the last checkpoint: "
-                        "try a lower --lr, or check the images of that step"
+                        f"{name} is {value} at step {step + 1}; training stops and keeps the last "
+                        "checkpoint: try a lower --lr, or check the images of that step"
                     )
-        return dict(zip(self.names, values.mean(dim=0).tolist()))
+        return dict(zip(self.names, means.mean(dim=0).tolist()))

@@ -1,5 +1,5 @@
 """Real gloo ranks, and virtual ones, against the loops over ranks: shuffle-BN, the prior of the global batch,
-and the bank rows of all ranks.
+and the bank rows of all ranks; and the means over ranks of an interrupted log.
 """
 
 import os
@@ -10,9 +10,11 @@ import torch
 import torch.multiprocessing as mp
 from conftest import free_port
 
+from benchmark.same_run import first_difference
 from models import train_step
 from tests.models import small
 from util import dist_utils
+from util.metrics import Meter
 
 SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 STEPS = 4
@@ -30,7 +32,8 @@ def run_rank(rank, world, port, ranks, folder):
     )
     dist_utils.dist_init("cpu", 2, 0)
     own = range(rank * ranks // world, (rank + 1) * ranks // world)  # this process's virtual ranks
-    torch.save({form: steps(form, own) for form in small.FORMS}, f"{folder}/{rank}.pt")
+    results = {form: steps(form, own) for form in small.FORMS}
+    torch.save({**results, "meter": meters(rank)}, f"{folder}/{rank}.pt")
     dist_utils.dist_end()
 
 
@@ -55,6 +58,21 @@ def steps(form, own):
         out.append((means, output.pseudo_label, output.mask))
     dist_utils.broadcast_buffers(method.student)
     return out, method.state_dict()
+
+
+def meters(rank):
+    """The states of two meters with the same values, of which the second was saved and restored twice."""
+    whole, restored = Meter(), Meter()
+    random = torch.Generator().manual_seed(rank)
+    for step in range(9):
+        terms = {name: torch.rand((), generator=random) for name in ("loss_x", "loss_u", "loss_in")}
+        pseudo_label = torch.rand(7, 3, generator=random)
+        for meter in (whole, restored):
+            meter.add(step, terms, pseudo_label, torch.ones(7), None)
+        if step in (1, 4):
+            state, restored = restored.state_dict(), Meter()
+            restored.load_state_dict(state)
+    return whole.state_dict(), restored.state_dict()
 
 
 def batch(step, rank):
@@ -91,6 +109,9 @@ def test_ranks_equal_the_loops(processes, ranks, tmp_path):
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     for form in small.FORMS:
         compare(form, [result[form] for result in results], ranks)
+    for whole, restored in (result["meter"] for result in results):
+        assert first_difference(whole, restored, "meter") == ""
+        assert whole["rows"].shape == (9, 5) and whole["counts"].sum() == 2 * 9 * 7 * processes
 
 
 def compare(form, results, ranks):
@@ -136,7 +157,7 @@ def compare(form, results, ranks):
 
 def test_alone_every_collective_is_the_identity():
     x = torch.randn(4, 2)
-    shuffle = dist_utils.Shuffle(4, 1, seed=0)
+    shuffle = dist_utils.Shuffle(4, 1, seed=0, device=x.device)
     for f in (dist_utils.all_gather, dist_utils.all_mean, dist_utils.all_sum):
         assert torch.equal(f(x), x)
     assert shuffle.scatter([x])[0] is x and shuffle.gather([x])[0] is x
@@ -144,7 +165,7 @@ def test_alone_every_collective_is_the_identity():
 
 def test_virtual_ranks_exchange_rows_and_get_them_back():
     groups = list(torch.arange(24.0).view(3, 4, 2))
-    shuffle = dist_utils.Shuffle(4, 3, seed=0)
+    shuffle = dist_utils.Shuffle(4, 3, seed=0, device=groups[0].device)
     mixed = shuffle.scatter(groups)
     assert not torch.equal(torch.cat(list(mixed)), torch.cat(groups))
     assert sorted(torch.cat(list(mixed))[:, 0].tolist()) == torch.cat(groups)[:, 0].tolist()

@@ -162,7 +162,7 @@ def test_the_writer_writes_the_state_as_it_was_at_save(state, tmp_path):
 
 def test_a_tensor_that_is_not_finite_is_named():
     checkpoint.check_finite({"a": torch.ones(2), "n": torch.tensor(3)}, step=7)
-    with pytest.raises(UserError, match="b is not finite after step 6"):
+    with pytest.raises(UserError, match="b is not finite after step 7"):
         checkpoint.check_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}, step=7)
 
 

@@ -139,10 +139,10 @@ def test_values_that_a_method_does_not_have_are_null():
 def test_the_error_that_ends_a_run_is_logged(tmp_path):
     log = Logger(tmp_path, 0, 50, active=True)
     with pytest.raises(UserError, match="loss_x is nan"), log_stop_reason(log, 7):
-        raise UserError("loss_x is nan at step 6")
+        raise UserError("loss_x is nan at step 7")
     with log_stop_reason(log, 8):
         pass
     log.close()
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
-        {"event": "stop", "step": 7, "why": "loss_x is nan at step 6"}
+        {"event": "stop", "step": 7, "why": "loss_x is nan at step 7"}
     ]

@@ -107,7 +107,7 @@ def both(*changes):
 
 
 def stop(events):
-    events.append({"event": "stop", "step": 60, "why": "loss_x is nan at step 59; training stops"})
+    events.append({"event": "stop", "step": 60, "why": "loss_x is nan at step 60; training stops"})
 
 
 LN_10 = math.log(10)

@@ -52,7 +52,7 @@ def test_take_means_returns_the_means_since_its_last_call():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_term_that_is_not_finite_is_named_with_its_step(bad):
+def test_a_term_that_is_not_finite_is_named_with_its_step_as_the_log_counts_it(bad):
     meter = Meter()
     for step in range(5):
         meter.add(
@@ -62,5 +62,5 @@ def test_a_term_that_is_not_finite_is_named_with_its_step(bad):
             None,
             None,
         )
-    with pytest.raises(UserError, match=f"loss_u is {bad} at step 3"):
+    with pytest.raises(UserError, match=f"loss_u is {bad} at step 4;"):
         meter.take_means()
