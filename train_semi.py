@@ -41,7 +41,14 @@ from util.diagnostics import diagnostics_event, log_stop_reason
 from util.log import Logger, init_output_dir
 from util.metrics import Meter, evaluate
 from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
-from util.resume import is_published, load_last, resume, resume_published, start_from_moco
+from util.resume import (
+    check_moco_path,
+    is_published,
+    load_last,
+    resume,
+    resume_published,
+    start_from_moco,
+)
 from util.schedule import learning_rate
 
 
@@ -56,6 +63,8 @@ def main() -> None:
         evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
         return
     found, load_warning = load_last(last)
+    if found:
+        config.moco_path = check_moco_path(last, found, config.moco_path)
     published_state = found if is_published(found) else None
     saved_state = None if published_state else found
     ranks, ranks_warning = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
@@ -129,6 +138,8 @@ def main() -> None:
     # The output directory, the log and the checkpoint writer. Before this point no file of an earlier run
     # changes, so that a refused start leaves it intact.
     warnings = [load_warning, ranks_warning]
+    if config.checkpoint and found is None:
+        warnings.append(f"{last} does not exist: a new run starts and writes it")
     if rank == 0:
         archived = init_output_dir(out, last.parent, to_yaml(config), new_run=found is None)
         warnings += (

@@ -225,7 +225,7 @@ def test_a_folder_or_a_published_file_in_the_place_of_a_checkpoint(mistake, tmp_
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--lamda-u", "3"], ["--lamda-u", "lambda_u"]),
+        (["--lamda-u", "3"], ["--lamda-u", "--lambda-u"]),
         (["--epochs", "ten"], ["--epochs", "int", "'ten'"]),
         (["--labels-per-class", "0"], ["0 images per class", "at least 1"]),
         (["--labels-per-class", "2000"], ["only 142 images", "2000 are to be drawn"]),

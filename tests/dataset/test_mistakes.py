@@ -101,7 +101,7 @@ def _(root, monkeypatch):
 
 @row("an unknown split")
 def _(root, monkeypatch):
-    return ["--split", "simmatch-2p"]
+    return ["--split", "simmatch-2p", "--labels-per-class", "0"]
 
 
 @row("a list with an image that is not there")
@@ -228,7 +228,7 @@ def _(root, monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(cifar.CIFAR10, "download", offline)
-    return ["--dataset", "cifar10", "--cls", "10"]
+    return ["--dataset", "cifar10", "--cls", "10", "--image-size", "224"]  # the default, instead of 32
 
 
 @row("going on with another draw of labels")

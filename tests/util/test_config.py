@@ -48,8 +48,8 @@ def test_every_spelling_of_a_flag_is_accepted(config_file, flags, name, value):
     "yaml_text, flags, words",
     [
         ("lamda_u: 1", [], ["'lamda_u'", "'lambda_u'", "mine.yaml"]),
-        ("", ["--treshold", "1"], ["'--treshold'", "'threshold'", "command line"]),
-        ("", ["--da", "true"], ["'--da'", "'DA'"]),
+        ("", ["--treshold", "1"], ["'--treshold'", "'--threshold'", "command line"]),
+        ("", ["--da", "true"], ["'--da'", "'--DA'"]),
         ("epochs: many", [], ["epochs", "int", "'many'", "mine.yaml"]),
         ("epochs: 1.5", [], ["epochs", "int", "1.5"]),
         ("epochs: true", [], ["epochs", "int", "True"]),
