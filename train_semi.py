@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dataset.bank_age import bank_row_ages
-from dataset.build import build_data
+from dataset.build import build_data, view_sides
 from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
 from dataset.workers import PrefetchLoader
 from eval import OVERRIDES
@@ -39,6 +39,7 @@ from models import (
 from util import checkpoint, dist_utils
 from util.diagnostics import diagnostics_event, log_stop_reason
 from util.log import Logger, init_output_dir
+from util.memory import check_memory, least_needs, memory_of
 from util.metrics import Meter, evaluate
 from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
 from util.resume import (
@@ -91,6 +92,8 @@ def main() -> None:
             f"one step takes {n_u} unlabeled images, but there are {len(data.unlabeled)}: "
             "lower --batch-size or --mu"
         )
+    needs = least_needs(config, view_sides(config), data.channels, stream.n_x, stream.n_u, len(data.labeled))
+    check_memory(needs, *memory_of(device))
     total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
     if rank == 0:  # here already, because building the optimizer takes a second
         print(describe_data(config, data), flush=True)
