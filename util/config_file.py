@@ -91,7 +91,7 @@ def _mapping(events: Iterator[yaml.Event]) -> dict[str, Any]:
         return values
     event = next(events)
     if not isinstance(event, yaml.MappingStartEvent):
-        if isinstance(event, yaml.ScalarEvent) and not event.value:
+        if isinstance(event, yaml.ScalarEvent) and _scalar(event) is None:
             return values
         kind = "list" if isinstance(event, yaml.SequenceStartEvent) else "text"
         raise _Refused(event, f"expected lines of the form 'key: value', got a {kind}")

@@ -7,23 +7,13 @@ seconds: a mistake in the command line is reported before.
 
 from typing import Any
 
-# method -> the fields that it uses, of those that not every method uses
-_SIMMATCH = {
-    "strong",
-    "lambda_u",
-    "lambda_in",
-    "threshold",
-    "st",
-    "tt",
-    "c_smooth",
-    "DA",
-    "da_len",
-    "bank_m",
-}
+# method -> the fields that it uses, of those that not every method uses. The loop loads all views for every
+# method, so mu and strong count as used by all.
+_SIMMATCH = {"lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth", "DA", "da_len", "bank_m"}
 METHOD_FIELDS = {
     "simmatch": _SIMMATCH | {"eman"},
     "simmatch_single": _SIMMATCH,
-    "fixmatch": {"strong", "lambda_u", "threshold", "eman"},
+    "fixmatch": {"lambda_u", "threshold", "eman"},
     "supervised": set[str](),
 }
 # data set -> the fields that it uses, of those that not every data set uses

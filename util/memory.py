@@ -69,8 +69,9 @@ def machine_memory(root: Path = Path("/")) -> int | None:
 
 def _limits(root: Path) -> Iterator[int]:
     with suppress(OSError, ValueError):
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        yield next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemTotal:"))
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                yield 1024 * int(line.split()[1])
     with suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
