@@ -116,7 +116,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
             return _scalar(kind, value)
     except (ValueError, TypeError, OverflowError):
         pass
-    raise UserError(f"{where}: expected {TYPE_NAMES[kind]}, got {value!r}")
+    raise UserError(f"{where}: expected {TYPE_NAMES[kind]}, got {value!r:.100}")
 
 
 def _scalar(kind: Any, value: Any) -> Any:
@@ -227,7 +227,7 @@ def _unknown_key(key: str, where: str) -> str:
     names = {name: name for name in FIELDS}
     names |= {alias: name for name, aliases in ALIASES.items() for alias in aliases if alias.startswith("--")}
     near = _nearest(key, names)
-    return f"unknown key {key!r} in {where}; " + (
+    return f"unknown key {key!r:.100} in {where}; " + (
         f"the nearest known one is {near!r}" if near else "no known one is near; util/fields.py has every key"
     )
 

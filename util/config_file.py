@@ -100,7 +100,7 @@ def _mapping(events: Iterator[yaml.Event]) -> dict[str, Any]:
             raise _Refused(event, "expected a line of the form 'key: value'")
         key = event.value
         if key in values:
-            raise _Refused(event, f"the key {key} is already in line {lines[key]}: remove one of them")
+            raise _Refused(event, f"the key {key!r} is already in line {lines[key]}: remove one of them")
         values[key], lines[key] = _value(key, events), _line(event)
     next(events)  # the end of the document
     if not isinstance(event := next(events), yaml.StreamEndEvent):
@@ -117,7 +117,7 @@ def _value(key: str, events: Iterator[yaml.Event]) -> Any:
         while isinstance(event := next(events), yaml.ScalarEvent):
             values.append(_scalar(event))
     if not isinstance(event, yaml.SequenceEndEvent):
-        raise _Refused(event, f"the value of {key} is nested: expected a value, or a list of values")
+        raise _Refused(event, f"the value of {key!r} is nested: expected a value, or a list of values")
     return values
 
 

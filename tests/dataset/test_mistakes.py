@@ -129,6 +129,16 @@ def _(root, monkeypatch):
     return ["--cls", "4"]
 
 
+@row("a setting that the data set does not use")
+def _(root, monkeypatch):
+    return ["--val", root / "val"]
+
+
+@row("labeled images chosen in two ways")
+def _(root, monkeypatch):
+    return ["--split", "simmatch-1p"]
+
+
 @row("an unknown view")
 def _(root, monkeypatch):
     return ["--strong", "strongest"]

@@ -76,25 +76,28 @@ def test_a_plain_text_is_a_decimal_number_a_boolean_or_itself(file, text, value)
         ("DA: yes", ["DA in", "true or false", "'yes'"]),
         ("DA: off", ["DA in", "'off'"]),
         ('data: "a\\0b"', ["data in", "str"]),
-        ("lr: 0.1\nmu: 2\nlr: 0.2", ["line 3", "the key lr is already in line 1"]),
+        ("lr: 0.1\nmu: 2\nlr: 0.2", ["line 3", "the key 'lr' is already in line 1"]),
         ("lr: &a 0.1\nwd: *a", ["line 1", "anchors and aliases"]),
         ("lr: *a", ["line 1", "anchors and aliases"]),
         ("lr: !!float 1", ["line 1", "tags", "float"]),
         ("data: !!python/object/apply:os.system [ls]", ["line 1", "tags"]),
-        ("mu: {a: 1}", ["line 1", "mu is nested"]),
-        ("schedule: [[1]]", ["line 1", "schedule is nested"]),
+        ("mu: {a: 1}", ["line 1", "'mu' is nested"]),
+        ("schedule: [[1]]", ["line 1", "'schedule' is nested"]),
         ("? [a]\n: 1", ["line 1", "'key: value'"]),
-        ("<<: {mu: 1}", ["line 1", "<< is nested"]),
+        ("<<: {mu: 1}", ["line 1", "'<<' is nested"]),
         ("a: 1\n---\nb: 2", ["line 2", "second document"]),
         ("text", ["line 1", "'key: value'", "text"]),
         ("mu: 1\n  nu: 2", ["not YAML"]),
         ("mu: \x07", ["not YAML"]),
+        ('"a\\nb": 1\n"a\\nb": 2', ["line 2", "already in line 1"]),
+        (f"epochs: {'x' * 5000}", ["epochs in", "got 'xxx"]),
+        (f"{'x' * 1000}: 1", ["unknown key 'xxx"]),
     ],
 )
 def test_what_a_config_does_not_need_is_refused_in_one_line(file, line, words):
     with pytest.raises(UserError) as error:
         read_yaml(file(line))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
     for word in ["mine.yaml", *words]:
         assert word in str(error.value), error.value
 
