@@ -26,7 +26,9 @@ TYPE_NAMES: dict[Any, str] = {
 
 
 def parse(argv: Sequence[str], description: str) -> Config:
-    """The Config of a command line: values of `--config FILE`, overridden by flags. Raises UserError."""
+    """Return the Config of a command line: the values of `--config FILE`, overridden by flags. Raises
+    UserError.
+    """
     parser = _parser(description)
     known, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("-"):
@@ -93,12 +95,12 @@ def _parser(description: str) -> Parser:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The values in a config file, checked as by `coerce_values`."""
+    """Return the values in a config file, each as the type of its field. Raises UserError."""
     return coerce_values(read_mapping(path), path)
 
 
 def coerce_values(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values`, each as the type of its field. Raises UserError, naming `where`, if one is not valid."""
+    """Return `values`, each as the type of its field. Raises UserError, which names `where`."""
     for key in values:
         if key not in FIELDS:
             raise UserError(_unknown_key(str(key), where))
@@ -106,7 +108,7 @@ def coerce_values(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def coerce(name: str, value: Any, where: str) -> Any:
-    """`value`, from YAML or the text of a flag, as the type of the field `name`. Raises UserError."""
+    """Return `value`, from YAML or the text of a flag, as the type of the field `name`. Raises UserError."""
     kind: Any = FIELDS[name].type
     try:
         if kind == list[int]:
@@ -138,7 +140,7 @@ def _scalar(kind: Any, value: Any) -> Any:
 def validate(config: Config, where: Mapping[str, str] | None = None) -> Config:
     """Check what does not depend on the method or the data set. Raises UserError if a value is not valid.
 
-    where: the names of fields in the message, if they are not those of the fields.
+    where: how a message names a field, if not by its name: as a flag, or with the file that sets it.
     """
 
     def must(ok: bool, name: str, rule: str) -> None:
@@ -189,7 +191,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The settings that have an effect, as a config file of the same run."""
+    """Return a config file of the same run, with the settings that have an effect."""
     return to_text(_with_effect(config))
 
 
@@ -233,7 +235,7 @@ def _unknown_key(key: str, where: str) -> str:
 
 
 def _nearest(text: str, names: Mapping[str, str]) -> str:
-    """The value of the name that is nearest to `text` or, if none is near, ""."""
+    """Return the value of the name that is nearest to `text` or, if none is near, ""."""
 
     def plain(name: str) -> str:
         return name.lower().lstrip("-").replace("-", "_")
