@@ -110,7 +110,8 @@ def check_moco_path(path: Path, found: dict[str, Any], moco_path: str) -> str:
     """Return the MoCo checkpoint from which the run started that is resumed from `found`, the content of
     `path`; "" if there is none or if it is not known. Raises UserError if `moco_path` is given and is not it.
     """
-    before = found.get("config", {}).get("moco_path", "")
+    before = found.get("config", {}).get("moco_path", "")  # a published checkpoint has no config
+    before = before if isinstance(before, str) else ""
     if moco_path and Path(moco_path) != Path(before):
         raise UserError(
             f"--moco-path {moco_path} has no effect: {path} is resumed, which did not start from it; leave "
