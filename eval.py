@@ -86,7 +86,7 @@ from dataset.source import Files
 from models import METHODS, build_network
 from models.network import Network
 from util import checkpoint, dist_utils, export, published_checkpoints
-from util.config import Config, from_dict, to_dict, validate
+from util.config import Config, coerce_values, to_dict, validate
 from util.metrics import evaluate
 
 
@@ -194,7 +194,7 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
 def _override(values: dict[str, Any], flags: dict[str, Any], path: Path) -> Config:
     """Return the config with these values, overridden by the flags that are given."""
     given = {key: flags[key] for key in OVERRIDES if flags[key] is not None}
-    return validate(Config(**from_dict({**values, **given}, f"the config in {path}")))
+    return validate(Config(**coerce_values({**values, **given}, f"the config in {path}")))
 
 
 def load_test_set(opened: Opened, path: Path, device: torch.device) -> EvalData:

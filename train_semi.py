@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dataset.bank_age import bank_row_ages
-from dataset.build import build_data
+from dataset.build import build_data, view_sides
 from dataset.findings import start_warnings
 from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
 from dataset.workers import PrefetchLoader
@@ -43,9 +43,17 @@ from util import checkpoint, dist_utils
 from util.diagnostics import diagnostics_event, log_stop_reason
 from util.lock import RunLock
 from util.log import LEFT_OUT, Logger, init_output_dir
+from util.memory import check_memory, least_needs, memory_of
 from util.metrics import Meter, count_hits, join_hits
 from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
-from util.resume import is_published, load_last, resume, resume_published, start_from_moco
+from util.resume import (
+    check_moco_path,
+    is_published,
+    load_last,
+    resume,
+    resume_published,
+    start_from_moco,
+)
 from util.schedule import learning_rate
 
 
@@ -73,6 +81,8 @@ def train(config: Config, device: torch.device, last: Path, may_write: Callable[
     # The last checkpoint, if there is one, and the ranks.
     rank, out = dist_utils.rank(), Path(config.output_dir)
     found, load_warning = load_last(last)
+    if found:
+        config.moco_path = check_moco_path(last, found, config.moco_path)
     published_state = found if is_published(found) else None
     saved_state = None if published_state else found
     ranks, ranks_warning = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
@@ -99,6 +109,8 @@ def train(config: Config, device: torch.device, last: Path, may_write: Callable[
             f"one step takes {n_u} unlabeled images, but there are {len(data.unlabeled)}: "
             "lower --batch-size or --mu"
         )
+    needs = least_needs(config, view_sides(config), data.channels, stream.n_x, stream.n_u, len(data.labeled))
+    check_memory(needs, *memory_of(device))
     total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
     if rank == 0:  # here already, because building the optimizer takes a second
         print(describe_data(config, data), flush=True)
@@ -147,6 +159,8 @@ def train(config: Config, device: torch.device, last: Path, may_write: Callable[
     # The output directory, the log and the checkpoint writer. Before this point no file of an earlier run
     # changes, so that a refused start leaves it intact.
     warnings = [load_warning, ranks_warning]
+    if config.checkpoint and found is None:
+        warnings.append(f"{last} does not exist: a new run starts and writes it")
     if rank == 0:
         archived = init_output_dir(out, last.parent, to_yaml(config), new_run=found is None)
         warnings += (

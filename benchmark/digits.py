@@ -21,7 +21,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
-from util.config import MAY_CHANGE_ON_RESUME, parse, read_yaml, to_dict  # noqa: E402
+from util.config import changed_settings, parse, read_yaml  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.report import read_evaluated_run  # noqa: E402
 
@@ -48,8 +48,7 @@ def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: 
         "1000000",
     ]
     if seconds.exists():
-        now, then = to_dict(parse(flags, "")), read_yaml(str(folder / "config.yaml"))
-        if any(now[key] != then.get(key) for key in now if key not in MAY_CHANGE_ON_RESUME):
+        if changed_settings(read_yaml(str(folder / "config.yaml")), parse(flags, "")):
             raise UserError(
                 f"{folder} holds a run with other settings than configs/digits.yaml has now: "
                 "choose another --runs"

@@ -34,7 +34,7 @@ runpy.run_path("train_semi.py", run_name="__main__")
 COMMON = "--device cpu --workers 0 --epochs 3 --warmup-epoch 1 --eval-freq 1 --print-freq 3 --seed 1"
 DATA = {
     "digits": "--config configs/digits.yaml --batch-size 20 --mu 8",
-    "cifar": "--config configs/cifar10_40.yaml --backbone small_encoder --bank-m 0.7 --batch-size 4 --mu 4 "
+    "cifar": "--config configs/cifar10_40.yaml --backbone small_encoder --batch-size 4 --mu 4 "
     "--steps-per-epoch 10",
     "jpeg": "--config configs/imagenet_1p.yaml --backbone resnet18_encoder --labels-per-class 2 --cls 3 "
     "--image-size 32 --batch-size 2 --mu 2",

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from util.effect import without_effect
 
 # Settings that do not change what a run computes.
 WITHOUT_EFFECT = ("output_dir", "workers", "save_freq")
@@ -38,7 +41,12 @@ def difference(a: Path, b: Path) -> str:
 
 def _state(folder: Path, name: str) -> dict[str, Any]:
     state = weights(folder, name)
-    config = {key: value for key, value in state["config"].items() if key not in WITHOUT_EFFECT}
+    unused = without_effect(SimpleNamespace(**state["config"]))
+    config = {
+        key: value
+        for key, value in state["config"].items()
+        if key not in WITHOUT_EFFECT and key not in unused
+    }
     return {**state, "config": config, "sha256": ""}  # the checksum depends on them
 
 

@@ -1,12 +1,12 @@
 """Builds the data set of a config, with its split and its views."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dataset import digits, folder, imagenet
 from dataset.imagenet import Validation
 from dataset.loader import Data, View
-from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, IMAGENET_NORM, photo_view, pipeline
+from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, IMAGENET_NORM, Stage, photo_view, pipeline
 from util.errors import UserError
 
 
@@ -50,6 +50,27 @@ EVAL_VIEWS = {
     "cifar100": lambda c: (CIFAR_FILES, CIFAR100_NORM),
 }
 
+# (config, name of a view) -> its side in pixels
+VIEW_SIDES: dict[str, Callable[[Any, str], int]] = {
+    "digits": lambda c, view: digits.SIZE,
+    "imagenet": lambda c, view: _side(pipeline(view, c.image_size)),
+    "folder": lambda c, view: _side(pipeline(view, c.image_size)),
+    "cifar10": lambda c, view: _side(pipeline(view)),
+    "cifar100": lambda c, view: _side(pipeline(view)),
+}
+
+
+def view_sides(config: Any) -> tuple[int, int]:
+    """Return the sides in pixels of the weak and the strong view. Raises UserError if a view is unknown."""
+    side = VIEW_SIDES[config.dataset]
+    return side(config, config.weak), side(config, config.strong)
+
+
+def _side(stages: Sequence[Stage]) -> int:
+    return (
+        getattr(stages[0], "size", 32) if stages else 32
+    )  # without a crop, an image of CIFAR keeps its side
+
 
 def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:
     """Return the evaluation view of image files for a network of this config, and the number of channels.
@@ -75,6 +96,7 @@ def build_data(config: Any, gpu: bool) -> Data:
     """
     if config.dataset not in DATASETS:
         raise UserError(f"unknown dataset {config.dataset!r}; known: {', '.join(DATASETS)}")
+    view_sides(config)  # so that a view that is unknown is reported before the images are listed
     data = DATASETS[config.dataset](config, _on_device(config, gpu))
     if config.cls and len(data.classes) != config.cls:
         raise UserError(

@@ -73,7 +73,7 @@ class SimMatch(Method):
         ema_m: float,
         bn_mode: BNMode,
     ):
-        """labels [K]: of the labeled list, in its order. The other arguments: see util/config.py."""
+        """labels [K]: of the labeled list, in its order. The other arguments: see util/fields.py."""
         super().__init__(network, ema_m, bn_mode)
         self.bank = LabelBank(labels, dim, bank_m)
         self.align = DistributionAlignment(num_classes, da_len) if DA else None

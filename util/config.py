@@ -1,237 +1,72 @@
-"""All settings in one flat dataclass. A YAML file sets values, flags override them, and an unknown key or a
-value of the wrong type is an error.
+"""The settings of a run: a YAML file sets values, and flags override them. util/fields.py has the fields.
 
-Flags of the published code keep their names, defaults and meanings, so that a published command without
---config runs the published recipe.
+An unknown key, a value of the wrong type or out of its bounds, and a setting without effect are errors.
 """
 
 import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from util.config_file import FLOAT, INT, read_mapping, to_text
+from util.effect import ALWAYS_ACCEPTED, DATASET_FIELDS, METHOD_FIELDS, without_effect
 from util.errors import Parser, UserError
+from util.fields import ALIASES, FIELDS, MAY_CHANGE_ON_RESUME, SHORTHANDS, Config, broken_rule
 
-
-def arg(default: Any, help: str) -> Any:
-    """A field of Config with its help text, which --help prints."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Config:
-    # what to run, and where results go
-    method: str = arg(
-        "simmatch", "simmatch, simmatch_single (one network, as for CIFAR), fixmatch or supervised"
-    )
-    output_dir: str = arg(
-        "", "directory for all output; empty: checkpoints/<name of the config file or of --checkpoint>"
-    )
-    checkpoint: str = arg(
-        "", "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint"
-    )
-    evaluate: bool = arg(False, "evaluate --checkpoint instead of training")
-    seed: int = arg(0, "random seed of labeled subset, initial weights, image order and views")
-    device: str = arg("auto", "auto (a GPU if there is one), cpu or cuda")
-    precision: str = arg(
-        "fp32", "autocast of the networks: fp32 (none), bf16 or fp16; losses and weights stay in fp32"
-    )
-    channels_last: bool = arg(False, "use the channels_last memory format, which is faster on GPUs")
-    compile: bool = arg(False, "use torch.compile for the networks; the first steps then take minutes")
-    # ranks
-    port: int = arg(
-        23456, "port where ranks started by srun meet; an offset that depends on the job ID is added"
-    )
-    virtual_ranks: int = arg(
-        0, "ranks of a step; processes share them evenly and run theirs in turn; 0: one per process"
-    )
-    other_ranks: str = arg(
-        "refuse", "when resuming with another number of ranks: refuse, or continue at the same step"
-    )
-    timeout_minutes: float = arg(
-        10.0, "minutes that a rank waits for another one before the run ends, naming that rank"
-    )
-    # data
-    dataset: str = arg("imagenet", "name of a data set in dataset/build.py")
-    data: str = arg(
-        "", "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR"
-    )
-    unlabelled: str = arg("", "dataset folder: directory of additional unlabeled images, at any depth")
-    val: str = arg(
-        "", "dataset folder: test images, one folder per class; empty: val/ in --data, or --val-share"
-    )
-    val_share: float = arg(
-        0.0, "dataset folder without test images: share of each class to hold out for testing"
-    )
-    split: str = arg("", "labeled split: a published list (see python -m dataset.splits list) or a list file")
-    labels_per_class: int = arg(0, "without --split: number of labeled images per class, drawn with --seed")
-    anno_percent: float = arg(
-        0.1, "without --split and --labels-per-class: labeled share; ImageNet 0.01, 0.1: SimMatch's lists"
-    )
-    weak: str = arg("weak", "weak view, of labeled and unlabeled images: a name in dataset/views.py")
-    strong: str = arg(
-        "moco", "strong view of unlabeled images: a name in dataset/views.py (moco, rand, stack, ...)"
-    )
-    image_size: int = arg(224, "side length in pixels of the views of image files; the recipes use 224")
-    device_views: str = arg(
-        "auto", "do flips, color, blur and normalization on the training device: on, off (PIL), auto (if GPU)"
-    )
-    on_bad_image: str = arg(
-        "stop", "if an image cannot be read: stop the run, or skip it and use another one instead"
-    )
-    workers: int = arg(6, "worker processes that load training images, and again as many for test images")
-    batch_size: int = arg(8, "labeled images per rank and step (B)")
-    mu: int = arg(5, "unlabeled images per labeled image")
-    # network
-    backbone: str = arg("resnet50_encoder", "name of a backbone in models/network.py")
-    cls: int = arg(1000, "number of classes (C); must match the data; 0: taken from the data")
-    dim: int = arg(128, "dimension of the embedding z (D)")
-    norm: str = arg("None", "normalization of the backbone: None or BN, which both mean batch norm per rank")
-    moco_path: str = arg("", "MoCo checkpoint that initializes the backbone and projection head of a new run")
-    # optimization: SGD
-    epochs: int = arg(
-        200, "number of epochs: passes over the unlabeled images, or --steps-per-epoch steps each"
-    )
-    start_epoch: int = arg(
-        0, "for published commands: a new run needs 0, a resumed one starts at its own step"
-    )
-    steps_per_epoch: int = arg(0, "number of steps in an epoch; 0: one pass over the unlabeled images")
-    lr: float = arg(0.1, "learning rate after warm-up")
-    warmup_epoch: int = arg(0, "epochs of linear learning-rate warm-up")
-    cos: bool = arg(
-        False, "cosine decay of the learning rate to 0, updated once per epoch; otherwise --schedule"
-    )
-    cos_7_16: bool = arg(
-        False, "FixMatch's decay, at every step: lr * cos(7 pi / 16 * share of the steps done)"
-    )
-    schedule: list[int] = arg(
-        [120, 160], "without --cos and --cos-7-16: epochs at which the learning rate is divided by 10"
-    )
-    momentum: float = arg(0.9, "momentum of SGD")
-    nesterov: bool = arg(False, "use Nesterov momentum")
-    wd: float = arg(1e-4, "weight decay of all parameters, including biases and BN")
-    no_decay_bn: bool = arg(False, "no weight decay of biases and BN parameters, as for CIFAR")
-    # method (symbols of the paper)
-    lambda_u: float = arg(10.0, "weight of the unsupervised (pseudo-label) loss L_u")
-    lambda_in: float = arg(1.0, "weight of the instance similarity loss L_in")
-    threshold: float = arg(
-        0.7, "confidence threshold: L_u ignores pseudo-labels whose largest probability is lower"
-    )
-    st: float = arg(0.1, "temperature of the student's similarities")
-    tt: float = arg(0.1, "temperature of the teacher's similarities")
-    c_smooth: float = arg(
-        1.0, "weight of the class prediction in the pseudo-label (alpha); the rest comes from the bank"
-    )
-    DA: bool = arg(False, "use distribution alignment of the teacher's predictions")
-    da_len: int = arg(
-        256, "number of past steps whose mean predictions form the prior of distribution alignment"
-    )
-    bank_m: float = arg(
-        0.0, "momentum of the bank: share of the old row that stays when it is written (temporal ensemble)"
-    )
-    eman: bool = arg(
-        False, "simmatch: EMAN teacher, whose BN is averaged, not shuffle-BN; fixmatch: the teacher labels"
-    )
-    ema_m: float = arg(0.999, "momentum of the teacher (m)")
-    # logging, evaluation and checkpoints
-    print_freq: int = arg(20, "steps between two train events in the log")
-    eval_freq: int = arg(1, "epochs between two evaluations, each of which also saves a checkpoint")
-    diagnose_freq: int = arg(
-        0, "steps between diagnostics events (they take three steps' time); 0: with every evaluation"
-    )
-    save_freq: int = arg(0, "steps between two additional checkpoints; 0: none")
-    on_save_error: str = arg(
-        "stop", "if a checkpoint or the log cannot be written (disk full): stop, or continue and try again"
-    )
-    save_minutes: float = arg(
-        0.0, "minutes between additional checkpoints, checked every --print-freq steps; 0: none"
-    )
-
-
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-# These fields do not decide what a run computes, and may therefore change when it is resumed.
-MAY_CHANGE_ON_RESUME = frozenset(
-    {
-        "output_dir",
-        "checkpoint",
-        "evaluate",
-        "moco_path",
-        "start_epoch",
-        "port",
-        "device",
-        "workers",
-        "print_freq",
-        "eval_freq",
-        "diagnose_freq",
-        "save_freq",
-        "save_minutes",
-        "data",
-        "unlabelled",
-        "val",
-        "on_bad_image",
-        "virtual_ranks",
-        "other_ranks",
-        "timeout_minutes",
-        "on_save_error",
-    }
-)
-# Other spellings of flags; most are those of the published command line.
-ALIASES = {
-    "workers": ["-j"],
-    "batch_size": ["-b"],
-    "print_freq": ["-p"],
-    "evaluate": ["-e"],
-    "lr": ["--learning-rate"],
-    "wd": ["--weight-decay"],
-    "unlabelled": ["--unlabeled"],
+TYPE_NAMES: dict[Any, str] = {
+    bool: "bool (true or false)",
+    int: "int (in decimal digits)",
+    float: "float (such as 0.1 or 1e-4)",
+    str: "str",
+    list[int]: "list of int (in decimal digits)",
 }
-# Flags of the published command line that set another field.
-SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
-
-_POSITIVE = (
-    "timeout_minutes",
-    "port",
-    "image_size",
-    "batch_size",
-    "mu",
-    "dim",
-    "epochs",
-    "lr",
-    "st",
-    "tt",
-    "da_len",
-    "print_freq",
-    "eval_freq",
-)
-_NOT_NEGATIVE = (
-    "virtual_ranks",
-    "start_epoch",
-    "diagnose_freq",
-    "save_freq",
-    "save_minutes",
-    "seed",
-    "cls",
-    "labels_per_class",
-    "workers",
-    "steps_per_epoch",
-    "warmup_epoch",
-    "wd",
-    "lambda_u",
-    "lambda_in",
-)
-_SHARE = ("val_share", "anno_percent", "momentum", "threshold", "c_smooth", "bank_m", "ema_m")
 
 
 def parse(argv: Sequence[str], description: str) -> Config:
-    """The Config of a command line: values of `--config FILE`, overridden by flags. Raises UserError."""
+    """Return the Config of a command line: the values of `--config FILE`, overridden by flags. Raises
+    UserError.
+    """
+    parser = _parser(description)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(
+            f"unexpected {unknown[0]!r} on the command line: a setting is --name VALUE, and a config file is "
+            "--config FILE"
+        )
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0]))
+    in_file = read_yaml(known.config) if known.config else {}
+    where = {name: f"{name} in {known.config}" for name in in_file}
+    flags = {}
+    for name in FIELDS:
+        if getattr(known, name) is not None:
+            where[name] = _flag(name)
+            flags[name] = coerce(name, getattr(known, name), where[name])
+    shorthands = [flag for flag in SHORTHANDS if getattr(known, flag)]
+    if len(shorthands) + (known.strong is not None) > 1:
+        raise UserError(
+            f"--{' and --'.join([*shorthands, 'strong'][:2])} both choose the strong view: give one of them"
+        )
+    for flag in shorthands:
+        name, flags[name] = SHORTHANDS[flag]
+        where[name] = f"--{flag}"
+    config = Config(**{**in_file, **flags})
+    if not known.config and not config.checkpoint:
+        raise UserError("give --config FILE or --checkpoint NAME, for example --config configs/digits.yaml")
+    if not config.output_dir:
+        config.output_dir = os.path.join("checkpoints", Path(config.checkpoint or known.config).stem)
+    for name, table in (("method", METHOD_FIELDS), ("dataset", DATASET_FIELDS)):
+        if getattr(config, name) not in table:
+            raise UserError(f"unknown {name} {getattr(config, name)!r}; known: {', '.join(table)}")
+    validate(config, where)
+    _refuse_without_effect(config, in_file, flags, where)
+    return config
+
+
+def _parser(description: str) -> Parser:
     parser = Parser(description)
     parser.add_argument(
         "--config",
@@ -240,7 +75,7 @@ def parse(argv: Sequence[str], description: str) -> Config:
         "code, for ImageNet",
     )
     for name, f in FIELDS.items():
-        flags = dict.fromkeys([*ALIASES.get(name, ()), f"--{name.replace('_', '-')}", f"--{name}"])
+        flags = dict.fromkeys([*ALIASES.get(name, ()), _flag(name), f"--{name}"])
         nargs: dict[str, Any] = {}
         if f.type is bool:
             nargs = {"nargs": "?", "const": "true"}
@@ -250,64 +85,31 @@ def parse(argv: Sequence[str], description: str) -> Config:
             *flags,
             dest=name,
             default=None,
-            metavar=_type_name(f.type).upper(),
+            metavar=TYPE_NAMES[f.type].partition(" (")[0].upper(),
             help=f"{f.metadata['help']} (default: {getattr(Config(), name)!r})",
             **nargs,
         )
     for flag, (name, value) in SHORTHANDS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=f"the same as --{name} {value}")
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(_unknown(unknown[0], "on the command line"))
-    values = read_yaml(known.config) if known.config else {}
-    for name in FIELDS:
-        if getattr(known, name) is not None:
-            values[name] = coerce(name, getattr(known, name), f"--{name.replace('_', '-')}")
-    shorthands = [flag for flag in SHORTHANDS if getattr(known, flag)]
-    if len(shorthands) + (known.strong is not None) > 1:
-        raise UserError(
-            f"--{' and --'.join([*shorthands, 'strong'][:2])} both choose the strong view: give one of them"
-        )
-    values |= dict(SHORTHANDS[flag] for flag in shorthands)
-    config = Config(**values)
-    if not known.config and not config.checkpoint:
-        raise UserError("give --config FILE or --checkpoint NAME, for example --config configs/digits.yaml")
-    if not config.output_dir:
-        config.output_dir = os.path.join("checkpoints", Path(config.checkpoint or known.config).stem)
-    return validate(config)
+    return parser
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The values in a config file, checked as by `from_dict`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}; configs/ has examples") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(
-            f"config file {path}: expected lines of the form 'key: value', got a {type(values).__name__}"
-        )
-    return from_dict(values, path)
+    """Return the values in a config file, each as the type of its field. Raises UserError."""
+    return coerce_values(read_mapping(path), path)
 
 
-def from_dict(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values`, each converted to the type of its field. Raises UserError, naming `where`, if one is not
-    valid.
-    """
+def coerce_values(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return `values`, each as the type of its field. Raises UserError, which names `where`."""
     for key in values:
         if key not in FIELDS:
-            raise UserError(_unknown(str(key), f"in {where}"))
-    return {key: coerce(key, value, f"{where}, key {key}") for key, value in values.items()}
+            raise UserError(_unknown_key(str(key), where))
+    return {key: coerce(key, value, f"{key} in {where}") for key, value in values.items()}
 
 
 def coerce(name: str, value: Any, where: str) -> Any:
-    """`value`, from YAML or the text of a flag, as the type of the field `name`. Raises UserError."""
-    kind = FIELDS[name].type
+    """Return `value`, from YAML or the text of a flag, as the type of the field `name`. Raises UserError."""
+    kind: Any = FIELDS[name].type
     try:
         if kind == list[int]:
             if isinstance(value, list):
@@ -316,43 +118,38 @@ def coerce(name: str, value: Any, where: str) -> Any:
             return _scalar(kind, value)
     except (ValueError, TypeError, OverflowError):
         pass
-    raise UserError(f"{where}: expected {_type_name(kind)}, got {value!r}")
+    raise UserError(f"{where}: expected {TYPE_NAMES[kind]}, got {value!r:.100}")
 
 
 def _scalar(kind: Any, value: Any) -> Any:
-    if kind is float and not math.isfinite(float(value)):
-        raise ValueError(value)
-    if kind is bool:
-        if isinstance(value, str) and value.lower() in ("true", "false"):
+    if isinstance(value, str) and kind is not str:
+        if kind is bool and value.lower() in ("true", "false"):
             return value.lower() == "true"
-    elif kind is str or isinstance(value, str):  # YAML 1.1 reads 1e-4 (without a dot) as a string
-        if isinstance(value, str):
-            return kind(value)
-    elif type(value) is int or (kind is float and type(value) is float):
-        return kind(value)
-    if type(value) is kind:
-        return value
-    raise ValueError(value)
+        if kind is bool or not (INT if kind is int else FLOAT).fullmatch(value):
+            raise ValueError(value)
+        value = kind(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ValueError(value)
+    if kind is str and "\0" in value:
+        raise ValueError(value)
+    return value
 
 
-def validate(config: Config) -> Config:
-    """Check what does not depend on the method or the data set. Raises UserError if a value is not valid."""
+def validate(config: Config, where: Mapping[str, str] | None = None) -> Config:
+    """Check what does not depend on the method or the data set. Raises UserError if a value is not valid.
+
+    where: how a message names a field, if not by its name: as a flag, or with the file that sets it.
+    """
 
     def must(ok: bool, name: str, rule: str) -> None:
         if not ok:
-            raise UserError(f"{name} must be {rule}, got {getattr(config, name)!r}")
+            raise UserError(f"{(where or {}).get(name, name)} must be {rule}, got {getattr(config, name)!r}")
 
-    for name in _POSITIVE:
-        must(getattr(config, name) > 0, name, "greater than 0")
-    for name in _NOT_NEGATIVE:
-        must(getattr(config, name) >= 0, name, "0 or more")
-    for name in _SHARE:
-        must(0 <= getattr(config, name) <= 1, name, "between 0 and 1")
-    must(config.seed < 2**63, "seed", "less than 2**63")
-    must(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
-    must(config.device_views in ("auto", "on", "off"), "device_views", "auto, on or off")
-    must(config.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
-    must(config.norm in ("None", "BN"), "norm", "None or BN, which both mean batch norm per rank")
+    for name in FIELDS:
+        rule = broken_rule(name, getattr(config, name))
+        must(not rule, name, rule)
     must(
         Path(config.checkpoint).name == config.checkpoint,
         "checkpoint",
@@ -363,12 +160,30 @@ def validate(config: Config) -> Config:
             "--evaluate needs --checkpoint NAME, a file in checkpoints/; for any other file use "
             "python eval.py --checkpoint FILE"
         )
-    must(config.other_ranks in ("refuse", "continue"), "other_ranks", "refuse or continue")
-    must(config.on_save_error in ("stop", "continue"), "on_save_error", "stop or continue")
-    must(config.on_bad_image in ("stop", "skip"), "on_bad_image", "stop or skip")
     must(not (config.cos and config.cos_7_16), "cos_7_16", "false if cos is true: choose one of them")
     must(not config.nesterov or config.momentum > 0, "momentum", "greater than 0 with nesterov")
     return config
+
+
+def _refuse_without_effect(
+    config: Config, in_file: Mapping[str, Any], flags: Mapping[str, Any], where: Mapping[str, str]
+) -> None:
+    """Raise UserError for a setting that is given, is not the default, and has no effect.
+
+    A flag must have an effect in `config`; a value of the file, in `config` or in the file alone, because a
+    flag such as --method may choose something else than the file. With --evaluate all settings are accepted,
+    as the published commands need it.
+    """
+    if config.evaluate:
+        return
+    ends = without_effect(config)
+    # Earlier versions wrote every field into config.yaml, and only they wrote these.
+    written_by_earlier_version = ALWAYS_ACCEPTED <= in_file.keys()
+    in_file_alone = {} if written_by_earlier_version else without_effect(Config(**in_file))
+    for name, end in ends.items():
+        given = name in flags or name in in_file and name in in_file_alone
+        if given and getattr(config, name) != getattr(Config(), name):
+            raise UserError(f"{where[name]} has no effect {end}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -376,15 +191,56 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    """Return a config file of the same run, with the settings that have an effect."""
+    return to_text(_with_effect(config))
 
 
-def _type_name(kind: Any) -> str:
-    return "list of int" if kind == list[int] else kind.__name__
+def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Describe each setting that differs from that of an earlier run, has an effect, and decides what a run
+    computes. before: the settings of the earlier run, with or without those that have no effect.
+    """
+    return [
+        f"{name} was {before.get(name)!r} and is now {value!r}"
+        for name, value in _with_effect(config).items()
+        if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value
+    ]
 
 
-def _unknown(key: str, where: str) -> str:
-    plain = key.lstrip("-").split("=")[0].replace("-", "_")
-    lower = {name.lower(): name for name in [*FIELDS, "config"]}
-    near = difflib.get_close_matches(plain.lower(), lower, n=1, cutoff=0.0)
-    return f"unknown key {key!r} {where}; the nearest known one is {lower[near[0]]!r}"
+def _with_effect(config: Config) -> dict[str, Any]:
+    unused = without_effect(config).keys() | ALWAYS_ACCEPTED
+    return {name: value for name, value in to_dict(config).items() if name not in unused}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _unknown_flag(text: str) -> str:
+    flag = text.split("=")[0]
+    names = [*map(_flag, FIELDS), "--config", *(f"--{flag}" for flag in SHORTHANDS)]
+    names += [alias for aliases in ALIASES.values() for alias in aliases if alias.startswith("--")]
+    near = _nearest(flag, {name: name for name in names})
+    return f"unknown flag {flag!r} on the command line; " + (
+        f"the nearest known one is {near!r}" if near else "no known one is near; --help lists every flag"
+    )
+
+
+def _unknown_key(key: str, where: str) -> str:
+    names = {name: name for name in FIELDS}
+    names |= {alias: name for name, aliases in ALIASES.items() for alias in aliases if alias.startswith("--")}
+    near = _nearest(key, names)
+    return f"unknown key {key!r:.100} in {where}; " + (
+        f"the nearest known one is {near!r}" if near else "no known one is near; util/fields.py has every key"
+    )
+
+
+def _nearest(text: str, names: Mapping[str, str]) -> str:
+    """Return the value of the name that is nearest to `text` or, if none is near, ""."""
+
+    def plain(name: str) -> str:
+        return name.lower().lstrip("-").replace("-", "_")
+
+    values = {plain(name): value for name, value in names.items()}
+    begins = [name for name in values if len(plain(text)) > 2 and name.startswith(plain(text))]
+    near = difflib.get_close_matches(plain(text), begins or values, n=1, cutoff=0.0 if begins else 0.7)
+    return values[near[0]] if near else ""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from util import checkpoint, dist_utils, published_checkpoints
-from util.config import MAY_CHANGE_ON_RESUME, Config, to_dict
+from util.config import Config, changed_settings
 from util.errors import UserError
 
 
@@ -56,20 +56,15 @@ def resume(
     """Resume the run from `state`, its checkpoint at `path`. split, fingerprint: of the data as they are now.
 
     1. The same command resumes the run; no flag is needed.
-    2. The settings that decide what the run computes must be the same: all fields of the config except
-       MAY_CHANGE_ON_RESUME, the labeled split and the names of all images. Otherwise UserError is raised. The
-       number of ranks is the concern of util/ranks.py.
+    2. The settings that decide what the run computes must be the same: all fields of the config that have an
+       effect, except MAY_CHANGE_ON_RESUME, the labeled split and the names of all images. Otherwise UserError
+       is raised. The number of ranks is the concern of util/ranks.py.
     3. This function restores the method (weights, bank, prior, teacher) and the optimizer; the caller
        restores the rest of the state. The order of the data and all views depend only on the seed and the
        step.
     4. If the last checkpoint is damaged or missing, `load_last` returns the previous one and a warning.
     """
-    now = to_dict(config)
-    changed = [
-        f"{key} was {state['config'].get(key)!r} and is now {now[key]!r}"
-        for key in now
-        if key not in MAY_CHANGE_ON_RESUME and state["config"].get(key) != now[key]
-    ]
+    changed = changed_settings(state["config"], config)
     if tuple(state["split"]) != tuple(split):
         changed.append(
             "the split was {} (sha256 {:.12}) and is now {} (sha256 {:.12})".format(*state["split"], *split)
@@ -109,6 +104,20 @@ def resume_published(
         except OSError as error:
             raise UserError(f"cannot copy {path} to {_published_copy(path)}: {error.strerror}") from None
     return steps
+
+
+def check_moco_path(path: Path, found: dict[str, Any], moco_path: str) -> str:
+    """Return the MoCo checkpoint from which the run started that is resumed from `found`, the content of
+    `path`; "" if there is none or if it is not known. Raises UserError if `moco_path` is given and is not it.
+    """
+    before = found.get("config", {}).get("moco_path", "")  # a published checkpoint has no config
+    before = before if isinstance(before, str) else ""
+    if moco_path and Path(moco_path) != Path(before):
+        raise UserError(
+            f"--moco-path {moco_path} has no effect: {path} is resumed, which did not start from it; leave "
+            "the flag out, or choose another --output-dir"
+        )
+    return before
 
 
 def start_from_moco(path: Path, student: nn.Module, teacher: nn.Module) -> None:

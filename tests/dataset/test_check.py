@@ -438,7 +438,7 @@ def test_mistakes_of_the_command_line_are_named(mistake, tree, tmp_path):
     own = tree.parent / "own.yaml"
     mistake(check.main, [], "--config")
     mistake(check.main, ["nothing.yaml"], "nothing.yaml", "configs/")
-    mistake(check.main, [own, "--dataa", "x"], "'--dataa'", "'data'")
+    mistake(check.main, [own, "--dataa", "x"], "'--dataa'", "'--data'")
     mistake(check.main, [own, "--sample", "-1"], "--sample", "-1")
     mistake(check.main, [own, "--sample", "few"], "--sample", "few")
     mistake(check.main, [own, "--report", tmp_path / "no/such/file.csv"], "no/such/file.csv", "--report")

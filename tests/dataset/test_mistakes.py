@@ -101,7 +101,7 @@ def _(root, monkeypatch):
 
 @row("an unknown split")
 def _(root, monkeypatch):
-    return ["--split", "simmatch-2p"]
+    return ["--split", "simmatch-2p", "--labels-per-class", "0"]
 
 
 @row("a list with an image that is not there")
@@ -127,6 +127,16 @@ def _(root, monkeypatch):
 @row("another number of classes")
 def _(root, monkeypatch):
     return ["--cls", "4"]
+
+
+@row("a setting that the data set does not use")
+def _(root, monkeypatch):
+    return ["--val", root / "val"]
+
+
+@row("labeled images chosen in two ways")
+def _(root, monkeypatch):
+    return ["--split", "simmatch-1p"]
 
 
 @row("an unknown view")
@@ -228,7 +238,7 @@ def _(root, monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(cifar.CIFAR10, "download", offline)
-    return ["--dataset", "cifar10", "--cls", "10"]
+    return ["--dataset", "cifar10", "--cls", "10", "--image-size", "224"]  # the default, instead of 32
 
 
 @row("going on with another draw of labels")
