@@ -5,6 +5,8 @@ import os
 from collections import Counter
 from typing import NamedTuple, TextIO
 
+from util.errors import printable
+
 
 class Problem(NamedTuple):
     severity: str  # BAD or note
@@ -42,6 +44,7 @@ PROBLEMS = {
         "note", "files of another format than their extension says (the content decides)", ""
     ),
 }
+COLUMNS = ["path", "problem", "detail"]  # of the report
 MAX_PRINTED = 20  # cases of each problem
 
 
@@ -50,7 +53,7 @@ class Findings:
 
     def __init__(self, report: TextIO):
         self.table = csv.writer(report)
-        self.table.writerow(["path", "problem", "detail"])
+        self.table.writerow(COLUMNS)
         self.lines: dict[str, list[str]] = {"ok": [], "note": [], "BAD": []}
         self.counts: Counter[str] = Counter()
         self.printed: dict[str, list[str]] = {problem: [] for problem in PROBLEMS}
@@ -59,7 +62,7 @@ class Findings:
         self.table.writerow([name, problem, detail])
         self.counts[problem] += 1
         if self.counts[problem] <= MAX_PRINTED:
-            self.printed[problem].append(f"{name}: {detail}")
+            self.printed[problem].append(printable(f"{name}: {detail}"))
 
     def print_summary(self) -> int:
         """Print all findings and return the number of BAD lines. Call it once."""
