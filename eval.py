@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, predict or export. argv: the flags; None: those of this process."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if args.export:
-        kind, recognizes = f"a file of the format {args.format}", export.is_export(args.format)
+        kind, recognizes = f"a file of --format {args.format}", export.is_export(args.format)
         file, replaces = check_output(args.export, "--export", kind, recognizes, reads=[args.checkpoint])
     elif args.predict:
         kind, recognizes = "a CSV file of predictions", predictions.is_predictions

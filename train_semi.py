@@ -10,6 +10,7 @@ from pathlib import Path
 from util import preempt
 from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main
+from util.files import user_path
 
 if __name__ == "__main__":
     # Importing PyTorch takes seconds. A signal meanwhile must not end the run, and --help and a wrong flag
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dataset.bank_age import bank_row_ages
-from dataset.build import build_data
+from dataset.build import build_data, check_output_dirs
 from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
 from dataset.workers import PrefetchLoader
 from eval import OVERRIDES
@@ -49,12 +50,13 @@ def main() -> None:
     # The command line, the ranks, and the last checkpoint if there is one.
     config = parse(sys.argv[1:], __doc__)
     device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
-    rank, out = dist_utils.rank(), Path(config.output_dir)
-    last = Path("checkpoints", config.checkpoint) if config.checkpoint else out / "last.pth"
+    rank, out = dist_utils.rank(), user_path(config.output_dir)
+    last = user_path(Path("checkpoints", config.checkpoint)) if config.checkpoint else out / "last.pth"
     if config.evaluate:
         preempt.restore_default_handlers()
         evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
         return
+    check_output_dirs(config, out, last.parent)
     found, load_warning = load_last(last)
     published_state = found if is_published(found) else None
     saved_state = None if published_state else found

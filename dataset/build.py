@@ -1,6 +1,7 @@
 """Builds the data set of a config, with its split and its views."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dataset import digits, folder, imagenet
@@ -8,6 +9,7 @@ from dataset.imagenet import Validation
 from dataset.loader import Data, View
 from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, IMAGENET_NORM, photo_view, pipeline
 from util.errors import UserError
+from util.files import user_path
 
 
 def _build_cifar(config: Any, on_device: bool) -> Data:
@@ -49,6 +51,22 @@ EVAL_VIEWS = {
     "cifar10": lambda c: (CIFAR_FILES, CIFAR10_NORM),
     "cifar100": lambda c: (CIFAR_FILES, CIFAR100_NORM),
 }
+
+
+def check_output_dirs(config: Any, *outputs: Path) -> None:
+    """Raise UserError if a directory that a run writes to lies in a directory of images: the next start would
+    take it for a class, or its pictures for images.
+    """
+    if config.dataset not in ("folder", "imagenet"):  # the others do not list directories
+        return
+    data = imagenet.find_root(config.data) if config.dataset == "imagenet" else config.data
+    for flag, root in (("--data", data), ("--unlabelled", config.unlabelled), ("--val", config.val)):
+        for output in outputs:
+            if root and output.resolve().is_relative_to(user_path(root).resolve()):
+                raise UserError(
+                    f"output directory {output} lies in {flag} {root}, whose directories hold images: choose "
+                    "another --output-dir"
+                )
 
 
 def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:

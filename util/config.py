@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from util.errors import Parser, UserError
+from util.files import user_path
 
 
 def arg(default: Any, help: str) -> Any:
@@ -280,7 +281,7 @@ def parse(argv: Sequence[str], description: str) -> Config:
 def read_yaml(path: str) -> dict[str, Any]:
     """The values in a config file, checked as by `from_dict`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = user_path(path).read_text(encoding="utf-8")
         values = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}; configs/ has examples") from None

@@ -71,8 +71,8 @@ def check_output(
     Return the file to write, with links resolved, and a line to print if it replaces a file, else "". Raises
     UserError if `path` cannot be written or has a file of another kind.
 
-    flag: that names the file. kind: in words, with its article. recognizes: whether an existing file is of that kind. reads: the files
-    that the program reads.
+    flag: the one that names the file. kind: in words, with its article. recognizes: returns whether an
+    existing file is of that kind. reads: the files that the program reads.
     """
     path = user_path(path)
     target = Path(os.path.realpath(path))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from util.errors import UserError
+from util.errors import UserError, printable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -109,7 +109,7 @@ class Logger:
         self.write("bad_images", step, {"fate": fate, "count": len(bad), "images": images})
         self.print_line(f"{len(unique)} bad images were {fate} ({len(bad)} times):")
         for name, cause in unique[:20]:
-            self.print_line(f"  {name}: {cause}")
+            self.print_line(printable(f"  {name}: {cause}"))
         if len(unique) > 20:
             self.print_line(f"  and {len(unique) - 20} more, in {self.path}")
 
