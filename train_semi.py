@@ -56,7 +56,6 @@ def main() -> None:
         preempt.restore_default_handlers()
         evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
         return
-    check_output_dirs(config, out, last.parent)
     found, load_warning = load_last(last)
     published_state = found if is_published(found) else None
     saved_state = None if published_state else found
@@ -68,6 +67,7 @@ def main() -> None:
 
     # The data, and what each step sees of them.
     data = build_data(config, gpu=device.type == "cuda")
+    check_output_dirs(config, out, last.parent)
     config.cls = len(data.classes)
     stream = Stream(
         data,

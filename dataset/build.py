@@ -54,17 +54,19 @@ EVAL_VIEWS = {
 
 
 def check_output_dirs(config: Any, *outputs: Path) -> None:
-    """Raise UserError if a directory that a run writes to lies in a directory of images: the next start would
-    take it for a class, or its pictures for images.
+    """Raise UserError if a directory that a run writes to lies in one that is searched for images: the next
+    start would take it for a class, or its pictures for images.
     """
-    if config.dataset not in ("folder", "imagenet"):  # the others do not list directories
-        return
-    data = imagenet.find_root(config.data) if config.dataset == "imagenet" else config.data
-    for flag, root in (("--data", data), ("--unlabelled", config.unlabelled), ("--val", config.val)):
+    searched: list[Path] = []
+    if config.dataset == "folder":
+        searched = [user_path(path) for path in (config.data, config.unlabelled, config.val) if path]
+    elif config.dataset == "imagenet":
+        searched = [imagenet.find_root(config.data) / part for part in ("train", "val")]
+    for images in searched:
         for output in outputs:
-            if root and output.resolve().is_relative_to(user_path(root).resolve()):
+            if output.resolve().is_relative_to(images.resolve()):
                 raise UserError(
-                    f"output directory {output} lies in {flag} {root}, whose directories hold images: choose "
+                    f"output directory {output} lies in {images}, which is searched for images: choose "
                     "another --output-dir"
                 )
 

@@ -5,6 +5,7 @@ data.
 import csv
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -118,14 +119,19 @@ def test_a_class_is_no_formula_and_no_ambiguity(name, shown):
 
 
 @pytest.mark.parametrize("flag", ["--data", "--unlabelled", "--val"])
-def test_the_output_directory_is_not_among_the_images(root, mistake, tmp_path, flag):
-    flags = ["--config", "configs/folder.yaml", "--data", root]
-    folder = root if flag == "--data" else tmp_path / "more"
+def test_the_output_directory_is_not_among_the_images(root, mistake, tmp_path, flag, monkeypatch):
+    monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
+    flags = ["--config", "configs/folder.yaml", "--data", root, "--device", "cpu", "--anno-percent", "0.1"]
+    folder = root
+    if flag != "--data":
+        folder = tmp_path / "more"
+        shutil.copytree(root / "val", folder)
+        flags += [flag, folder]
     (tmp_path / "link").symlink_to(folder)
-    flags += [flag, folder] if flag != "--data" else []
-    for output in (folder / "train" / "run", folder, tmp_path / "link" / "run"):
-        mistake(train_semi.main, [*flags, "--output-dir", output], f"{output} lies in {flag} {folder}")
-    assert not (folder / "run").exists() and not (folder / "train" / "run").exists()
+    before = sorted(folder.rglob("*"))
+    for output in (folder / "run", folder, tmp_path / "link" / "a" / "b"):
+        mistake(train_semi.main, [*flags, "--output-dir", output], f"{output} lies in {folder}, which")
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("flag", ["--data", "--unlabelled", "--val", "--split", "--output-dir", "--config"])
