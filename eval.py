@@ -8,11 +8,13 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from util.errors import Parser, UserError, cli_main, start_program
+from util import predictions
+from util.errors import Parser, UserError, cli_main, printable, start_program
+from util.files import check_output, user_path, write_atomically
 
 # Settings of the training run that the command line of an evaluation may override.
 OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "image_size")
@@ -24,7 +26,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="best.pth or last.pth of a run, or a published checkpoint",
     )
@@ -33,19 +35,18 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--predict",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="instead classify all images below DIR and write a CSV file",
     )
     parser.add_argument(
         "--output",
-        type=Path,
-        default=Path("predictions.csv"),
+        type=user_path,
         metavar="FILE",
-        help="CSV file that --predict writes (default: predictions.csv)",
+        help=f"CSV file that --predict writes (default: {predictions.DEFAULT})",
     )
     parser.add_argument(
-        "--export", type=Path, metavar="FILE", help="instead convert the checkpoint for another program"
+        "--export", type=user_path, metavar="FILE", help="instead convert the checkpoint for another program"
     )
     parser.add_argument(
         "--format",
@@ -65,6 +66,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--export FILE and --format need each other: give both or neither")
     if args.export and args.predict:
         raise UserError("--export and --predict cannot be combined: call eval.py once for each")
+    if args.output and not args.predict:
+        raise UserError("--output needs --predict DIR: an evaluation writes no file")
+    if args.per_class and (args.predict or args.export):
+        raise UserError("--per-class is for an evaluation: it has no effect with --predict or --export")
     if args.teacher and (args.format == "published" or not (args.predict or args.export)):
         raise UserError(
             "--teacher needs --predict or an --export of one network; otherwise both networks are used"
@@ -93,40 +98,73 @@ from util.metrics import evaluate
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, predict or export. argv: the flags; None: those of this process."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
+    if args.export:
+        kind, recognizes = f"a file of --format {args.format}", export.is_export(args.format)
+        file, replaces = check_output(args.export, "--export", kind, recognizes, reads=[args.checkpoint])
+    elif args.predict:
+        kind, recognizes = "a CSV file of predictions", predictions.is_predictions
+        output = args.output or predictions.DEFAULT
+        file, replaces = check_output(output, "--output", kind, recognizes, reads=[args.checkpoint])
     opened = open_checkpoint(args.checkpoint, vars(args))
     config = opened.config
     network = opened.teacher if args.teacher else opened.student
     if network is None:
         raise UserError(f"{args.checkpoint} has no teacher")
     if args.export:
-        export_to(args.export, args.format, opened, network, args.checkpoint)
+        export_to(file, args.format, opened, network, args.checkpoint)
+        print_line(replaces)
         return
     device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
     rank, world = dist_utils.rank(), dist_utils.world_size()
     if args.predict:
         if world > 1:
             raise UserError("--predict runs in a single process: start it without torchrun or srun")
-        predict(network.to(device), opened, args.predict, args.output, device)
+        predict(network.to(device), opened, args.predict, file, device, args.checkpoint)
+        print_line(replaces)
         return
 
     data = load_test_set(opened, args.checkpoint, device)
     bad = BadImages(config.on_bad_image)
-    networks = [net.to(device) for net in (opened.student, opened.teacher) if net is not None]
+    networks = [
+        checked(net.to(device), args.checkpoint)
+        for net in (opened.student, opened.teacher)
+        if net is not None
+    ]
     eval_loader = EvalLoader(data, rank, world, config.workers, device)
     results = evaluate(networks, eval_loader.batches(bad), len(data.classes), device)
     left_out = [image for images in dist_utils.all_gather_object(bad.take()) for image in images]
     dist_utils.dist_end()
     if rank > 0:
         return
-    print(f"{opened.description}; {len(data.test_labels)} test images")
+    print_line(f"{opened.description}; {len(data.test_labels)} test images")
     for name, cause in left_out:
-        print(f"left out: {name}: {cause}")
+        print_line(f"left out: {name}: {cause}")
     if args.per_class:
         for name, value in zip(data.classes, results[0].per_class):
-            print(f"class {name}: {value:.3f}")
+            print_line(f"class {name}: {value:.3f}")
     for name, result in zip(("student", "teacher"), results):
         print(f"{name}: top-1 {result.top1:.3f} %, top-5 {result.top5:.3f} %")
     print(f"* Acc@1 {results[0].top1:.3f} Acc@5 {results[0].top5:.3f}")
+
+
+def print_line(line: str) -> None:
+    """Print a line, which may have any name of a file or a class in it; nothing if it is empty."""
+    if line:
+        print(printable(line))
+
+
+def checked(network: Network, path: Path) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Return `network` as a function that raises UserError if its logits are not finite: an argmax of NaN
+    would look like a prediction. Finite weights can give them, such as a negative variance of BN.
+    """
+
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, z = network(x)  # [n, C], [n, D]
+        if not torch.isfinite(logits).all():
+            raise UserError(f"checkpoint {path} is damaged: its network gives logits that are not finite")
+        return logits, z
+
+    return call
 
 
 class Opened(NamedTuple):
@@ -157,7 +195,7 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
     if kind == "native":
         state = checkpoint.verify(state, path)
         config = _override(state["config"], flags, path)
-        classes, tensors = state["classes"], state["method"]
+        classes, tensors = list(state["classes"]), state["method"]
         description = f"{config.method}, {config.backbone}, {SplitId(*state['split'])}; step {state['step']}"
         prefixes = ("student.", "teacher.net.")
     else:
@@ -172,6 +210,13 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
     if config.method not in METHODS:
         raise UserError(
             f"the config in {path}: unknown method {config.method!r}; known: {', '.join(METHODS)}"
+        )
+    # Compared before a network of that size is built.
+    weight = tensors.get(f"{prefixes[0]}head.2.weight")
+    if kind == "native" and (weight is None or weight.shape[:1] != (config.dim,)):
+        raise UserError(
+            f"{where} has another network than its config says, which has dim {config.dim}: "
+            f"{prefixes[0]}head.2.weight is {'missing' if weight is None else list(weight.shape)}"
         )
 
     def load_network(prefix: str) -> Network:
@@ -224,7 +269,7 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
     where, values, description = f"checkpoint {path}", network.state_dict(), opened.config.backbone
     if form == "onnx":
         content, check = export.onnx(network, channels(values, "backbone."), opened.config.image_size)
-        checkpoint.write_atomically(file, lambda out: out.write(content))
+        write_atomically(file, lambda out: out.write(content))
         description += f"; {check}"
     else:
         value = (
@@ -232,7 +277,7 @@ def export_to(file: Path, form: str, opened: Opened, network: Network, path: Pat
             if form == "published"
             else export.plain_resnet(values, opened.config.backbone, where)
         )
-        checkpoint.write_atomically(file, lambda out: checkpoint.write_torch(value, out))
+        write_atomically(file, lambda out: checkpoint.write_torch(value, out))
         description += f"; {value['epoch']} whole epochs" if form == "published" else ""
     print(f"{file}: {form}, {description}")
 
@@ -257,16 +302,23 @@ def channels(values: dict[str, torch.Tensor], prefix: str) -> int:
     which `load_module` will report.
     """
     return next(
-        (value.shape[1] for key, value in values.items() if key.startswith(prefix) and value.ndim == 4), 3
+        (
+            value.shape[1]
+            for key, value in values.items()
+            if key.startswith(prefix) and value.ndim == 4 and value.numel()
+        ),
+        3,
     )
 
 
 @torch.no_grad()
-def predict(network: Network, opened: Opened, folder: Path, output: Path, device: torch.device) -> None:
-    """Classify every image below `folder` into a CSV file with path, class, probability and top 5."""
+def predict(
+    network: Network, opened: Opened, folder: Path, output: Path, device: torch.device, path: Path
+) -> None:
+    """Classify every image below `folder` into a CSV file, with a network of the checkpoint `path`."""
     view, _ = eval_view_for_files(opened.config, gpu=device.type == "cuda")
     images, classes, bad = list_images(folder), opened.classes, BadImages(opened.config.on_bad_image)
-    count = 0
+    logits_of, count = checked(network, path), 0
 
     def write(out: BinaryIO) -> None:
         nonlocal count
@@ -274,7 +326,7 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
             out, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
         )
         lines = csv.writer(file)
-        lines.writerow(["path", "class", "probability", "top5"])
+        lines.writerow(predictions.COLUMNS)
         loader = ImageLoader(
             Files(images.root, images.names),
             view,
@@ -283,18 +335,18 @@ def predict(network: Network, opened: Opened, folder: Path, output: Path, device
             device,
         )
         for x, rows in loader.batches(bad):
-            p = torch.softmax(network(x)[0].float(), dim=1)  # [n, C]
+            p = torch.softmax(logits_of(x)[0].float(), dim=1)  # [n, C]
             best = p.topk(min(5, len(classes)), dim=1)  # [n, 5] each
             for row, values, labels in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):
-                top = [f"{classes[c]}={value:.4f}" for value, c in zip(values, labels)]
-                lines.writerow([images.names[row], classes[labels[0]], f"{values[0]:.4f}", ";".join(top)])
+                lines.writerow(predictions.row(images.names[row], [classes[c] for c in labels], values))
                 count += 1
         file.detach()  # otherwise it would close `out`
 
-    checkpoint.write_atomically(output, write)
+    write_atomically(output, write)
     for name, cause in bad.take():
-        print(f"left out: {name}: {cause}")
-    print(f"{count} images below {folder} classified: {output}")
+        print_line(f"left out: {name}: {cause}")
+    print_line(predictions.note_other_encodings(images.names))
+    print_line(f"{count} images below {folder} classified: {output}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import NoReturn
 from util import preempt
 from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main, start_program
+from util.files import user_path
 
 if __name__ == "__main__":
     # Importing PyTorch takes seconds. A signal meanwhile must not end the run.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dataset.bank_age import bank_row_ages
-from dataset.build import build_data, view_sides
+from dataset.build import build_data, check_output_dirs, view_sides
 from dataset.findings import start_warnings
 from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
 from dataset.workers import PrefetchLoader
@@ -65,21 +66,22 @@ def main() -> None:
         preempt.restore_default_handlers()
         evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
         return
-    locked = [
-        Path(config.output_dir, "lock"),
-        *([last.with_name(f"{last.name}.lock")] * bool(config.checkpoint)),
-    ]
+    out = user_path(config.output_dir)
+    check_output_dirs(config, out, last.parent)
+    locked = [out / "lock", *([last.with_name(f"{last.name}.lock")] * bool(config.checkpoint))]
     lock = dist_utils.on_rank_0(lambda: RunLock(locked, print))
     with lock or nullcontext():
-        train(config, device, last, may_write=lock.check if lock else lambda: None)
+        train(config, device, out, last, may_write=lock.check if lock else lambda: None)
 
 
-def train(config: Config, device: torch.device, last: Path, may_write: Callable[[], None]) -> None:
-    """Train until all epochs are done or a signal asks the run to stop. last: the path of last.pth.
-    may_write: raises UserError if another start has taken over the output directory.
+def train(config: Config, device: torch.device, out: Path, last: Path, may_write: Callable[[], None]) -> None:
+    """Train until all epochs are done or a signal asks the run to stop.
+
+    out: the output directory. last: the path of last.pth. may_write: raises UserError if another start has
+    taken over the output directory.
     """
     # The last checkpoint, if there is one, and the ranks.
-    rank, out = dist_utils.rank(), Path(config.output_dir)
+    rank = dist_utils.rank()
     found, load_warning = load_last(last)
     if found:
         config.moco_path = check_moco_path(last, found, config.moco_path)
@@ -336,8 +338,8 @@ def train(config: Config, device: torch.device, last: Path, may_write: Callable[
 def last_checkpoint(config: Config) -> Path:
     """Return the path of the checkpoint that the run resumes from."""
     if config.checkpoint:
-        return Path("checkpoints", config.checkpoint)
-    return Path(config.output_dir, "last.pth")
+        return user_path(Path("checkpoints", config.checkpoint))
+    return user_path(config.output_dir) / "last.pth"
 
 
 def stop_early(writer: checkpoint.Writer, log: Logger, step: int, last: Path) -> NoReturn:

@@ -21,6 +21,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
+from benchmark import marked_file  # noqa: E402
 from util.config import changed_settings, parse, read_yaml  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.report import read_evaluated_run  # noqa: E402
@@ -90,10 +91,8 @@ def main() -> None:
 
     if args.jobs < 1:
         raise UserError("--jobs must be 1 or more")
-    if args.write and not all(mark in args.write.read_text(encoding="utf-8") for mark in MARKS):
-        raise UserError(
-            f"{args.write} has no place for the table: it needs the lines {MARKS[0]} and {MARKS[1]}"
-        )
+    if args.write:
+        marked_file.check(args.write, MARKS)
     args.runs = args.runs.resolve()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     jobs = [(method, n, seed) for method in METHODS for n in LABELS for seed in args.seeds]
@@ -131,11 +130,7 @@ def main() -> None:
     )
     print(f"\n{table}")
     if args.write:
-        text = args.write.read_text(encoding="utf-8")
-        before, rest = text.split(MARKS[0])
-        args.write.write_text(
-            f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8"
-        )
+        marked_file.put(args.write, MARKS, table)
 
 
 if __name__ == "__main__":

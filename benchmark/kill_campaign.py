@@ -162,7 +162,7 @@ def unfinished_checkpoints(folder: Path) -> set[tuple[str, int, int]]:
     differs from a new one.
     """
     found = set()
-    for path in (folder / "last.pth.tmp", folder / "best.pth.tmp"):
+    for path in folder.glob("*.pth.*.tmp"):
         with suppress(FileNotFoundError):
             stat = path.stat()
             found.add((path.name, stat.st_ino, stat.st_mtime_ns))

@@ -28,6 +28,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmark import marked_file  # noqa: E402
 from benchmark.digits import machine  # noqa: E402
 from benchmark.parity_steps import LABELS, SIDE, B, K, Step, settings, trajectory  # noqa: E402
 from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
@@ -337,9 +338,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 2:
         raise UserError("--steps must be at least 2: the first step is of the first epoch, without L_in")
-    start, end = (mark.format(args.backbone) for mark in MARKS)
-    if args.write and not all(mark in args.write.read_text(encoding="utf-8") for mark in (start, end)):
-        raise UserError(f"{args.write} has no place for the table: it needs the lines {start} and {end}")
+    marks = (MARKS[0].format(args.backbone), MARKS[1].format(args.backbone))
+    if args.write:
+        marked_file.check(args.write, marks)
     chosen = [mode for mode in modes() if not args.only or mode.name.partition(", ")[2] in args.only]
     if not chosen:
         raise UserError(
@@ -382,11 +383,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if args.write:
-        text = args.write.read_text(encoding="utf-8")
-        before, rest = text.split(start)
-        args.write.write_text(
-            "\n".join([before + start, *table, *lines, end + rest.split(end)[1]]), encoding="utf-8"
-        )
+        marked_file.put(args.write, marks, "\n".join([*table, *lines]))
     if broken:
         raise SystemExit(1)
 

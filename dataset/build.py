@@ -1,6 +1,7 @@
 """Builds the data set of a config, with its split and its views."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from dataset import digits, folder, imagenet
@@ -8,6 +9,7 @@ from dataset.imagenet import Validation
 from dataset.loader import Data, View
 from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, IMAGENET_NORM, Stage, photo_view, pipeline
 from util.errors import UserError
+from util.files import user_path
 
 
 def _build_cifar(config: Any, on_device: bool) -> Data:
@@ -70,6 +72,24 @@ def _side(stages: Sequence[Stage]) -> int:
     return (
         getattr(stages[0], "size", 32) if stages else 32
     )  # without a crop, an image of CIFAR keeps its side
+
+
+def check_output_dirs(config: Any, *outputs: Path) -> None:
+    """Raise UserError if a directory that a run writes to lies in one that is searched for images: the next
+    start would take it for a class, or its pictures for images.
+    """
+    searched: list[Path] = []
+    if config.dataset == "folder":
+        searched = [user_path(path) for path in (config.data, config.unlabelled, config.val) if path]
+    elif config.dataset == "imagenet":
+        searched = [imagenet.find_root(config.data) / part for part in ("train", "val")]
+    for images in searched:
+        for output in outputs:
+            if output.resolve().is_relative_to(images.resolve()):
+                raise UserError(
+                    f"output directory {output} lies in {images}, which is searched for images: choose "
+                    "another --output-dir"
+                )
 
 
 def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:

@@ -11,6 +11,7 @@ from dataset.loader import Data, SplitId
 from dataset.source import Arrays
 from dataset.views import CIFAR10_NORM, CIFAR100_NORM, photo_view, pipeline
 from util.errors import UserError
+from util.files import user_path
 
 SETS = {"cifar10": (CIFAR10, CIFAR10_NORM), "cifar100": (CIFAR100, CIFAR100_NORM)}
 ROOT = "data"  # the folder of the files without --data
@@ -26,7 +27,7 @@ def build(
     are downloaded if they are not in `data`. Raises UserError if they are damaged or cannot be downloaded.
     """
     dataset, norm = SETS[name]
-    root = Path(data or ROOT).expanduser()
+    root = user_path(data or ROOT)
     train, test = (_open(dataset, name, root, is_train) for is_train in (True, False))
     labels, test_labels = (np.array(part.targets, np.int64) for part in (train, test))  # [50000], [10000]
     labeled, sha = splits.draw_rows(labels, labels_per_class, seed)  # [C·labels_per_class]

@@ -16,6 +16,7 @@ from dataset.loader import Data
 from dataset.source import Files
 from util.config import Config
 from util.detectors import describe_start_in_teacher
+from util.errors import printable
 
 
 class Problem(NamedTuple):
@@ -56,6 +57,7 @@ PROBLEMS = {
         "note", "files of another format than their extension says (the content decides)", ""
     ),
 }
+COLUMNS = ["path", "problem", "detail"]  # of the report
 MAX_PRINTED = 20  # cases of each problem
 MAX_NAMED = 5  # cases in one line
 ENOUGH_TEST_IMAGES = 10  # of a class
@@ -66,7 +68,7 @@ class Findings:
 
     def __init__(self, report: TextIO):
         self.table = csv.writer(report)
-        self.table.writerow(["path", "problem", "detail"])
+        self.table.writerow(COLUMNS)
         self.lines: dict[str, list[str]] = {"ok": [], "note": [], "BAD": []}
         self.counts: Counter[str] = Counter()
         self.printed: dict[str, list[str]] = {problem: [] for problem in PROBLEMS}
@@ -75,7 +77,7 @@ class Findings:
         self.table.writerow([name, problem, detail])
         self.counts[problem] += 1
         if self.counts[problem] <= MAX_PRINTED:
-            self.printed[problem].append(f"{name}: {detail}")
+            self.printed[problem].append(printable(f"{name}: {detail}"))
 
     def print_summary(self) -> int:
         """Print all findings and return the number of BAD lines. Call it once."""

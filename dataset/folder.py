@@ -12,6 +12,7 @@ from dataset.imagenet import assemble, choose_split
 from dataset.loader import Data
 from dataset.source import LabeledFiles
 from util.errors import UserError
+from util.files import user_path
 
 # Folders of these names are not taken for classes.
 NOT_CLASSES = {"val", "valid", "validation", "test", "unlabelled", "unlabeled"}
@@ -40,9 +41,9 @@ def build(
     """
     if not data:
         raise UserError("dataset folder needs --data DIR, a folder with one folder of images for each class")
-    root = Path(data).expanduser()
-    train_root, val_root = root, Path(val).expanduser() if val else None
-    unlabeled_root = Path(unlabeled).expanduser() if unlabeled else None
+    root = user_path(data)
+    train_root, val_root = root, user_path(val) if val else None
+    unlabeled_root = user_path(unlabeled) if unlabeled else None
     folders = {entry.name for entry in os.scandir(root) if entry.is_dir()} if root.is_dir() else set()
     if "train" in folders:
         others = sorted(name for name in folders - NOT_CLASSES - {"train"} if not name.startswith("."))

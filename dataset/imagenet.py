@@ -13,6 +13,7 @@ from dataset.loader import Data, SplitId, View
 from dataset.source import LabeledFiles
 from dataset.views import IMAGENET_NORM, photo_view, pipeline
 from util.errors import UserError
+from util.files import user_path
 
 # The folder that holds train/ and val/, and train.txt or val.txt if they have no class folders.
 IMAGENET_ROOT = "/path/to/imagenet"
@@ -50,7 +51,7 @@ class Imagenet(LabeledFiles):
 
 def find_root(data: str) -> Path:
     """Return `data` if it is given, else the environment variable, else the path at the top of this file."""
-    return Path(data or os.environ.get("IMAGENET_ROOT") or IMAGENET_ROOT).expanduser()
+    return user_path(data or os.environ.get("IMAGENET_ROOT") or IMAGENET_ROOT)
 
 
 def choose_split(

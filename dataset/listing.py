@@ -10,15 +10,16 @@ import os
 import re
 import sys
 import time
-import uuid
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from util.errors import UserError
+from util.errors import UserError, printable
+from util.files import reason, special_file, user_path, write_atomically
 
 # Upper case is accepted, too.
 EXTENSIONS = tuple(b".jpg .jpeg .jfif .jpe .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())
@@ -101,7 +102,7 @@ def read_list(file: str | Path, root: str | Path) -> Listing:
     A class is named after the folder of its images, or the part of their names before "_", if these and the
     labels correspond one to one, else by its label. Raises UserError with the file and the line.
     """
-    root, file = _folder(root), Path(file)
+    root, file = _folder(root), user_path(file)
     numbers, paths, texts = entries(read_bytes(file), str(file))
     values = []
     for number, path, text in zip(numbers, paths, texts):
@@ -127,6 +128,7 @@ def read_list(file: str | Path, root: str | Path) -> Listing:
     if not one_to_one or "" in class_names.values():
         class_names = {}
     classes = [class_names.get(c, str(c)) for c in range(max(values) + 1)]
+    _check_class_names(classes, str(file))
     return Listing(root, classes, Names(np.array([path.encode() for path in paths])), labels)
 
 
@@ -161,32 +163,31 @@ def entries(data: bytes, where: str) -> tuple[list[int], list[str], list[str | N
 
 def read_bytes(file: Path) -> bytes:
     """Read the content of a list file. Raises UserError if that is not possible."""
+    if special := special_file(file):
+        raise UserError(f"cannot read list file {file}: it is {special}; check the path")
     try:
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read list file {file}: {error.strerror}; check the path") from None
 
 
-def write_bytes(file: Path, *parts: bytes) -> None:
-    """Write `file` atomically, also if several processes write it at once. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            stream.writelines(parts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _folder(root: str | Path) -> Path:
-    path = os.path.expanduser(root)
+    path = user_path(root)
     if not os.path.isdir(path):
         problem = "is not a folder" if os.path.exists(path) else "does not exist"
         raise UserError(f"data folder {path} {problem}; check the path")
-    return Path(path).resolve()
+    return path.resolve()
+
+
+def _check_class_names(classes: Iterable[str], where: str) -> None:
+    """Raise UserError if the name of a class cannot be read in a log or a table: if it is blank, or has line
+    ends or other control characters.
+    """
+    for name in classes:
+        if not name.strip() or any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in name):
+            raise UserError(
+                f'{where}: the class name "{printable(name)}" is blank or has control characters; rename it'
+            )
 
 
 def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> _Tree:
@@ -199,6 +200,7 @@ def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> _Tree:
             classes = sorted(e.name for e in found if not e.name.startswith(b".") and e.is_dir())
     except OSError as error:
         raise _unreadable(root, error) from None
+    _check_class_names(map(os.fsdecode, classes), f"data folder {os.fsdecode(root)}")
     if not classes:
         raise UserError(
             f"data folder {os.fsdecode(root)} has no class folders; expected <class>/<image> below it"
@@ -250,7 +252,8 @@ def _walk(
                     images += more_images
                     visited += more_visited
                 elif image:
-                    raise UserError(f"{os.fsdecode(entry.path)} is a broken link; fix or remove it")
+                    kind = special_file(entry.path) or "a broken link"
+                    raise UserError(f"{os.fsdecode(entry.path)} is {kind}, not an image; remove it")
     except OSError as error:
         raise _unreadable(path, error) from None
     return images, visited
@@ -273,9 +276,10 @@ def _mtimes(folder: bytes) -> tuple[int, int]:
 
 def _cache_file(root: bytes, recursive: bool, cache_dir: str | Path | None) -> Path | None:
     key = hashlib.sha256(b"format 2\0%d\0%s" % (recursive, root)).hexdigest()[:32]
-    folder = Path(cache_dir or os.environ.get("SIMMATCH_CACHE") or "~/.cache/simmatch")
+    if chosen := cache_dir or os.environ.get("SIMMATCH_CACHE"):
+        return user_path(chosen) / f"listing-{key}.npz"
     try:
-        return folder.expanduser() / f"listing-{key}.npz"
+        return Path("~/.cache/simmatch").expanduser() / f"listing-{key}.npz"
     except RuntimeError:  # the user has no home folder
         return None
 
@@ -284,11 +288,13 @@ def _save_cache(cache: Path, tree: _Tree) -> None:
     """Write an npz file followed by its SHA-256."""
     stream = io.BytesIO()
     np.savez(stream, **tree._asdict())
+    content = stream.getvalue()
     try:
-        write_bytes(cache, stream.getvalue(), hashlib.sha256(stream.getbuffer()).digest())
-    except OSError as error:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, lambda file: file.writelines((content, hashlib.sha256(content).digest())))
+    except (OSError, UserError) as error:
         _warn_once(
-            f"listing: cannot write to {cache.parent} ({error.strerror}), so every start reads the whole "
+            f"listing: cannot write to {cache.parent} ({reason(error)}), so every start reads the whole "
             "tree; SIMMATCH_CACHE=DIR chooses another folder"
         )
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dataset.listing import Names
+from util.files import special_file
 
 # Pillow refuses images of more than twice as many pixels: those above 17,000 × 17,000 may exhaust the memory.
 MAX_PIXELS = 300_000_000
@@ -83,6 +84,8 @@ def decode(path: Path) -> Image.Image:
     RGB, transparent images are put on white, and of an animation the first frame is taken. EXIF orientation
     is not applied, as in torchvision's loader.
     """
+    if special := special_file(path):
+        raise BadImage(f"it is {special}, not an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of EXIF blocks and palettes; the pixels are right
@@ -94,8 +97,6 @@ def decode(path: Path) -> Image.Image:
         cause = (
             "the file is empty" if _is_empty(path) else "it is not an image, or its format is not supported"
         )
-    except IsADirectoryError:
-        cause = "it is a directory"
     except PermissionError:
         cause = "no permission to read it"
     except Image.DecompressionBombError:

@@ -17,7 +17,8 @@ import numpy as np
 
 from dataset import listing
 from dataset.source import LabeledFiles
-from util.errors import Parser, UserError, cli_main
+from util.errors import Parser, UserError, cli_main, printable
+from util.files import check_output, user_path, write_atomically
 
 FOLDER = Path(__file__).with_name("semi_files")
 
@@ -63,7 +64,7 @@ def load(name_or_path: str | Path, folder: str | Path = FOLDER) -> Split:
     (`dataset.listing.entries` describes the format). Raises UserError.
     """
     published = PUBLISHED.get(str(name_or_path))
-    file = Path(folder, f"{name_or_path}.txt") if published else Path(name_or_path)
+    file = user_path(folder) / f"{name_or_path}.txt" if published else user_path(name_or_path)
     if published and not os.path.exists(file):
         raise UserError(f"split {name_or_path}: {file} is missing; run: bash script/get_splits.sh")
     if not published and not os.path.exists(file):
@@ -117,12 +118,23 @@ def make(
         ranked = sorted(map(os.fsencode, names), key=lambda name: hashlib.sha256(key + name).digest())
         drawn += sorted(ranked[:count])
     text = _list_text(drawn)
-    for name, read_back in zip(drawn, listing.entries(text, split_id)[1]):
-        if name != read_back.encode():
-            raise UserError(
-                f"a list cannot hold the name {name!r}, which is read back as {read_back!r}; rename the image"
-            )
+    if not drawn or _read_back(text) != drawn:
+        for name in drawn:
+            if _read_back(name) != [name]:
+                raise UserError(
+                    f"a list cannot hold the name {printable(os.fsdecode(name))}: it is not UTF-8, or would "
+                    "be read back as another name; rename the image or its folder"
+                )
+        listing.entries(text, split_id)  # raises UserError: there is no name, or one occurs twice
     return Split(split_id, hashlib.sha256(text).hexdigest(), np.array(drawn))
+
+
+def _read_back(text: bytes) -> list[bytes]:
+    """Return the names in the text of a list file; none if it is not valid."""
+    try:
+        return [name.encode() for name in listing.entries(text, "")[1]]
+    except UserError:
+        return []
 
 
 def draw_rows(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, str]:
@@ -245,6 +257,12 @@ def _list_text(names: Sequence[bytes]) -> bytes:
     return b"".join(name + b"\n" for name in names)
 
 
+def _is_list(file: Path) -> bool:
+    """Return whether a file is a list of images: all of its names have the extension of an image."""
+    names = _read_back(file.read_bytes()) if file.stat().st_size < 2**30 else []
+    return bool(names) and all(name.lower().endswith(listing.EXTENSIONS) for name in names)
+
+
 def _list(args: argparse.Namespace) -> None:
     for name, published in PUBLISHED.items():
         file = args.folder / f"{name}.txt"
@@ -264,9 +282,13 @@ def _make(args: argparse.Namespace) -> None:
     split = make(names, args.per_class, args.percent, args.seed)
     out = args.out or args.folder / f"{split.id}.txt"
     try:
-        listing.write_bytes(out, _list_text(split.names.tolist()))
+        out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another file with --out") from None
+    out, replaces = check_output(out, "--out", "a list of images", _is_list, reads=[args.source])
+    write_atomically(out, lambda file: file.write(_list_text(split.names.tolist())))
+    if replaces:
+        print(replaces)
     print(f"{out}: {len(split.names):,} images of {len(names):,} classes, sha256 {split.sha256}")
 
 
@@ -293,7 +315,7 @@ def main() -> None:
     published = commands.add_parser("list", help="show the published lists and which of them are present")
     drawn = commands.add_parser("make", help="draw a split at random and write it to a list file")
     drawn.add_argument(
-        "source", type=Path, metavar="SOURCE", help="folder with <class>/<image>, or a list file"
+        "source", type=user_path, metavar="SOURCE", help="folder with <class>/<image>, or a list file"
     )
     size = drawn.add_mutually_exclusive_group(required=True)
     size.add_argument("--per-class", type=int, metavar="N", help="number of images of each class")
@@ -305,14 +327,17 @@ def main() -> None:
         "--recursive", action="store_true", help="look for images in folders below the class folders, too"
     )
     drawn.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: <name of the split>.txt in --folder"
+        "--out", type=user_path, metavar="FILE", help="default: <name of the split>.txt in --folder"
     )
     compared = commands.add_parser("describe", help="show sizes, images per class, and overlaps of lists")
     compared.add_argument("lists", nargs="+", metavar="FILE_OR_ID")
     for command, call in ((published, _list), (drawn, _make), (compared, _describe)):
         command.set_defaults(call=call)
         command.add_argument(
-            "--folder", type=Path, default=FOLDER, help="folder of the published lists; default: %(default)s"
+            "--folder",
+            type=user_path,
+            default=FOLDER,
+            help="folder of the published lists; default: %(default)s",
         )
     args = parser.parse_args()
     args.call(args)

@@ -4,6 +4,8 @@ data.
 
 import csv
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from test_train import assert_same_run
 from trees import imagenet, picture
 
 import eval as eval_script
-from util import checkpoint
+import train_semi
+from util import checkpoint, predictions
 
 
 def without_frame(state):
@@ -72,6 +75,8 @@ def test_train_evaluate_and_predict(train_photos, command, root, tmp_path):
     (photos / "deep").mkdir(parents=True)
     picture(5).save(photos / "a.png")
     picture(6, size=(500, 20)).save(photos / "deep" / "b, c.jpg")
+    picture(7).save(photos / "=1+1.png")
+    picture(8).save(photos / os.fsdecode(b"caf\xe9.png"))  # not UTF-8
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
     out = tmp_path / "answers.csv"
     done = command(*evaluate, "1", "--predict", photos, "--output", out)
@@ -79,15 +84,63 @@ def test_train_evaluate_and_predict(train_photos, command, root, tmp_path):
     assert not out.exists()
     flags = ["--on-bad-image", "skip", "--data", "/moved/away"]  # predictions need no training data
     done = command(*evaluate, "0", "--predict", photos, "--output", out, *flags)
-    assert done.returncode == 0 and "left out" in done.stdout and "2 images" in done.stdout, done.stderr
-    lines = list(csv.DictReader(open(out, newline="")))
-    assert [line["path"] for line in lines] == ["a.png", "deep/b, c.jpg"]
+    assert done.returncode == 0 and "left out" in done.stdout and "4 images" in done.stdout, done.stderr
+    assert (
+        r"1 of the paths are not UTF-8, the first is caf\xe9.png" in done.stdout and "Rename" in done.stdout
+    )
+    assert "replaces" not in done.stdout
+    lines = list(csv.DictReader(open(out, newline="", encoding="utf-8", errors="surrogateescape")))
+    assert [line["path"] for line in lines] == [
+        "./=1+1.png",
+        "a.png",
+        os.fsdecode(b"caf\xe9.png"),
+        "deep/b, c.jpg",
+    ]
+    assert all((photos / line["path"]).exists() for line in lines)
     for line in lines:
-        top = dict(entry.rsplit("=", 1) for entry in line["top5"].split(";"))
-        assert set(top) == {"n00000000", "n00000001", "n00000002"} and sum(
-            map(float, top.values())
-        ) == pytest.approx(1, abs=1e-3)
-        assert top[line["class"]] == line["probability"] == max(top.values(), key=float)
+        top = json.loads(line["top5"])
+        assert {name for name, _ in top} == {"n00000000", "n00000001", "n00000002"}
+        assert sum(p for _, p in top) == pytest.approx(1, abs=1e-3)
+        assert top[0] == [line["class"], float(line["probability"])] and top[0][1] == max(p for _, p in top)
+    before = out.read_bytes()
+    done = command(*evaluate, "0", "--predict", photos, "--output", out, *flags)
+    assert f"replaces {out}, a CSV file of predictions" in done.stdout and out.read_bytes() == before
+    os.mkfifo(photos / "b.png")
+    done = command(*evaluate, "0", "--predict", photos, "--output", out)
+    one_line(done.returncode, done.stderr, "b.png is a FIFO, not an image")
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("name, shown", [("=cmd", "'=cmd"), ("-1", "'-1"), ("@a", "'@a"), ("a;b=c", "a;b=c")])
+def test_a_class_is_no_formula_and_no_ambiguity(name, shown):
+    path, label, probability, top5 = predictions.row("+x/y.png", [name, "é"], [0.75, 0.25])
+    assert (path, label, probability) == ("./+x/y.png", shown, "0.7500")
+    assert json.loads(top5) == [[name, 0.75], ["é", 0.25]] and "é" in top5
+
+
+@pytest.mark.parametrize("flag", ["--data", "--unlabelled", "--val"])
+def test_the_output_directory_is_not_among_the_images(root, mistake, tmp_path, flag, monkeypatch):
+    monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
+    flags = ["--config", "configs/folder.yaml", "--data", root, "--device", "cpu", "--anno-percent", "0.1"]
+    folder = root
+    if flag != "--data":
+        folder = tmp_path / "more"
+        shutil.copytree(root / "val", folder)
+        flags += [flag, folder]
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(folder.rglob("*"))
+    for output in (folder / "run", folder, tmp_path / "link" / "a" / "b"):
+        mistake(train_semi.main, [*flags, "--output-dir", output], f"{output} lies in {folder}, which")
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--data", "--unlabelled", "--val", "--split", "--output-dir", "--config"])
+@pytest.mark.parametrize(
+    "path, words", [("~no-such-user/x", "home folder"), ("x" * 300, "File name too long")]
+)
+def test_an_impossible_path_is_named(root, mistake, flag, path, words):
+    flags = ["--config", "configs/folder.yaml", "--data", root, "--device", "cpu"]
+    mistake(train_semi.main, [*flags, flag, path], path[:50], words)
 
 
 @pytest.mark.slow(12)

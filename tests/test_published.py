@@ -231,6 +231,19 @@ def test_torchvision_loads_an_export(teacher, simmatch_file, photos, evaluate, t
     with torch.no_grad():
         assert torch.equal(net(photos[0]), simmatch_file[3 if teacher else 2])
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+    assert f"replaces {tmp_path / 'x.pth'}" in evaluate(*flags)
+
+
+def test_an_export_replaces_only_its_own_format(simmatch_file, evaluate, mistake, tmp_path):
+    def flags(form):
+        return ["--checkpoint", simmatch_file[0], "--export", tmp_path / "x.pth", "--format", form]
+
+    assert "replaces /" not in evaluate(*flags("published"))
+    assert f"replaces {tmp_path / 'x.pth'}, a file of --format published" in evaluate(*flags("published"))
+    before = (tmp_path / "x.pth").read_bytes()
+    for form in ("timm", "onnx"):
+        mistake(eval_script.main, flags(form), f"x.pth exists and is not a file of --format {form}")
+    assert (tmp_path / "x.pth").read_bytes() == before
 
 
 def test_timm_loads_an_export(simmatch_file, photos, evaluate, tmp_path):
@@ -273,7 +286,8 @@ def test_onnx(simmatch_file, photos, evaluate, mistake, tmp_path):
     onnxruntime = pytest.importorskip(
         "onnxruntime", reason="onnxruntime is not installed (tests/optional.txt)"
     )
-    assert "onnxruntime's outputs differ by at most" in output
+    assert "onnxruntime's outputs differ by at most" in output and "replaces" not in output
+    assert "replaces" in evaluate(*flags)
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     logits, z = session.run(None, {"x": photos[0].numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), simmatch_file[2], rtol=1e-3, atol=1e-3)

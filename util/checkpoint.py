@@ -1,11 +1,14 @@
 """Checkpoints: written completely or not at all, and read without running code that a file may contain."""
 
+import errno
 import hashlib
 import os
 import pickle
+import struct
 import threading
+import warnings
+import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,27 +16,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from util.checkpoint_schema import (
+    FLOATS,
+    KEYS,
+    MAX_STEP_IMAGES,
+    check_values,
+    describe_dtype,
+    describe_shape,
+    first_not_finite,
+    first_three,
+    is_dict,
+)
 from util.errors import UserError
+from util.files import reason, special_file, write_atomically
 
 FORMAT = 3
-# world: ranks of a step; batch_size: labeled images of a rank; data: fingerprint of the images.
-KEYS = {
-    "config": dict,
-    "step": int,
-    "world": int,
-    "processes": int,
-    "batch_size": int,
-    "steps_per_epoch": int,
-    "best": dict,
-    "split": tuple,
-    "data": str,
-    "classes": list,
-    "method": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "meter": dict,
-    "bad_images": list,
-}
 # EMAN's files store their best accuracy as a NumPy scalar. Its module has two names, depending on the version
 # of NumPy; creating one runs no code of the file.
 _numpy_scalar: Any = np.float64(0).__reduce__()[0]
@@ -46,37 +43,15 @@ NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
-    """Write `state`, which has the KEYS, to `path` as `write_atomically` does, with its checksum."""
+    """Write `state`, which has the KEYS, to `path` as `write_atomically` does, with its checksum.
+
+    keep_previous: the old file is kept as `previous(path)`.
+    """
     write_atomically(
         path,
         lambda file: write_torch({**state, "format": FORMAT, "sha256": digest(state)}, file),
-        keep_previous,
+        previous(path) if keep_previous else None,
     )
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], keep_previous: bool = False) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`. Raises
-    UserError instead of OSError.
-
-    keep_previous: the old file is kept as `previous(path)`. At every moment there are at least as many
-    complete files as before.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            os.replace(path, previous(path))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {_reason(error)}; the file that was there before is unchanged"
-        ) from None
-    finally:
-        with suppress(OSError):  # it was renamed, or the file system does not allow removing it
-            temporary.unlink()
 
 
 def write_torch(value: Any, file: BinaryIO) -> None:
@@ -251,58 +226,116 @@ def load_file(path: Path) -> Any:
     """Return the content of any file that torch.save wrote, on the CPU. Raises UserError if the file is
     missing or damaged or contains anything but tensors and plain values.
     """
+    damaged = UserError(f"checkpoint {path} is damaged or incomplete; use another one, such as best.pth")
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if special := special_file(path):
+            raise UserError(f"checkpoint {path} cannot be read: it is {special}, not a regular file")
+        if problem := _foreign_format(path):
+            raise UserError(f"checkpoint {path} {problem}")
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
+            warnings.simplefilter("ignore")  # of PyTorch, about layouts that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"checkpoint {path} does not exist; train_semi.py writes best.pth and last.pth"
         ) from None
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_reason(error)}") from None
     except pickle.UnpicklingError as error:
-        with open(path, "rb") as file:
-            pickled = file.read(2)[:1] in (b"\x80", b"P")  # a pickle, or a zip file with one
-        if (
-            pickled
-            and "weights_only" in str(error)
-            and ("Unsupported" in str(error) or "GLOBAL" in str(error))
-        ):
+        forbidden = "weights_only" in str(error) and ("Unsupported" in str(error) or "GLOBAL" in str(error))
+        if forbidden and not _has_damaged_pickle(path):
             raise UserError(
                 f"checkpoint {path} is refused: it contains objects that could run code, "
                 "not only tensors and plain values"
             ) from None
-        raise UserError(f"checkpoint {path} is not a PyTorch checkpoint, or it is damaged") from None
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-    ):
-        raise UserError(
-            f"checkpoint {path} is damaged or incomplete; use another one, such as best.pth"
-        ) from None
+        raise damaged from None
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # PyTorch has looked for data where the file has none
+            raise damaged from None
+        raise UserError(f"checkpoint {path} cannot be read: {reason(error)}") from None
+    except DAMAGE:
+        raise damaged from None
+    check_values(content, path)
+    return content
+
+
+# What torch.load and zipfile raise for damaged files, besides OSError.
+DAMAGE = (
+    RuntimeError,  # includes NotImplementedError
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,  # the damaged size of a tensor
+    struct.error,
+    zipfile.BadZipFile,
+)
+ZIP_START = b"PK\x03\x04"
+LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # before PyTorch 1.6
+
+
+def _foreign_format(path: Path) -> str:
+    """Return "", or why the file is not one that torch.save wrote, to complete "checkpoint FILE …". PyTorch
+    itself warns of some of these formats. Raises one of DAMAGE if it is a part of such a file.
+    """
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY_START))
+        if start.startswith(ZIP_START):
+            with zipfile.ZipFile(file) as archive:  # raises BadZipFile if the end of the file is missing
+                names = archive.namelist()
+            if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+                return "is a TorchScript program; save the state_dict of its model with torch.save instead"
+            return (
+                ""
+                if any(n.endswith("data.pkl") for n in names)
+                else "is a zip file, not a PyTorch checkpoint"
+            )
+    if ZIP_START.startswith(start) or LEGACY_START.startswith(start):
+        if start != LEGACY_START:
+            raise EOFError
+        return ""
+    if start.startswith(b"\x80"):
+        return "is refused: it is a pickle that torch.save did not write, and could run code"
+    return "is not a PyTorch checkpoint, or it is damaged"
+
+
+def _has_damaged_pickle(path: Path) -> bool:
+    """Return whether the pickle in a zip file does not match its checksum, which torch.load ignores: a name
+    with a changed letter looks like code.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    archive.read(name)
+    except DAMAGE:
+        return True
+    return False
 
 
 def verify(state: Any, path: Path) -> dict[str, Any]:
     """Check the content of `path` against its checksum, remove that from `state` and return `state`. Raises
     UserError if `save` did not write it, or if it was changed since.
     """
-    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
+    version = state.get("format", FORMAT) if isinstance(state, dict) else FORMAT
+    if type(version) is not int or version != FORMAT:
         raise UserError(
-            f"checkpoint {path} has format {state['format']!r}, but this version reads format {FORMAT}"
+            f"checkpoint {path} has format {version!r:.50}, but this version reads format {FORMAT}"
         )
-    missing = [
-        key
-        for key, kind in KEYS.items()
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind)
-    ]
-    if missing:
-        raise UserError(f"checkpoint {path} was not written by train_semi.py: it has no valid {missing[0]!r}")
+    if isinstance(state, dict) and not is_dict(state):
+        raise UserError(f"checkpoint {path} was not written by train_semi.py: a key is not a string")
+    invalid = [key for key in KEYS if not (is_dict(state) and key in state and KEYS[key](state[key]))]
+    if invalid:
+        raise UserError(f"checkpoint {path} was not written by train_semi.py: it has no valid {invalid[0]!r}")
+    ranks, processes, batch_size = (state[key] for key in ("world", "processes", "batch_size"))
+    if ranks % processes or ranks * batch_size > MAX_STEP_IMAGES:
+        raise UserError(
+            f"checkpoint {path} is damaged: a step of {ranks} ranks in {processes} processes with "
+            f"{batch_size} labeled images each is not possible"
+        )
     if state.pop("sha256", None) != digest({key: value for key, value in state.items() if key != "format"}):
         raise UserError(
             f"checkpoint {path} is damaged: its content does not match its checksum; use another one"
@@ -313,27 +346,18 @@ def verify(state: Any, path: Path) -> dict[str, Any]:
 def check_finite(values: dict[str, Any], step: int) -> None:
     """Raise UserError with the name of the first tensor of a state_dict that is not finite: such a state is
     never saved. step: the number of finished steps.
-
-    Training waits for this check. It therefore reads every tensor once and synchronizes with a GPU once: all
-    values of a tensor are finite if and only if its minimum and its maximum are.
     """
-    floating = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
-    if not floating:
-        return
-    extremes = torch.stack(
-        [end for value in floating.values() for end in torch.aminmax(value.detach())]
-    )  # [2·tensors]
-    finite = torch.isfinite(extremes).view(-1, 2).all(dim=1).tolist()
-    for name, fine in zip(floating, finite):
-        if not fine:
-            raise UserError(
-                f"{name} is not finite after step {step}; training stops and keeps the last checkpoint: "
-                "try a lower --lr"
-            )
+    name = first_not_finite(values)
+    if name is not None:
+        raise UserError(
+            f"{name} is not finite after step {step}; training stops and keeps the last checkpoint: "
+            "try a lower --lr"
+        )
 
 
 def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: str = "") -> None:
-    """Call module.load_state_dict with exact keys and shapes. Raises UserError with the first differences.
+    """Call module.load_state_dict with exact keys and shapes. Raises UserError with the first differences, or
+    if a value is not finite or a tensor has another type: load_state_dict would convert integers silently.
 
     prefix: what the module's keys start with in `values`; other keys of `values` are ignored.
     """
@@ -342,23 +366,19 @@ def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: s
     wrong = [f"{key} is missing" for key in own if key not in values]
     wrong += [f"{key} is unknown" for key in values if key not in own]
     wrong += [
-        f"{key} is {_shape(values[key])}, not {_shape(own[key])}"
+        f"{key} is {describe_shape(values[key])}, not {describe_shape(own[key])}"
         for key in own
-        if key in values and _shape(values[key]) != _shape(own[key])
+        if key in values and describe_shape(values[key]) != describe_shape(own[key])
     ]
     if wrong:
         raise UserError(f"checkpoint {path} has another network or number of classes: {first_three(wrong)}")
+    wrong = [
+        f"{key} is {describe_dtype(values[key])}, not {describe_dtype(own[key])}"
+        for key in own
+        if values[key].dtype != own[key].dtype and not {values[key].dtype, own[key].dtype} <= FLOATS
+    ]
+    if not wrong and (name := first_not_finite(values)) is not None:
+        wrong = [f"{name} is not finite"]
+    if wrong:
+        raise UserError(f"checkpoint {path} is damaged: {first_three(wrong)}; use another one")
     module.load_state_dict({key[len(prefix) :]: value for key, value in values.items()})
-
-
-def first_three(wrong: list[str]) -> str:
-    """Join the first three entries of a list for a message, with the number of the others."""
-    return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-
-
-def _shape(value: Any) -> Any:
-    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -7,14 +7,13 @@ refused: a key twice, nested values, anchors, aliases, tags, several documents. 
 """
 
 import re
-import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from util.errors import UserError
+from util.files import special_file, user_path
 
 INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -57,13 +56,13 @@ class _Refused(Exception):
 
 
 def _read_text(path: str) -> str:
+    file = user_path(path)
+    if special := special_file(file):
+        raise UserError(f"config file {path} is {special}, not a regular file; configs/ has examples")
     try:
-        info = Path(path).stat()
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe could wait forever
-            raise UserError(f"config file {path} is not a regular file; configs/ has examples")
-        if info.st_size > MAX_BYTES:
-            raise UserError(f"config file {path} has {info.st_size:,} bytes; at most {MAX_BYTES:,} are read")
-        return Path(path).read_text(encoding="utf-8")
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise UserError(f"config file {path} has {size:,} bytes; at most {MAX_BYTES:,} are read")
+        return file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}; configs/ has examples") from None
     except ValueError:

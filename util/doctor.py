@@ -6,10 +6,10 @@ something; 2: RUN_DIR cannot be read.
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from util.errors import Parser, UserError, cli_main
+from util.files import user_path
 from util.rules import NOTES, RULES
 from util.run_log import RunLog, read_run_log
 
@@ -33,7 +33,7 @@ def examine(run: RunLog) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output directory of train_semi.py")
+    parser.add_argument("run", type=user_path, metavar="RUN_DIR", help="output directory of train_semi.py")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(sys.argv[1:])
     try:

@@ -189,11 +189,13 @@ def _exit_without_joining() -> NoReturn:
     os._exit(1)
 
 
+def printable(text: str) -> str:
+    """Return `text` with line ends, other control characters and bytes that are not UTF-8, all of which a
+    file name may hold, written as escapes: \\n, \\xff.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1].replace("\\udc", "\\x") for c in text)
+
+
 def _print_last_line(line: str) -> None:
     line = printable(line)
     print(f"\n{line}" if sys.stdout.isatty() else line, file=sys.stderr, flush=True)
-
-
-def printable(line: str) -> str:
-    """Return `line` with its control characters and undecodable bytes, as in file names, escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

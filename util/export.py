@@ -1,10 +1,13 @@
 """Export of networks: a plain ResNet that torchvision and timm can load, and ONNX."""
 
 import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from util import checkpoint, published_checkpoints
 from util.errors import UserError
 
 # torchvision and timm have these, too.
@@ -14,6 +17,25 @@ SHARED_RESNETS = (
     "resnet50_encoder",
     "resnet101_encoder",
 )
+
+
+def is_export(form: str) -> Callable[[Path], bool]:
+    """Return a function for `util.files.check_output` that recognizes files of the layout `form`."""
+
+    def recognizes(file: Path) -> bool:
+        if form == "onnx":  # the first field is the version, the second one the name of the exporter
+            with open(file, "rb") as content:
+                start = content.read(32)
+            return start.startswith(b"\x08") and b"pytorch" in start
+        try:
+            content = checkpoint.load_file(file)
+            if form == "published":
+                return published_checkpoints.detect_kind(content) == "simmatch"
+        except UserError:
+            return False
+        return isinstance(content, dict) and {"conv1.weight", "fc.weight", "fc.bias"} <= content.keys()
+
+    return recognizes
 
 
 def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[str, Tensor]:

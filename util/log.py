@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from util.errors import UserError
+from util.errors import UserError, printable
+from util.files import special_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -125,7 +126,7 @@ class Logger:
         self.write("bad_images", step, {"fate": fate, "count": len(bad), "images": images})
         self.print_line(f"{len(unique)} bad images were {fate} ({len(bad)} times):")
         for name, cause in unique[:20]:
-            self.print_line(f"  {name}: {cause}")
+            self.print_line(printable(f"  {name}: {cause}"))
         if len(unique) > 20:
             self.print_line(f"  and {len(unique) - 20} more, in {self.path}")
 
@@ -240,5 +241,7 @@ def _complete_lines(path: Path) -> list[str]:
     """Return the complete lines of a log; a crash may have cut the last one short."""
     if not path.exists():
         return []
+    if special := special_file(path):
+        raise UserError(f"{path} is {special}, not a log: move it away")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from util.checkpoint import KEYS, first_three
+from util.checkpoint_schema import KEYS, check_sgd_state, first_not_finite, first_three, is_sgd_state
 from util.errors import UserError
 
 PROGRAMS = {"simmatch": "SimMatch", "simmatchv2": "SimMatchV2", "fixmatch": "FixMatch", "moco": "MoCo"}
@@ -42,6 +42,15 @@ LAYOUTS = {
     # the teacher exists only with --eman
     "fixmatch": (_REQUIRED[:2], (*_OPTIONAL, "ema.backbone.", "ema.fc.", "ema.head.")),
     "moco": (("encoder_q.conv1.weight",), ("encoder_q.", "encoder_k.", "queue", "queue_ptr")),
+}
+# Number of dimensions of the tensors from whose shapes the architecture is detected.
+DIMENSIONS = {
+    "main.backbone.conv1.weight": 4,
+    "main.fc.weight": 2,
+    "main.head.2.weight": 2,
+    "bank": 2,
+    "l_bank": 2,
+    "encoder_q.conv1.weight": 4,
 }
 KIND_BY_KEY = {
     "bank": "simmatch",
@@ -95,6 +104,11 @@ def detect_kind(state: Any, where: str = "the checkpoint") -> str:
         f"{key} is not a tensor, or has no dimensions"
         for key, value in values.items()
         if not isinstance(value, Tensor) or not value.ndim and not key.endswith("num_batches_tracked")
+    ]
+    wrong += [
+        f"{key} is {list(values[key].shape)}, without elements or not of {ndim} dimensions"
+        for key, ndim in DIMENSIONS.items()
+        if isinstance(values.get(key), Tensor) and (values[key].ndim != ndim or not values[key].numel())
     ]
     if wrong:
         raise UserError(f"{where} is not a complete checkpoint of {PROGRAMS[kind]}: {first_three(wrong)}")
@@ -166,7 +180,8 @@ def describe(state: dict[str, Any], kind: str, spec: NetworkSpec) -> str:
     labeled = f", {spec.labeled} labeled images" if spec.labeled else ""
     if spec.labeled in SPLITS:
         labeled += f" (as many as {SPLITS[spec.labeled]})"
-    return f"{PROGRAMS[kind]} as published, {spec.backbone}; epoch {state.get('epoch')}{labeled}"
+    epoch = state.get("epoch") if type(state.get("epoch")) is int else "unknown"
+    return f"{PROGRAMS[kind]} as published, {spec.backbone}; epoch {epoch}{labeled}"
 
 
 def to_method_state(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
@@ -242,14 +257,17 @@ def from_method_state(
     if spec.channels != 3:
         raise UserError(f"{where} is for images of {spec.channels} channels; the published code needs 3")
     names = parameter_names(values, "main.")
-    groups = optimizer["param_groups"]
-    if len(groups) != 1 or list(groups[0]["params"]) != list(range(len(names))):
+    if is_sgd_state(optimizer) and len(optimizer["param_groups"]) != 1:
         raise UserError(
             f"{where} cannot be converted to the published layout: that has one parameter group, but this "
-            f"run has {len(groups)} (--no-decay-bn creates two)"
+            f"run has {len(optimizer['param_groups'])} (--no-decay-bn creates two)"
         )
+    check_sgd_state(optimizer, [values[name] for name in names], where)
+    name = first_not_finite(values)
+    if name is not None:
+        raise UserError(f"{where} is damaged: {name} is not finite; use another one")
     # the published code passes all parameters to SGD, including the teacher's, which never get a gradient
-    group = {**groups[0], "params": list(range(2 * len(names)))}
+    group = {**optimizer["param_groups"][0], "params": list(range(2 * len(names)))}
     return {
         "epoch": epoch,
         "arch": PROGRAMS["simmatch"],
@@ -282,17 +300,12 @@ def to_optimizer_state(
     method: from `to_method_state`, whose keys have that order.
     """
     names = parameter_names(method, "student.")
-    groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    if (
-        not isinstance(groups, list)
-        or len(groups) != 1
-        or not isinstance(saved.get("state"), dict)
-        or not all(isinstance(value, dict) for value in (*groups, *saved["state"].values()))
-    ):
+    if not is_sgd_state(saved) or len(saved["param_groups"]) != 1:
         raise UserError(
             f"{where} has no 'optimizer' with one parameter group, so training cannot be resumed from it"
         )
-    listed = list(groups[0].get("params", ()))
+    (group,) = saved["param_groups"]
+    listed = group["params"]
     if len(listed) not in (len(names), 2 * len(names)):
         raise UserError(
             f"{where} has an optimizer with {len(listed)} parameters, but a student with {len(names)}"
@@ -305,10 +318,12 @@ def to_optimizer_state(
         if momentum is not None and momentum.shape != expected:
             owner = names[k] if expected else "the teacher"
             raise UserError(f"{where} has an optimizer whose momentum for {owner} is {list(momentum.shape)}")
-    return {
+    converted = {
         "state": {k: state[k] for k in sorted(state) if k < len(names)},
-        "param_groups": [{**groups[0], "params": list(range(len(names)))}],
+        "param_groups": [{**group, "params": list(range(len(names)))}],
     }
+    check_sgd_state(converted, [method[name] for name in names], where)
+    return converted
 
 
 def parameter_names(values: dict[str, Tensor], prefix: str) -> list[str]:

@@ -1,11 +1,13 @@
 """Compare runs: python -m util.report RUN_DIR… [--curves FILE.png] prints a table and draws the curves."""
 
+import math
 import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from util.errors import Parser, UserError, cli_main
+from util.files import check_output, starts_with, user_path, write_atomically
 from util.run_log import RunLog, read_run_log
 
 # The colors of the curves are the Okabe-Ito palette, which color-blind readers can tell apart.
@@ -17,6 +19,10 @@ def read_evaluated_run(folder: Path) -> RunLog:
     run = read_run_log(folder)
     if not run.eval_events:
         raise UserError(f"{folder} has no evaluation yet: let it train for an epoch first")
+    values = [e[key] for e in run.eval_events for key in ("step", "student_top1", "teacher_top1")]
+    values += [e[key] for e in run.train_events for key in ("step", "pseudo_acc") if e[key] is not None]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        raise UserError(f"{folder / 'log.jsonl'} is damaged: a step or an accuracy is not a finite number")
     return run
 
 
@@ -50,7 +56,9 @@ def table(runs: list[RunLog]) -> str:
 
 
 def draw(runs: list[RunLog], path: Path) -> None:
-    """Write a PNG with the test accuracy and the pseudo-label accuracy over the steps."""
+    """Write a PNG with the test accuracy and the pseudo-label accuracy over the steps. Raises UserError if
+    that is not possible.
+    """
     scale = 2  # drawn at twice the size and scaled down, which makes the lines smooth
     image = Image.new("RGB", (1100 * scale, 420 * scale), "white")
     pen = ImageDraw.Draw(image)
@@ -73,7 +81,8 @@ def draw(runs: list[RunLog], path: Path) -> None:
         x, y = (60 + 180 * i) * scale, 390 * scale
         pen.line((x, y, x + 24 * scale, y), fill=COLORS[i % len(COLORS)], width=3 * scale)
         pen.text((x + 32 * scale, y), run.name, fill="black", font=_font(14 * scale), anchor="lm")
-    image.resize((1100, 420), Image.Resampling.LANCZOS).save(path, format="PNG")
+    small = image.resize((1100, 420), Image.Resampling.LANCZOS)
+    write_atomically(path, lambda file: small.save(file, format="PNG"))
 
 
 def _draw_panel(
@@ -134,18 +143,23 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="output directories of train_semi.py"
+        "runs", nargs="+", type=user_path, metavar="RUN_DIR", help="output directories of train_semi.py"
     )
-    parser.add_argument("--curves", type=Path, metavar="FILE.png", help="also draw the curves into FILE.png")
+    parser.add_argument(
+        "--curves", type=user_path, metavar="FILE.png", help="also draw the curves into FILE.png"
+    )
     args = parser.parse_args(sys.argv[1:])
+    if args.curves:
+        curves, replaces = check_output(
+            args.curves, "--curves", "a PNG image", starts_with(b"\x89PNG\r\n\x1a\n")
+        )
     runs = [read_evaluated_run(folder) for folder in args.runs]
     check_same_split(runs)
     print(table(runs))
     if args.curves:
-        try:
-            draw(runs, args.curves)
-        except OSError as error:
-            raise UserError(f"cannot write {args.curves}: {error.strerror}") from None
+        draw(runs, curves)
+        if replaces:
+            print(replaces)
         print(f"curves: {args.curves}")
 
 

@@ -11,17 +11,22 @@ import torch
 from torch import nn
 
 from util import checkpoint, dist_utils, published_checkpoints
+from util.checkpoint_schema import FLOATS, check_sgd_state, is_list, is_number
 from util.config import Config, changed_settings
 from util.errors import UserError
+from util.files import special_file, user_path
+
+# Of the state_dict of torch.amp.GradScaler.
+SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 def load_last(path: Path) -> tuple[dict[str, Any] | None, str]:
     """Return (content, warning) of the checkpoint to resume from: the one at `path`, which may be a published
     one, or the previous one if that is damaged or missing; (None, "") if there is none.
     """
-    if path.is_dir():
+    if special := special_file(path):
         raise UserError(
-            f"{path} is a directory and not a checkpoint: move it away, or choose another --output-dir"
+            f"{path} is {special} and not a checkpoint: move it away, or choose another --output-dir"
         )
     content = None
     if path.is_file():
@@ -77,7 +82,53 @@ def resume(
             f"or move it and {checkpoint.previous(path).name} away to start a new run"
         )
     checkpoint.load_module(method, state["method"], path)
+    _check_indices(state["method"], len(state["classes"]), path)
+    _check_resumable(path, state, optimizer)
     optimizer.load_state_dict(state["optimizer"])
+
+
+def _check_resumable(path: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError unless the values of `state` besides the networks are ones that this run could have
+    saved: an evaluation does not need them, so they may be missing.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    check_sgd_state(state["optimizer"], parameters, f"checkpoint {path}")
+    best, scaler, meter = state["best"], state["scaler"], state["meter"]
+    names, steps, rows, counts = (meter.get(key) for key in ("names", "steps", "rows", "counts"))
+    valid = {
+        "optimizer": all(
+            type(saved[key]) is type(own[key]) and saved[key] == own[key]
+            for saved, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups)
+            for key in own
+            if key in saved and key not in ("params", "lr")
+        ),
+        "best": {"step", "student_top1"} <= best.keys(),
+        "scaler": state["config"].get("precision") != "fp16"
+        or SCALER_KEYS == scaler.keys()
+        and min(scaler.values()) >= 0,
+        "meter": is_list(names, lambda name: isinstance(name, str))
+        and is_list(steps, is_number)
+        and isinstance(rows, torch.Tensor)
+        and rows.dtype in FLOATS
+        and (not steps or rows.shape == (len(steps), len(names)) and "loss" in names)
+        and (
+            counts is None
+            or isinstance(counts, torch.Tensor)
+            and counts.dtype == torch.int64
+            and counts.shape == (4 if "pseudo_acc" in names else 2, len(state["classes"]))
+        ),
+    }
+    for key, fine in valid.items():
+        if not fine:
+            raise UserError(f"checkpoint {path} cannot be resumed: it has no valid {key!r}")
+
+
+def _check_indices(values: dict[str, torch.Tensor], num_classes: int, path: Path) -> None:
+    """Raise UserError if a buffer of a method's state_dict has an index that is out of range."""
+    for name, limit in (("bank.labels", num_classes), ("align.ptr", len(values.get("align.ring", ())))):
+        value = values.get(name, torch.zeros(1))
+        if value.numel() and limit and not 0 <= value.min() <= value.max() < limit:
+            raise UserError(f"checkpoint {path} is damaged: {name} is not between 0 and {limit - 1}")
 
 
 def resume_published(
@@ -97,6 +148,7 @@ def resume_published(
         content, steps_per_epoch, f"checkpoint {path}"
     )
     checkpoint.load_module(method, values, path)
+    _check_indices(values, len(values["student.fc.weight"]), path)
     optimizer.load_state_dict(state)
     if dist_utils.rank() == 0 and not _published_copy(path).exists():
         try:
@@ -124,7 +176,8 @@ def start_from_moco(path: Path, student: nn.Module, teacher: nn.Module) -> None:
     """Initialize the backbone and projection head of the student from the query encoder of a MoCo checkpoint,
     then the teacher from the student.
     """
-    if not path.is_file():
+    path = user_path(path)
+    if not path.exists():
         raise UserError(f"--moco-path {path}: no such file")
     values = published_checkpoints.moco_backbone(checkpoint.load_file(path), f"checkpoint {path}")
     parts = {key.split(".")[0] for key in values}  # MoCo v1 has no head

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from util.config import Config, read_yaml
 from util.errors import UserError
+from util.files import special_file
 
 Event = dict[str, Any]
 
@@ -73,6 +74,8 @@ def read_run_log(folder: Path) -> RunLog:
 def read_events(folder: Path) -> list[Event]:
     """Read the events of `folder`/log.jsonl, in order. Raises UserError if it is missing or damaged."""
     path = folder / "log.jsonl"
+    if special := special_file(path):
+        raise UserError(f"{folder} is not the output directory of a run: log.jsonl is {special}")
     try:
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line short

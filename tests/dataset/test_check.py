@@ -442,6 +442,9 @@ def test_mistakes_of_the_command_line_are_named(mistake, tree, tmp_path):
     mistake(check.main, [own, "--sample", "-1"], "--sample", "-1")
     mistake(check.main, [own, "--sample", "few"], "--sample", "few")
     mistake(check.main, [own, "--report", tmp_path / "no/such/file.csv"], "no/such/file.csv", "--report")
+    before = own.read_bytes()
+    mistake(check.main, [own, "--report", own], "own.yaml exists and is not a report", "--report")
+    assert own.read_bytes() == before
     mistake(check.main, [own, "--split", "none"], "none", "published")
     mistake(check.main, [own, "--data", tmp_path / "nowhere"], "nowhere", "does not exist")
     (tree.parent / "split.txt").write_text("a/0.jpg\n")

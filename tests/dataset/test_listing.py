@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dataset import listing
-from dataset.listing import Names, read_list, scan
+from dataset.listing import Names, list_images, read_list, scan
 from util.errors import UserError
 
 
@@ -260,15 +260,40 @@ def test_the_cache_folder_can_be_chosen(tree, tmp_path, looked, monkeypatch, cap
     assert said.count("\n") == 1 and "cannot write to" in said and "SIMMATCH_CACHE" in said
 
 
-def test_files_are_written_atomically(tmp_path, monkeypatch):
-    file = tmp_path / "new" / "list.txt"
-    listing.write_bytes(file, b"a", b"b")
-    assert file.read_bytes() == b"ab"
-    for name in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-            patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-            listing.write_bytes(file, b"other")
-        assert file.read_bytes() == b"ab" and os.listdir(file.parent) == ["list.txt"]
+def test_a_file_that_is_no_image_is_named_for_what_it_is(tree, tmp_path):
+    """A FIFO would be waited for, and a device read without end."""
+    for make, words in (
+        (lambda path: os.mkfifo(path), "is a FIFO, not an image"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device or a socket, not an image"),
+    ):
+        make(tree / "b" / "odd.png")
+        with refused(f"b/odd.png {words}"):
+            scan(tree)
+        with refused(f"b/odd.png {words}"):
+            list_images(tree)
+        (tree / "b" / "odd.png").unlink()
+    os.mkfifo(tmp_path / "list.txt")
+    with refused("cannot read list file .*list.txt: it is a FIFO"):
+        read_list(tmp_path / "list.txt", tree)
+
+
+@pytest.mark.parametrize(
+    "name, shown", [("a\nb", r"a\\nb"), ("  ", "  "), ("a\x1b[2J", r"a\\x1b\[2J"), ("a\u2028", r"a\\u2028")]
+)
+def test_a_class_name_that_cannot_be_read_is_refused(tree, name, shown):
+    touch(tree, f"{name}/1.png")
+    with refused(f'the class name "{shown}" is blank or has control characters; rename it'):
+        scan(tree)
+
+
+def test_a_class_name_in_a_list_that_cannot_be_read_is_refused(tmp_path):
+    with refused(r'list.txt: the class name "a\\x1b" is blank or has control characters; rename it'):
+        read_list_of(tmp_path, "a\x1b/1.png 0\n")
+
+
+def read_list_of(tmp_path, text):
+    (tmp_path / "list.txt").write_text(text)
+    return read_list(tmp_path / "list.txt", touch(tmp_path / "d", *(text.split(" ")[:1])))
 
 
 IMAGES = ["n02/my cat.png", "n01/1.png", "n01/2.png"]

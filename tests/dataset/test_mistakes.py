@@ -1,6 +1,7 @@
 """Mistakes with data: each row of the table in docs/DATA.md, by its name, is compared with the message."""
 
 import hashlib
+import os
 import re
 import shutil
 
@@ -54,6 +55,36 @@ def _(root, monkeypatch):
     imagenet(root, train=0, flat_val=True)
     (root / "val.txt").unlink()
     return []
+
+
+@row("an output directory among the images")
+def _(root, monkeypatch):
+    return ["--output-dir", root / "train" / "run"]
+
+
+@row("a class folder with a line end in its name")
+def _(root, monkeypatch):
+    (root / "train" / "n0\n1").mkdir()
+    return []
+
+
+@row("a FIFO or a link to a device named .png")
+def _(root, monkeypatch):
+    os.mkfifo(root / "train" / "n00000000" / "a.png")
+    return []
+
+
+@row("a drawn image whose name is not UTF-8")
+def _(root, monkeypatch):
+    for part in ("train", "val"):
+        (root / part / "n00000003").mkdir()
+        picture(0).save(root / part / "n00000003" / os.fsdecode(b"caf\xe9.JPEG"))
+    return ["--labels-per-class", "1", "--cls", "4"]
+
+
+@row("a home folder that does not exist")
+def _(root, monkeypatch):
+    return ["--data", "~no-such-user/images"]
 
 
 @row("an empty class folder")

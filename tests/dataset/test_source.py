@@ -231,6 +231,19 @@ def test_a_file_without_permission_is_a_bad_image(tmp_path):
         decode(tmp_path / "image.jpg")
 
 
+def test_what_is_not_a_file_is_a_bad_image(tmp_path):
+    """A FIFO would be waited for, and a device read without end."""
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    for path, words in (
+        (tmp_path, "it is a directory, not an image file"),
+        (tmp_path / "fifo.jpg", "it is a FIFO, not an image file"),
+        (tmp_path / "zero.jpg", "it is a device or a socket, not an image file"),
+    ):
+        with pytest.raises(BadImage, match=words):
+            decode(path)
+
+
 def test_an_error_of_the_disk_is_not_called_damage(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -31,7 +31,7 @@ from dataset.splits import (
     make,
     names_by_class,
 )
-from util.errors import UserError
+from util.errors import UserError, printable
 
 CLASSES = {f"n{c:02}": [f"n{c:02}_{i}.JPEG" for i in range(10 + c)] for c in range(5)}
 FETCH = b"""#!/bin/bash
@@ -345,6 +345,30 @@ def test_the_command_line_makes_and_describes_splits(tmp_path, said, mistake, mo
     call = [sys.executable, "-m", "dataset.splits", "describe", "none"]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     one_line(done.returncode, done.stderr, "none is neither a list file nor a published split")
+
+
+def test_make_replaces_only_lists_of_images(tmp_path, said, mistake):
+    names = a_file(tmp_path / "names.txt", b"a/1.png\na/2.png\nb/1.png\n")
+    flags, out = ["make", names, "--per-class", "1", "--out"], tmp_path / "new" / "half.txt"
+    assert "replaces /" not in said(*flags, out)
+    assert f"replaces {out}, a list of images" in said(*flags, out) and len(load(out).names) == 2
+    for content in (b"my notes\n", b"\xff\0"):
+        other = a_file(tmp_path / "other", content)
+        mistake(splits.main, [*flags, other], "is not a list of images, so it is not replaced", "--out")
+        assert other.read_bytes() == content
+    mistake(splits.main, [*flags, names], "it is the file that is read")
+    mistake(splits.main, [*flags, tmp_path], "it is a directory")
+    mistake(splits.main, [*flags, "x" * 300], "File name too long")
+    mistake(splits.main, ["describe", "~no-such-user"], "is not the home folder of a user")
+
+
+@pytest.mark.parametrize(
+    "name", [b"a/caf\xe9.png", b"a\nb/1.png", b" a/1.png", b"a/1.png ", "a/\ufffd.png".encode()]
+)
+def test_a_name_that_a_list_cannot_hold_is_named(name):
+    shown = re.escape(printable(os.fsdecode(name)))
+    with refused(f"a list cannot hold the name {shown}: it is not UTF-8, or would .*; rename the image"):
+        make({"a": [b"a/0.png", name]}, per_class=2)
 
 
 def test_rows_are_found_by_paths_and_by_names():

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from models.network import Network
 from util import checkpoint
 from util.errors import UserError
+from util.files import write_atomically
 
 
 class Bomb:
@@ -55,14 +57,37 @@ def test_load_returns_what_save_wrote(state, tmp_path):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_every_truncated_file_is_a_user_error(state, tmp_path):
-    checkpoint.save(tmp_path / "a.pth", state)
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_every_truncated_file_is_called_damaged(state, tmp_path, zip_format):
+    state["method"]["w"] = torch.arange(10_000.0)
+    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zip_format)
     whole = (tmp_path / "a.pth").read_bytes()
-    for size in [0, 1, 2, 10, 100, *range(200, len(whole), 97), len(whole) - 1]:
+    for size in [*range(12), 100, *range(200, len(whole), 997), 5000, len(whole) - 22, len(whole) - 1]:
         (tmp_path / "cut.pth").write_bytes(whole[:size])
-        with pytest.raises(UserError, match="cut.pth") as error:
+        with pytest.raises(UserError, match=r"cut.pth is damaged or incomplete[^\n]*$"):
             checkpoint.load(tmp_path / "cut.pth")
-        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_damage_at_any_byte_is_a_user_error(state, tmp_path, zip_format):
+    torch.save(
+        {**state, "sha256": checkpoint.digest(state)},
+        tmp_path / "a.pth",
+        _use_new_zipfile_serialization=zip_format,
+    )
+    whole, random = (tmp_path / "a.pth").read_bytes(), Random(0)
+    for _ in range(150):
+        spoilt, at = bytearray(whole), random.randrange(len(whole))
+        size = random.choice((1, 1, 16, 512))
+        spoilt[at : at + size] = bytes(b ^ 1 << random.randrange(8) for b in spoilt[at : at + size])
+        if random.random() < 0.3:
+            spoilt[at : at + 512] = bytes(len(spoilt[at : at + 512]))
+        (tmp_path / "b.pth").write_bytes(spoilt)
+        try:
+            checkpoint.load(tmp_path / "b.pth")  # some bytes have no meaning, such as padding
+        except UserError as error:
+            assert "b.pth" in str(error) and "\n" not in str(error)
+            assert not zip_format or "could run code" not in str(error)
 
 
 def test_a_changed_bit_of_the_content_is_noticed(state, tmp_path):
@@ -133,11 +158,66 @@ def test_a_file_that_is_no_checkpoint_is_a_user_error(content, tmp_path):
         checkpoint.load(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("key, value", [("config", 3), ("method", [1]), ("step", "3"), ("best", None)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("config", 3),
+        ("config", {1: 2}),
+        ("config", {"lr": torch.zeros(2)}),
+        ("step", "3"),
+        ("step", -1),
+        ("step", True),
+        ("step", 10**30),
+        ("world", 0),
+        ("steps_per_epoch", 0),
+        ("batch_size", 1.0),
+        ("best", None),
+        ("best", {"student_top1": "high"}),
+        ("best", {"student_top1": float("nan")}),
+        ("best", {1: 2.0}),
+        ("split", ("s",)),
+        ("split", ("s", 3)),
+        ("split", "ab"),
+        ("data", b"d"),
+        ("classes", []),
+        ("classes", ["a", None]),
+        ("method", [1]),
+        ("method", {3: torch.zeros(1)}),
+        ("method", {"w": 3.0}),
+        ("optimizer", {1: 2}),
+        ("scaler", {"scale": float("inf")}),
+        ("meter", []),
+        ("bad_images", ["ab"]),
+        ("bad_images", [("a", 1)]),
+    ],
+)
 def test_a_value_of_the_wrong_type_is_named(state, key, value, tmp_path):
-    torch.save({"format": checkpoint.FORMAT, **state, key: value}, tmp_path / "a.pth")
+    state[key] = value
+    checkpoint.save(tmp_path / "a.pth", state)
     with pytest.raises(UserError, match=f"no valid '{key}'"):
         checkpoint.load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"world": 3, "processes": 2}, "a step of 3 ranks in 2 processes with 8 labeled images each"),
+        ({"world": 2**20, "batch_size": 2**20}, "a step of 1048576 ranks"),
+        ({1: 2}, "a key is not a string"),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_refused(state, change, words, tmp_path):
+    checkpoint.save(tmp_path / "a.pth", {**state, **change})
+    with pytest.raises(UserError, match=words):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("version", [99, torch.zeros(3), "3", None])
+def test_another_format_is_a_user_error(state, version, tmp_path):
+    torch.save({**state, "format": version}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth has format .*, but this version reads format 3") as error:
+        checkpoint.load(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
 
 
 def test_the_writer_writes_the_state_as_it_was_at_save(state, tmp_path):
@@ -191,17 +271,52 @@ def test_a_foreign_file_is_a_user_error(value, tmp_path):
         checkpoint.load(tmp_path / "a.pth")
 
 
-def test_a_missing_file_and_a_directory_are_user_errors(tmp_path):
+def test_what_is_not_a_file_is_a_user_error(tmp_path):
+    """A FIFO would be waited for, and a device read without end."""
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load(tmp_path / "none.pth")
-    with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in ((tmp_path, "a directory"), (tmp_path / "fifo", "a FIFO"), ("/dev/zero", "a device")):
+        with pytest.raises(UserError, match=f"cannot be read: it is {kind}"):
+            checkpoint.load(path)
 
 
-def test_another_format_is_a_user_error(state, tmp_path):
-    torch.save({**state, "format": 99}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="format 99"):
-        checkpoint.load(tmp_path / "a.pth")
+def test_files_of_which_pytorch_warns_are_named_in_one_line(tmp_path, recwarn):
+    scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    scripted.save(tmp_path / "script.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps({"a": 1}))
+    np.savez(tmp_path / "zip.pth", a=np.zeros(3))
+    (tmp_path / "zip.pth.npz").rename(tmp_path / "zip.pth")
+    torch.save({"sparse": torch.zeros(3).to_sparse()}, tmp_path / "sparse.pth")
+    recwarn.clear()
+    for name, words in (
+        ("script", "is a TorchScript program"),
+        ("raw", "is refused: it is a pickle that torch.save did not write"),
+        ("zip", "is a zip file, not a PyTorch checkpoint"),
+        ("sparse", "is sparse, quantized, or without its data"),
+    ):
+        with pytest.raises(UserError, match=f"{name}.pth .*{words}"):
+            checkpoint.load(tmp_path / f"{name}.pth")
+    assert not recwarn.list
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(1).expand(10**13),
+        torch.zeros(3, device="meta"),
+        nested(60),
+    ],
+    ids=["expanded", "meta", "nested"],
+)
+def test_values_that_could_exhaust_the_memory_are_refused(value, tmp_path):
+    torch.save({"x": [value]}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth is damaged"):
+        checkpoint.load_file(tmp_path / "a.pth")
 
 
 def test_a_failed_write_leaves_the_old_file_unchanged(state, tmp_path, monkeypatch):
@@ -218,25 +333,9 @@ def test_a_failed_write_leaves_the_old_file_unchanged(state, tmp_path, monkeypat
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pth"]
 
 
-@pytest.mark.parametrize("stopped", [UserError("a bad image"), KeyboardInterrupt()])
-def test_an_interrupted_write_leaves_only_the_old_file(stopped, tmp_path):
-    def write(file):
-        file.write(b"half")
-        raise stopped
-
-    (tmp_path / "a.csv").write_bytes(b"before")
-    with pytest.raises(type(stopped)):
-        checkpoint.write_atomically(tmp_path / "a.csv", write)
-    assert (tmp_path / "a.csv").read_bytes() == b"before" and os.listdir(tmp_path) == ["a.csv"]
-    checkpoint.write_atomically(tmp_path / "a.csv", lambda file: file.write(b"after"))
-    assert (tmp_path / "a.csv").read_bytes() == b"after" and os.listdir(tmp_path) == ["a.csv"]
-    with pytest.raises(UserError, match="cannot write .*a.csv/b"):
-        checkpoint.write_atomically(tmp_path / "a.csv" / "b", lambda file: None)
-
-
 def test_a_full_disk_in_torch_save_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot write") as error:
-        checkpoint.write_atomically(
+        write_atomically(
             tmp_path / "a.pth",
             lambda file: checkpoint.write_torch(torch.zeros(9), open("/dev/full", "wb", 0)),
         )
@@ -263,3 +362,27 @@ def test_load_module_with_a_prefix_names_complete_keys(tmp_path):
     del values["a.fc.bias"]
     with pytest.raises(UserError, match="a.fc.bias is missing; a.odd is unknown"):
         checkpoint.load_module(net, {**values, "a.odd": torch.zeros(1)}, tmp_path / "a.pth", prefix="a.")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda w: w.mul(float("nan")), "fc.weight is not finite"),
+        (lambda w: w.div(0), "fc.weight is not finite"),
+        (lambda w: w.long(), "fc.weight is int64, not float32"),
+        (lambda w: w.to(torch.complex64), "fc.weight is complex64, not float32"),
+        (lambda w: w.bool(), "fc.weight is bool, not float32"),
+        (lambda w: w.to(torch.float8_e5m2), "fc.weight is float8_e5m2, not float32"),
+    ],
+)
+def test_load_module_refuses_weights_that_are_not_finite_numbers(change, words, tmp_path):
+    net = Network("small_encoder", 1, 10, 8)
+    values = net.state_dict()
+    values["fc.weight"] = change(values["fc.weight"])
+    with pytest.raises(UserError, match=f"a.pth is damaged: {words}"):
+        checkpoint.load_module(net, values, tmp_path / "a.pth")
+    values["fc.weight"] = torch.ones(10, 128, dtype=torch.float16)  # another type of floats is converted
+    checkpoint.load_module(net, values, tmp_path / "a.pth")
+    values["backbone.1.num_batches_tracked"] = torch.tensor(1.0)
+    with pytest.raises(UserError, match="num_batches_tracked is float32, not int64"):
+        checkpoint.load_module(net, values, tmp_path / "a.pth")

@@ -135,6 +135,12 @@ def test_an_unknown_layout_is_a_user_error_with_three_keys(state, words):
             lambda s: s.update({"module.bank": torch.tensor(1), "module.main.fc.weight": 7}),
             "bank is not a tensor, or has no dimensions; main.fc.weight is not a tensor",
         ),
+        (
+            lambda s: s.update(
+                {"module.main.fc.weight": torch.zeros(10**13, 0), "module.bank": torch.ones(7)}
+            ),
+            "main.fc.weight is [10000000000000, 0], without elements or not of 2 dimensions; bank is [7]",
+        ),
     ],
 )
 def test_a_nearly_correct_simmatch_file_is_a_user_error(published, change, words):
@@ -305,6 +311,18 @@ def test_an_optimizer_of_an_older_torch_in_the_first_epoch_is_converted():
             "for the teacher is [2]",
         ),
         (lambda s: s.pop("epoch"), "'epoch' is None"),
+        (
+            lambda s: s["optimizer"]["param_groups"][0].update(momentum="high"),
+            "no 'optimizer' with one parameter group",
+        ),
+        (
+            lambda s: s["optimizer"]["state"][0].update(momentum_buffer=3),
+            "no 'optimizer' with one parameter group",
+        ),
+        (
+            lambda s: s["optimizer"]["state"][0]["momentum_buffer"].fill_(float("nan")),
+            "an optimizer whose momentum 0 is not finite",
+        ),
     ],
 )
 def test_a_file_from_which_training_cannot_resume_is_a_user_error(published, change, words):
@@ -331,6 +349,16 @@ def test_a_method_that_the_published_layout_cannot_hold_is_a_user_error(how, wor
     with pytest.raises(UserError) as error:
         published_checkpoints.from_method_state(method.state_dict(), optimizer.state_dict(), 1)
     assert words in str(error.value)
+
+
+def test_a_state_that_is_not_finite_is_not_exported():
+    method, optimizer = native()
+    values = dict(method.state_dict())
+    values["bank.z"] = values["bank.z"] / 0
+    with pytest.raises(UserError, match="bank is not finite"):
+        published_checkpoints.from_method_state(values, optimizer.state_dict(), 1)
+    with pytest.raises(UserError, match="no valid 'optimizer'"):
+        published_checkpoints.from_method_state(dict(method.state_dict()), {}, 1)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("resnet")])

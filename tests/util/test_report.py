@@ -1,11 +1,12 @@
 """The table and the curves that util.report makes from logs."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
 
-from util import report
+from util import doctor, report
 from util.config import Config, to_yaml
 from util.errors import UserError
 
@@ -88,3 +89,36 @@ def test_an_unexpected_event_is_a_user_error(line, tmp_path):
     (tmp_path / "log.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match="log.jsonl is damaged or of another version: unexpected event"):
         report.read_evaluated_run(tmp_path)
+
+
+@pytest.mark.parametrize("value", ['"high"', "NaN", "true"])
+def test_an_accuracy_that_is_no_number_is_a_user_error(value, run_dir):
+    log = (run_dir / "log.jsonl").read_text()
+    (run_dir / "log.jsonl").write_text(log.replace("61.25", value))
+    with pytest.raises(UserError, match="log.jsonl is damaged: a step or an accuracy is not a finite number"):
+        report.read_evaluated_run(run_dir)
+
+
+def test_curves_replace_only_a_png(run_dir, tmp_path, mistake, capsys, monkeypatch):
+    for name in ("log.jsonl", "config.yaml"):
+        before = (run_dir / name).read_bytes()
+        mistake(report.main, [run_dir, "--curves", run_dir / name], "is not a PNG image", "--curves")
+        assert (run_dir / name).read_bytes() == before
+    mistake(report.main, [run_dir, "--curves", run_dir], "is a directory")
+    monkeypatch.setattr("sys.argv", ["report", str(run_dir), "--curves", str(tmp_path / "c.png")])
+    report.main()
+    assert "replaces" not in capsys.readouterr().out
+    report.main()
+    assert f"replaces {tmp_path / 'c.png'}, a PNG image" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "fast"]
+
+
+def test_folders_that_are_no_runs_are_named(tmp_path, mistake):
+    os.mkfifo(tmp_path / "log.jsonl")
+    for folder, words in (
+        (tmp_path, "log.jsonl is a FIFO"),
+        ("~no-such-user", "is not the home folder of a user"),
+        ("x" * 300, "File name too long"),
+    ):
+        mistake(report.main, [folder], words)
+        mistake(doctor.main, [folder], words)
