@@ -23,7 +23,7 @@ from torch import Tensor
 from dataset.bank_age import bank_row_ages
 from dataset.build import build_data
 from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
-from dataset.workers import PrefetchLoader
+from dataset.workers import PrefetchLoader, check_shared_memory
 from eval import OVERRIDES
 from eval import main as evaluate_checkpoint
 from models import (
@@ -145,8 +145,12 @@ def main() -> None:
     last_save = time.monotonic()
     clock, clock_step = last_save, start  # images/s are counted from this time and step
     workers = config.workers if start < total else 0
-    loader = PrefetchLoader(stream, range(start, total), workers, pin_memory=device.type == "cuda")
+    loader = PrefetchLoader(
+        stream, range(start, total), workers, pin_memory=device.type == "cuda", item_bytes=stream.item_bytes()
+    )
     eval_loader = EvalLoader(data, rank, ranks.processes, workers, device)
+    if warning := check_shared_memory():
+        log.print_line(warning)
     for step, host_batch in enumerate(loader, start):
         # The learning rate and the batch of this step.
         bad.add(host_batch.bad)
