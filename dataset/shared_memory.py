@@ -26,6 +26,6 @@ def describe_shared_memory(needed: int, free: int, total: int) -> str:
     """Compare the bytes of shared memory that are needed with those there are, and say what to do."""
     return (
         f"the items that are loaded ahead need up to {needed / 1e6:,.1f} MB, and {SHARED_MEMORY} has "
-        f"{total / 1e6:,.1f} MB, {free / 1e6:,.1f} MB of them free; provide more (docker "
+        f"{total / 1e6:,.1f} MB, {free / 1e6:,.1f} MB of them free; give the container more (docker "
         f"run --shm-size {math.ceil(needed / 1e9)}g, or --ipc=host), or lower --workers (0 needs none)"
     )

@@ -16,6 +16,7 @@ from multiprocessing import connection, forkserver, queues, resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from dataset.shared_memory import describe_shared_memory, free_and_total, shared_memory_warning
@@ -56,10 +57,8 @@ class PrefetchLoader:
         self.shared_bytes = 0  # most bytes of shared memory in use at a time
         self.processes: list[Any] = []
         if workers:
-            lock_bytes = mmap.PAGESIZE * (
-                16 + 4 * workers
-            )  # a page for each lock of the queues, and some more
-            # DataLoader keeps two items per worker ahead of the one in use.
+            # A lock of the queues takes a page. DataLoader keeps two items per worker ahead of that in use.
+            lock_bytes = mmap.PAGESIZE * (16 + 4 * workers)
             self.shared_bytes = lock_bytes + min(2 * workers + 1, len(order)) * item_bytes
             LOADERS.add(self)
             _check_start(workers, lock_bytes)
@@ -73,7 +72,7 @@ class PrefetchLoader:
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=_init_worker,
-            collate_fn=_pickle if workers else None,
+            collate_fn=_Item if workers else None,
             multiprocessing_context="forkserver" if workers else None,
         )
         if workers:
@@ -141,7 +140,7 @@ def describe_undelivered(item: Undelivered) -> str:
     # the same in the receiver.
     if item.lost_worker or "Too many open files" in item.cause or "ancdata" in item.cause:
         return _too_many_open_files()
-    if "No space left" in item.cause or "shared memory" in item.cause:
+    if "No space left" in item.cause or "unable to allocate shared memory" in item.cause:
         memory = describe_shared_memory(needed_shared_memory(), item.free, item.total)
         return f"a worker process cannot send images, because shared memory is full: {memory}"
     return f"an item cannot be sent from a worker process: {item.cause}"
@@ -188,7 +187,7 @@ def _init_worker(_: int) -> None:
     signal.signal(signal.SIGBUS, signal.SIG_DFL)  # the training process reports it, in place of PyTorch
     # The thread that sends tensors' files calls it; the training process reports that a file did not arrive.
     sys.excepthook = lambda *error: None
-    queues.Queue._on_queue_feeder_error = _send_as_runtime_error  # type: ignore[attr-defined]
+    queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
     # PyTorch's workers watch their parent, which here is the helper, and the helper waits for the workers. So
     # each worker also watches the training process.
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
@@ -199,43 +198,34 @@ def _exit_with(process: Any) -> None:
     os._exit(1)
 
 
-def _send_as_runtime_error(queue: queues.Queue, error: Exception, result: Any) -> None:
-    """Send an exception of the dataset whose class cannot be pickled, with its message and traceback.
+def _send_error(queue: queues.Queue, error: Exception, result: Any) -> None:
+    """Send the reason why `result` cannot be sent.
 
-    This is the hook of the thread that sends results. All other results were pickled by `_pickle`.
+    Python's queue calls it in the thread that pickles and sends. By default it would print the error and drop
+    the result, which the training process would wait for forever.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, BrokenPipeError):
         os._exit(1)  # the training process has ended
-    index, exception = result
-    exception.exc_type = RuntimeError
-    queue.put((index, exception))
+    index, data = result
+    if isinstance(data, ExceptionWrapper):  # an error of the dataset, whose class cannot be pickled
+        data.exc_type = RuntimeError
+        queue.put((index, data))
+    else:
+        queue.put((index, _undelivered(error)))
 
 
-class _Pickled:
-    """An item of a worker, pickled. To unpickle this object is to unpickle the item."""
+class _Item:
+    """An item of a worker; it arrives as the item itself, or as Undelivered."""
 
     def __init__(self, item: Any):
-        self.data = bytes(ForkingPickler.dumps(item))  # a tensor is moved into shared memory
+        self.item = default_convert(item)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self.data,)
-
-
-def _pickle(item: Any) -> _Pickled | Undelivered:
-    """Pickle an item in the worker.
-
-    DataLoader's queue would do it in a thread, which prints its errors and drops the item; the run would wait
-    for that item forever.
-    """
-    item = default_convert(item)
-    try:
-        return _Pickled(item)
-    except (OSError, RuntimeError, TypeError, ValueError, AttributeError, pickle.PicklingError) as error:
-        return _undelivered(error)
+        return _unpickle, (bytes(ForkingPickler.dumps(self.item)),)
 
 
 def _unpickle(data: bytes) -> Any:
-    """Unpickle an item in the training process, where its tensors' files are received from the worker."""
+    """Unpickle an item in the training process, which receives the files of its tensors from the worker."""
     try:
         return pickle.loads(data)
     except (OSError, RuntimeError, EOFError) as error:
