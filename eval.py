@@ -88,6 +88,7 @@ from dataset.build import build_data, build_validation, eval_view_for_files
 from dataset.listing import list_images
 from dataset.loader import BadImages, EvalData, EvalLoader, ImageLoader, SplitId
 from dataset.source import Files
+from dataset.workers import check_shared_memory
 from models import METHODS, build_network
 from models.network import Network
 from util import checkpoint, dist_utils, export, published_checkpoints
@@ -131,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if net is not None
     ]
     eval_loader = EvalLoader(data, rank, world, config.workers, device)
+    if rank == 0 and (warning := check_shared_memory()):
+        print(warning, flush=True)
     results = evaluate(networks, eval_loader.batches(bad), len(data.classes), device)
     left_out = [image for images in dist_utils.all_gather_object(bad.take()) for image in images]
     dist_utils.dist_end()
@@ -334,6 +337,8 @@ def predict(
             opened.config.workers,
             device,
         )
+        if warning := check_shared_memory():
+            print(warning, flush=True)
         for x, rows in loader.batches(bad):
             p = torch.softmax(logits_of(x)[0].float(), dim=1)  # [n, C]
             best = p.topk(min(5, len(classes)), dim=1)  # [n, 5] each

@@ -27,7 +27,7 @@ from dataset.bank_age import bank_row_ages
 from dataset.build import build_data, check_output_dirs, view_sides
 from dataset.findings import start_warnings
 from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
-from dataset.workers import PrefetchLoader
+from dataset.workers import PrefetchLoader, check_shared_memory
 from eval import OVERRIDES
 from eval import main as evaluate_checkpoint
 from models import (
@@ -192,8 +192,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
 
     def evaluate_step(done: int) -> bool:
         """Evaluate after `done` steps, and add the score to their checkpoint. Return False if the run was
-        asked
-        to stop meanwhile: the checkpoint says that the evaluation is due, and the run resumes with it.
+        asked to stop meanwhile: the checkpoint says that the evaluation is due, and the run resumes with it.
         """
         nonlocal best
         unreadable = BadImages(config.on_bad_image)
@@ -211,8 +210,12 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
 
     last_save = time.monotonic()
     workers = config.workers if start < total or evaluation_due else 0
-    loader = PrefetchLoader(stream, range(start, total), workers, pin_memory=device.type == "cuda")
+    loader = PrefetchLoader(
+        stream, range(start, total), workers, pin_memory=device.type == "cuda", item_bytes=stream.item_bytes()
+    )
     eval_loader = EvalLoader(data, rank, ranks.processes, workers, device)
+    if warning := check_shared_memory():
+        log.print_line(warning)
     if evaluation_due and not evaluate_step(start):
         stop_early(writer, log, start, last)
     clock, clock_step = time.monotonic(), start  # images/s are counted from this time and step

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -145,6 +146,11 @@ class Stream(Dataset):
         epoch_start = step // self.steps_per_epoch * self.steps_per_epoch
         return epoch_start > 0 and epoch_start * self.n_x * self.world >= len(self.data.labeled)
 
+    def item_bytes(self) -> int:
+        """Return the size of an item's tensors."""
+        weak, strong = (view_bytes(self.data.images, v) for v in (self.data.weak_view, self.data.strong_view))
+        return self.n_x * (weak + 16) + self.n_u * (weak + strong + 8)  # 16, 8: labels and indices, int64
+
     # fmt: off
     def __getitem__(self, step: int) -> HostBatch:
         data = self.data
@@ -254,6 +260,10 @@ class ImageChunks(Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
+    def item_bytes(self) -> int:
+        """Return the size of the tensors of the first chunk, which no other chunk exceeds."""
+        return len(self.chunks[0]) * (view_bytes(self.source, self.view) + 8)  # 8: a row, int64
+
     def __getitem__(self, chunk: int) -> tuple[HostTensors, Tensor, list[tuple[str, str]]]:
         parts, rows, bad = [], [], []
         wanted, at_most = self.chunks[chunk], self.source.max_decoded
@@ -299,13 +309,25 @@ def concatenate(parts: Sequence[HostTensors]) -> HostTensors:
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
 
 
+def view_bytes(source: Source, view: View) -> int:
+    """Return the size of what `cpu_transform` returns for an image of `source`; it is the same for all."""
+    image = Image.new("RGB", (256, 256)) if isinstance(source, Files) else source[0]
+    return sum(tensor.nbytes for tensor in view.cpu_transform([image], np.zeros((1, view.num_uniforms))))
+
+
 class ImageLoader:
     """Loads the given rows of a source, in order, in one view, any number of times."""
 
     def __init__(self, source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device):
         chunks = ImageChunks(source, view, rows)
         self.view, self.device = view, device
-        self.chunks = PrefetchLoader(chunks, range(len(chunks)), workers, pin_memory=device.type == "cuda")
+        self.chunks = PrefetchLoader(
+            chunks,
+            range(len(chunks)),
+            workers,
+            pin_memory=device.type == "cuda",
+            item_bytes=chunks.item_bytes(),
+        )
 
     def batches(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x [n, c, h, w] on the device, rows [n]). Unreadable images go to `bad` instead."""

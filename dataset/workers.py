@@ -1,21 +1,41 @@
 """Worker processes that load the items of a dataset ahead of time."""
 
+import contextlib
+import mmap
 import multiprocessing
 import os
+import pickle
+import resource
+import signal
+import socket
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
-from typing import Any
+from multiprocessing import connection, forkserver, queues, resource_tracker
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, Dataset, default_convert
 
-from util import preempt
+from dataset.shared_memory import describe_shared_memory, free_and_total, shared_memory_warning
+from util import dist_utils, preempt
 from util.errors import UserError
 
 # Modules that take long to import. The helper process imports those that this process has imported, once for
 # all workers; the repository's own files are imported quickly, when the dataset is unpickled.
 PRELOADED = ("numpy", "PIL.Image", "torch", "torchvision")
+LOADERS: weakref.WeakSet["PrefetchLoader"] = weakref.WeakSet()  # those of this process
+
+
+class Undelivered(NamedTuple):
+    """What the training process gets in place of an item that could not be sent or received."""
+
+    cause: str
+    free: int  # shared memory at that time, in bytes
+    total: int
+    lost_worker: bool = False  # the connection to the worker broke
 
 
 class PrefetchLoader:
@@ -28,11 +48,20 @@ class PrefetchLoader:
     constructor and not at the first pass, so that editing a source file during a run does not change the run.
     """
 
-    def __init__(self, dataset: Dataset, order: Sequence[Any], workers: int, pin_memory: bool):
+    def __init__(
+        self, dataset: Dataset, order: Sequence[Any], workers: int, pin_memory: bool, item_bytes: int = 0
+    ):
         """dataset: must be picklable. order: of the items. workers: with 0, this process loads the items
-        itself.
+        itself. item_bytes: of the tensors of an item. Raises UserError if the workers cannot start.
         """
+        self.shared_bytes = 0  # most bytes of shared memory in use at a time
+        self.processes: list[Any] = []
         if workers:
+            # A lock of the queues takes a page. DataLoader keeps two items per worker ahead of that in use.
+            lock_bytes = mmap.PAGESIZE * (16 + 4 * workers)
+            self.shared_bytes = lock_bytes + min(2 * workers + 1, len(order)) * item_bytes
+            LOADERS.add(self)
+            _check_start(workers, lock_bytes)
             _start_helper()
         self.order, self.sampler = order, ResettableSampler()
         self.loader = DataLoader(
@@ -43,29 +72,45 @@ class PrefetchLoader:
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=_init_worker,
+            collate_fn=_Item if workers else None,
             multiprocessing_context="forkserver" if workers else None,
         )
         if workers:
+            earlier = multiprocessing.active_children()
             with preempt.interrupt_deferred():
                 iter(self.loader)  # an empty pass, which starts the workers
+            self.processes = [p for p in multiprocessing.active_children() if p not in earlier]
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises UserError when a worker has ended."""
+        """Raises UserError when a worker has ended, or when an item cannot be sent or received."""
         self.sampler.order = self.order
         try:
-            yield from self.loader
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            ended = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
-            # The connection to an ended worker breaks while a tensor is received. Errors that a worker itself
-            # raised begin with "Caught".
-            cut_off = isinstance(error, (ConnectionError, EOFError)) and not str(error).startswith("Caught")
-            if not ended and not cut_off:
+            for item in self.loader:
+                if isinstance(item, Undelivered):
+                    lost = item.lost_worker and self._wait_for_end(seconds=5)
+                    raise UserError(self._lost_worker() if lost else describe_undelivered(item))
+                yield item
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
                 raise
-            raise UserError(
-                "a worker process that loads images has ended: the lines above say why; if there are none, "
-                "it was killed, most likely out of memory (lower --workers or --batch-size). The same "
-                "command continues"
-            ) from None
+            raise UserError(self._lost_worker()) from None
+
+    def _wait_for_end(self, seconds: float) -> bool:
+        """Return whether a worker ends within this time, or has ended."""
+        return bool(connection.wait([process.sentinel for process in self.processes], seconds))
+
+    def _lost_worker(self) -> str:
+        """Return the message about a worker that has ended."""
+        if any(process.exitcode == -signal.SIGBUS for process in self.processes):
+            return (
+                "a worker process that loads images was killed by SIGBUS, most likely because shared memory "
+                f"is full: {describe_shared_memory(needed_shared_memory(), *free_and_total())}"
+            )
+        return (
+            "a worker process that loads images has ended: the lines above say why; if there are none, "
+            "it was killed, most likely out of memory (lower --workers or --batch-size). The same "
+            "command continues"
+        )
 
 
 class ResettableSampler:
@@ -76,6 +121,51 @@ class ResettableSampler:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.order)
+
+
+def check_shared_memory() -> str:
+    """Return a warning if there is less shared memory than the loaders of this process need, else ""."""
+    return shared_memory_warning(needed_shared_memory(), *free_and_total())
+
+
+def needed_shared_memory() -> int:
+    """Return the bytes that items may take at a time: of all loaders, of all ranks on this machine."""
+    ranks = max(1, dist_utils.HOSTNAMES.count(socket.gethostname()))
+    return ranks * sum(loader.shared_bytes for loader in LOADERS)
+
+
+def describe_undelivered(item: Undelivered) -> str:
+    """Return the message about an item that could not be sent or received."""
+    # A living worker that breaks the connection has no file number left, and "ancdata" is how Python words
+    # the same in the receiver.
+    if item.lost_worker or "Too many open files" in item.cause or "ancdata" in item.cause:
+        return _too_many_open_files()
+    if "No space left" in item.cause or "unable to allocate shared memory" in item.cause:
+        memory = describe_shared_memory(needed_shared_memory(), item.free, item.total)
+        return f"a worker process cannot send images, because shared memory is full: {memory}"
+    return f"an item cannot be sent from a worker process: {item.cause}"
+
+
+def _too_many_open_files() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        f"workers need more than the {limit} open files that a process may have: raise the limit (ulimit -n "
+        f"{max(4096, 2 * limit)}), or lower --workers (0 needs none)"
+    )
+
+
+def _check_start(workers: int, lock_bytes: int) -> None:
+    """Raise UserError if the workers cannot start; PyTorch's DataLoader would print tracebacks."""
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(16 + 8 * workers):  # twice the number of the pipes
+                stack.enter_context(open(os.devnull))
+    except OSError:
+        raise UserError(_too_many_open_files()) from None
+    free, total = free_and_total()
+    if free < lock_bytes:
+        memory = describe_shared_memory(needed_shared_memory(), free, total)
+        raise UserError(f"workers cannot start, because shared memory is full: {memory}")
 
 
 def _start_helper() -> None:
@@ -94,6 +184,10 @@ def _start_helper() -> None:
 
 def _init_worker(_: int) -> None:
     preempt.ignore_signals()
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)  # the training process reports it, in place of PyTorch
+    # The thread that sends tensors' files calls it; the training process reports that a file did not arrive.
+    sys.excepthook = lambda *error: None
+    queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
     # PyTorch's workers watch their parent, which here is the helper, and the helper waits for the workers. So
     # each worker also watches the training process.
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
@@ -102,3 +196,42 @@ def _init_worker(_: int) -> None:
 def _exit_with(process: Any) -> None:
     process.join()
     os._exit(1)
+
+
+def _send_error(queue: queues.Queue, error: Exception, result: Any) -> None:
+    """Send the reason why `result` cannot be sent.
+
+    Python's queue calls it in the thread that pickles and sends. By default it would print the error and drop
+    the result, which the training process would wait for forever.
+    """
+    if isinstance(error, BrokenPipeError):
+        os._exit(1)  # the training process has ended
+    index, data = result
+    if isinstance(data, ExceptionWrapper):  # an error of the dataset, whose class cannot be pickled
+        data.exc_type = RuntimeError
+        queue.put((index, data))
+    else:
+        queue.put((index, _undelivered(error)))
+
+
+class _Item:
+    """An item of a worker; it arrives as the item itself, or as Undelivered."""
+
+    def __init__(self, item: Any):
+        self.item = default_convert(item)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (bytes(ForkingPickler.dumps(self.item)),)
+
+
+def _unpickle(data: bytes) -> Any:
+    """Unpickle an item in the training process, which receives the files of its tensors from the worker."""
+    try:
+        return pickle.loads(data)
+    except (OSError, RuntimeError, EOFError) as error:
+        lost_worker = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+        return _undelivered(error)._replace(lost_worker=lost_worker)
+
+
+def _undelivered(error: Exception) -> Undelivered:
+    return Undelivered(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", *free_and_total())

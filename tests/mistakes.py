@@ -1,4 +1,4 @@
-"""Runs the mistakes of docs/MISTAKES.md. `python tests/mistakes.py` writes what each prints into the table."""
+"""Runs the mistakes of docs/MISTAKES.md; `python tests/mistakes.py` writes what each prints into the table."""
 
 import os
 import re

@@ -5,9 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from trees import imagenet
 
 from dataset import digits
-from dataset.loader import BadImages, Data, EvalLoader, SplitId, Stream, View
+from dataset.imagenet import build as imagenet_data
+from dataset.loader import BadImages, Data, EvalLoader, ImageChunks, SplitId, Stream, View
 from dataset.rng import uniforms
 from dataset.source import BadImage
 from dataset.workers import PrefetchLoader
@@ -194,6 +196,22 @@ def test_every_test_image_is_in_one_share(world, workers):
     whole = data.eval_view.cpu_transform([data.test_images[row] for row in range(360)], np.empty((360, 0)))[0]
     assert Counter(map(bytes, x.numpy())) == Counter(map(bytes, whole.numpy()))
     assert Counter(y.tolist()) == Counter(data.test_labels.tolist())
+
+
+def test_the_size_of_an_item_is_that_of_its_tensors(tmp_path):
+    imagenet(tmp_path)
+    photos = [
+        imagenet_data(str(tmp_path), "", 1, 0, 0, "weak", "moco", size, on_device)
+        for size, on_device in ((32, True), (48, False))
+    ]
+    for data in (digits.build(labels_per_class=3, seed=0), *photos):
+        stream, rows = Stream(data, batch_size=2, mu=3, seed=0), np.arange(len(data.test_images))
+        x, y, index, *views, true_labels, _ = stream[0]
+        tensors = [*x, y, index, *views[0], *views[1], true_labels]
+        assert stream.item_bytes() == sum(t.nbytes for t in tensors)
+        chunks = ImageChunks(data.test_images, data.eval_view, rows, size=len(rows) - 1)
+        (pixels,), chunk_rows, _ = chunks[0]
+        assert chunks.item_bytes() == pixels.nbytes + chunk_rows.nbytes
 
 
 # Unreadable images.

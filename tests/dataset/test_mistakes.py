@@ -315,7 +315,7 @@ def flags(root):
         "--epochs",
         "1",
         "--output-dir",
-        root / "run",
+        root.parent / "run",
         "--device",
         "cpu",
     ]
