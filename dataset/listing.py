@@ -141,7 +141,11 @@ def entries(data: bytes, where: str) -> tuple[list[int], list[str], list[str | N
     text = data.decode("utf-8-sig", "replace")
     if bad := re.search("[\0\ufffd]", text):
         number = text.count("\n", 0, bad.start()) + 1
-        raise UserError(f"{where}, line {number}: this is not text; a list has one name a line")
+        name = printable(os.fsdecode(data.split(b"\n")[number - 1].strip()))
+        raise UserError(
+            f"{where}, line {number}: this is not text; a list has one name a line, in UTF-8. Rename the "
+            f"image, or choose another list: {name:.80}"
+        )
     lines: dict[str, int] = {}
     labels: list[str | None] = []
     for number, line in enumerate(text.split("\n"), 1):

@@ -40,6 +40,22 @@ NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,
     type(np.dtype(np.float64)),
 ]
+# What torch.load and zipfile raise for damaged files, besides OSError.
+DAMAGE = (
+    RuntimeError,  # includes NotImplementedError
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,  # the damaged size of a tensor
+    struct.error,
+    zipfile.BadZipFile,
+)
+ZIP_START = b"PK\x03\x04"
+LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # before PyTorch 1.6
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
@@ -257,27 +273,9 @@ def load_file(path: Path) -> Any:
     return content
 
 
-# What torch.load and zipfile raise for damaged files, besides OSError.
-DAMAGE = (
-    RuntimeError,  # includes NotImplementedError
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    ArithmeticError,
-    MemoryError,  # the damaged size of a tensor
-    struct.error,
-    zipfile.BadZipFile,
-)
-ZIP_START = b"PK\x03\x04"
-LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # before PyTorch 1.6
-
-
 def _foreign_format(path: Path) -> str:
-    """Return "", or why the file is not one that torch.save wrote, to complete "checkpoint FILE …". PyTorch
-    itself warns of some of these formats. Raises one of DAMAGE if it is a part of such a file.
+    """Return "", or why torch.save did not write the file, to complete "checkpoint FILE …"; for some formats
+    PyTorch prints warnings. Raises one of DAMAGE if the file is only a part of one that torch.save wrote.
     """
     with open(path, "rb") as file:
         start = file.read(len(LEGACY_START))

@@ -345,7 +345,10 @@ def test_list_files_are_parsed(tmp_path, data, expected):
         (b"\n \n", "list.txt is empty"),
         (b"", "list.txt is empty"),
         (None, "cannot read list file .*/list.txt: No such file"),
-        (b"n01/1.png 0\nn01/\xff.png 0\n", "list.txt, line 2: this is not text"),
+        (
+            b"n01/1.png 0\nn01/\xff.png 0\n",
+            r"list.txt, line 2: this is not text.* Rename .*: n01/\\xff.png 0",
+        ),
         (b"n01/1.png 0\n\n\0\1", "list.txt, line 3: this is not text"),
     ],
 )
