@@ -241,8 +241,13 @@ def open_checkpoint(path: Path, flags: dict[str, Any]) -> Opened:
 
 def _override(values: dict[str, Any], flags: dict[str, Any], path: Path) -> Config:
     """Return the config with these values, overridden by the flags that are given."""
-    given = {key: flags[key] for key in OVERRIDES if flags[key] is not None}
-    return validate(Config(**coerce_values({**values, **given}, f"the config in {path}")))
+    where, given = f"the config in {path}", {key: flags[key] for key in OVERRIDES if flags[key] is not None}
+    stored = coerce_values(values, where)
+    try:
+        validate(Config(**stored))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return validate(Config(**{**stored, **coerce_values(given, "the command line")}))
 
 
 def load_test_set(opened: Opened, path: Path, device: torch.device) -> EvalData:

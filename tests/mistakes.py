@@ -1,4 +1,4 @@
-"""Runs the mistakes of docs/MISTAKES.md; `python tests/mistakes.py` writes what each prints into the table."""
+"""Runs the mistakes of docs/MISTAKES.md. `python tests/mistakes.py` writes into it what each prints."""
 
 import os
 import re
@@ -23,6 +23,9 @@ TABLE = ROOT / "docs" / "MISTAKES.md"
 ROW = re.compile(r"^\| `(?P<command>[^`]*)` \| (?P<printed>.*) \|$", re.M)
 FINISHED = "--config configs/digits.yaml --epochs 1 --steps-per-epoch 2 --workers 0 --output-dir run".split()
 
+OWN = {"data": "photos", "labels_per_class": 2, "workers": 0}
+OWN |= {"backbone": "small_encoder", "batch_size": 6, "mu": 2}
+
 
 def rows() -> list[tuple[str, str]]:
     """The rows of the table: (shell command, what it prints)."""
@@ -37,6 +40,10 @@ def prepare(folder: Path) -> None:
     imagenet(folder / "photos", train=12, val=10)
     imagenet(folder / "flat", classes=1, train=2)
     (folder / "empty").mkdir()
+    text = (ROOT / "configs" / "folder.yaml").read_text(encoding="utf-8")
+    for name, value in OWN.items():
+        text = re.sub(rf"(?m)^{name}:.*$\n", "", text) + f"{name}: {value}\n"
+    (folder / "own.yaml").write_text(text, encoding="utf-8")
     done = fork_server.run(["train_semi.py", *FINISHED], cwd=folder, env=environment(folder))
     assert done.returncode == 0, done.stderr
     spoil(folder / "run" / "last.pth", folder)
