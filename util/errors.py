@@ -50,8 +50,7 @@ def cli_main(
     except Exception as e:  # not swallowed: described in a line or printed with its traceback
         line = describe_error(e) if isinstance(e, RuntimeError) else None
         if line is not None:
-            _print_last_line(f"error: {line}")
-            _exit_without_joining()
+            exit_at_once(line)
         traceback.print_exc()
         error, code = e, 1
     # The frames hold the data loader: freeing it now ends its workers at once, while at Python's exit it
@@ -60,8 +59,11 @@ def cli_main(
     sys.exit(code)
 
 
-def _exit_without_joining() -> NoReturn:
-    """Exit with code 1 without waiting for a lost rank; a checkpoint that is being written is completed."""
+def exit_at_once(line: str) -> NoReturn:
+    """Print `line` as an error and exit with code 1, from any thread, without waiting for a lost rank. A
+    checkpoint that is being written is completed.
+    """
+    _print_last_line(f"error: {line}")
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join()  # it writes a checkpoint
