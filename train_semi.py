@@ -147,7 +147,9 @@ def main() -> None:
     workers = config.workers if start < total else 0
     loader = PrefetchLoader(stream, range(start, total), workers, pin_memory=device.type == "cuda")
     eval_loader = EvalLoader(data, rank, ranks.processes, workers, device)
+    dist_utils.begin_phase(f"step {start}: data")
     for step, host_batch in enumerate(loader, start):
+        dist_utils.begin_phase(f"step {step}: forward and backward")
         # The learning rate and the batch of this step.
         bad.add(host_batch.bad)
         lr = learning_rate(
@@ -217,6 +219,7 @@ def main() -> None:
 
         # Once in a while: evaluation.
         if evaluate_now:
+            dist_utils.begin_phase(f"step {step}: evaluation")
             unreadable = BadImages(config.on_bad_image)
             scores = accuracies(method, eval_loader.batches(unreadable), config.cls, device)
             log.eval(done, epoch, scores)
@@ -235,6 +238,7 @@ def main() -> None:
             and dist_utils.from_rank_0(time.monotonic() - last_save > 60 * config.save_minutes)
         )
         if evaluate_now or stop or overdue or (config.save_freq and done % config.save_freq == 0):
+            dist_utils.begin_phase(f"step {step}: checkpoint")
             # The meter and the bad images are part of the state, so that a resumed run logs the same values.
             state = {
                 "config": to_dict(config),
@@ -264,6 +268,7 @@ def main() -> None:
             log.close()
             dist_utils.dist_end()
             sys.exit(preempt.REQUEUE_EXIT_CODE)
+        dist_utils.begin_phase(f"step {done}: data")
 
     writer.close()
     if best["step"]:
