@@ -43,7 +43,8 @@ def find_rendezvous(env: Mapping[str, str], port: int) -> Rendezvous:
     world = _number(env, "SLURM_STEP_NUM_TASKS", 1, default="1")
     if world == 1:
         return Rendezvous()
-    if not 1 <= port <= (highest := 65536 - NUM_PORTS):
+    highest = 65536 - NUM_PORTS
+    if not 1 <= port <= highest:
         raise UserError(f"--port {port} must be from 1 to {highest}, because up to {NUM_PORTS - 1} are added")
     nodes = env.get("SLURM_STEP_NODELIST") or _text(env, "SLURM_JOB_NODELIST")
     try:
