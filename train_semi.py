@@ -195,6 +195,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         asked to stop meanwhile: the checkpoint says that the evaluation is due, and the run resumes with it.
         """
         nonlocal best
+        dist_utils.begin_phase(f"step {done}: evaluation")
         unreadable = BadImages(config.on_bad_image)
         scores = accuracies(method, eval_loader.batches(unreadable), config.cls, device)
         if scores is None:
@@ -219,7 +220,9 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     if evaluation_due and not evaluate_step(start):
         stop_early(writer, log, start, last)
     clock, clock_step = time.monotonic(), start  # images/s are counted from this time and step
+    dist_utils.begin_phase(f"step {start}: data")
     for step, host_batch in enumerate(loader, start):
+        dist_utils.begin_phase(f"step {step}: forward and backward")
         # The learning rate and the batch of this step.
         bad.add(host_batch.bad)
         lr = learning_rate(
@@ -297,6 +300,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
             and dist_utils.from_rank_0(time.monotonic() - last_save > 60 * config.save_minutes)
         )
         if evaluate_now or stop or overdue or (config.save_freq and done % config.save_freq == 0):
+            dist_utils.begin_phase(f"step {step}: checkpoint")
             # The meter and the bad images are part of the state, so that a resumed run logs the same values.
             state = {
                 "config": to_dict(config),
@@ -329,6 +333,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
             clock = time.monotonic()
         if stop:
             stop_early(writer, log, done, last)
+        dist_utils.begin_phase(f"step {done}: data")
 
     writer.close()
     if best["step"]:

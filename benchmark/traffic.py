@@ -191,6 +191,8 @@ def one_rank(
         MASTER_PORT=str(port),
     )
     dist_utils.dist_init("cpu", config.timeout_minutes, config.port)
+    if dist_utils.HEARTBEAT:
+        dist_utils.HEARTBEAT.stop()  # its bytes would count
     ledger, results = wrap_communication(), []
     for bank in banks:
         results.append(train(config, bank, steps, ledger))

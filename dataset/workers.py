@@ -3,12 +3,14 @@
 import contextlib
 import mmap
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -175,11 +177,20 @@ def _start_helper() -> None:
     Python's resource tracker, with a message. So both start with the signals blocked; `_init_worker` unblocks
     them in workers.
     """
+    _keep_socket_paths_short()
     multiprocessing.set_forkserver_preload([name for name in PRELOADED if name in sys.modules])
     # Each start in a context of its own, because the resource tracker unblocks SIGTERM when it has started.
     for start in (resource_tracker.ensure_running, forkserver.ensure_running):
         with preempt.signals_blocked():
             start()
+
+
+def _keep_socket_paths_short() -> None:
+    """Put the sockets of the helper and the workers below /tmp if TMPDIR is too long for that."""
+    if len(os.fsencode(tempfile.gettempdir())) > 107 - len("/pymp-12345678/listener-12345678"):
+        before, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        multiprocessing.util.get_temp_dir()  # this process and its workers keep the directory that it creates
+        tempfile.tempdir = before
 
 
 def _init_worker(_: int) -> None:

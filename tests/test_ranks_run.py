@@ -2,9 +2,12 @@
 with a rank that is lost.
 """
 
+import os
 import re
 import signal
 import subprocess
+import time
+from pathlib import Path
 
 import fork_server
 import pytest
@@ -22,12 +25,18 @@ FLAGS = (
 ).split()
 
 
+def environment(processes):
+    """What torchrun sets for all ranks. With its run ID, ranks end when the tests are killed."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {"WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "test", **address}
+
+
 def start(folder, *flags, processes=2, others=(), new_processes=True):
     """Start the ranks as torchrun does, each with its own output.
 
     others: flags that ranks other than 0 have besides. new_processes: see `command`.
     """
-    env = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env = environment(processes)
     ranks = []
     for rank in range(processes):
         args = ["train_semi.py", *FLAGS, "--output-dir", str(folder), *flags, *(others if rank else ())]
@@ -42,15 +51,13 @@ def start(folder, *flags, processes=2, others=(), new_processes=True):
 
 def finish(ranks, seconds=180):
     """(exit code, stdout, stderr) of each."""
-    out = []
-    for process in ranks:
-        try:
-            text = process.communicate(timeout=seconds)
-        finally:
+    try:
+        texts = [process.communicate(timeout=seconds) for process in ranks]
+    finally:
+        for process in ranks:
             if process.poll() is None:
                 process.kill()
-        out.append((process.returncode, *text))
-    return out
+    return [(process.returncode, *text) for process, text in zip(ranks, texts)]
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +200,94 @@ def test_ranks_that_do_not_run_the_same_say_so(what, flags, tmp_path):
 def test_one_line_when_the_mistake_is_every_ranks(tmp_path):
     for code, _, err in finish(start(tmp_path / "run", "--virtual-ranks", "3")):
         one_line(code, err, "3 virtual ranks cannot be shared evenly by 2 processes")
+
+
+def test_torchrun_starts_the_ranks_again_after_one_is_killed(whole, tmp_path):
+    launcher = [*"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()]
+    process = start_python(*launcher, "train_semi.py", *FLAGS, "--output-dir", tmp_path / "run")
+    wait_for(tmp_path / "run" / "last.pth", process)
+    os.kill(child(process.pid, "RANK=1"), signal.SIGKILL)
+    ((code, out, err),) = finish([process])
+    assert code == 0 and "continues from" in out, err
+    assert re.search(
+        r"error: rank 0 on \S+ timed out waiting for rank 1 on \S+, which hangs or has ended", err
+    )
+    assert_same_run(whole, tmp_path / "run")
+
+
+def child(parent, variable):
+    """The process number of the child of `parent` that has `variable` in its environment."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    (found,) = [
+        pid for pid in children if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    return int(found)
+
+
+ENDS = """
+import atexit, os, sys
+from pathlib import Path
+
+def print_threads():
+    print([path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")])
+
+atexit.register(print_threads)  # called last
+import torch
+from util import dist_utils
+from util.errors import UserError, cli_main
+
+def main():
+    dist_utils.dist_init("cpu", 1, 0)
+    student = dist_utils.wrap_ddp(torch.nn.Linear(2, 2))
+    student(torch.ones(1, 2)).sum().backward()
+    if sys.argv[1] == "mistake":
+        raise UserError("a mistake")
+    dist_utils.dist_end()
+    sys.exit(int(sys.argv[1]))
+
+cli_main(main)
+"""
+
+
+@pytest.mark.parametrize("end, code", [("75", 75), ("mistake", 2)])
+def test_no_thread_of_gloo_is_left_when_python_exits(end, code, tmp_path):
+    """Such a thread can abort the process, with exit code -6."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    env = {**environment(2), "PYTHONPATH": str(ROOT)}
+    ranks = [start_python(tmp_path / "ends.py", end, env={**env, "RANK": rank}) for rank in "01"]
+    for found, out, err in finish(ranks):
+        assert found == code and "python" in out and "gloo" not in out, (out, err)
+        assert "TCPStore" not in err, err  # no warning that rank 0 has ended, and with it the store
+
+
+LAUNCHER = """
+import os, sys, time
+from util import dist_utils
+from util.errors import cli_main
+
+def main():
+    if sys.argv[1] == "waiting":
+        print("ready", flush=True)
+    dist_utils.dist_init("cpu", 10, 0)
+    print("ready", flush=True)
+    time.sleep(1000)
+
+for rank in "01" if sys.argv[1] == "running" else "1":
+    if os.fork() == 0:
+        os.environ["RANK"] = rank
+        cli_main(main)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("ranks_are", ["waiting", "running"])
+def test_ranks_end_after_the_process_that_started_them(ranks_are, tmp_path):
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    env = one_thread({**environment(2), "PYTHONPATH": str(ROOT)})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    launcher = fork_server.popen([tmp_path / "launcher.py", ranks_are], env=env, **pipes)
+    assert launcher.stdout.readline() == "ready\n"
+    time.sleep(1)  # until dist_init has looked who started the rank
+    launcher.kill()
+    ((_, _, err),) = finish([launcher], seconds=60)  # until no process has its stderr any more
+    assert "the process that started" in err and "has ended" in err and "Traceback" not in err, err

@@ -83,8 +83,7 @@ def cli_main(
             os._exit(LOST_OUTPUT_EXIT_CODE)  # not sys.exit, which writes the rest of the output once more
         line = describe_error(e) if isinstance(e, RuntimeError) else None
         if line is not None:
-            _print_last_line(f"error: {line}")
-            _exit_without_joining()
+            exit_at_once(line)
         if "--debug" in sys.argv:
             traceback.print_exc()
         line, code = _describe(e)
@@ -180,8 +179,11 @@ def _without_write_errors(stream: Any) -> io.TextIOWrapper:
     )
 
 
-def _exit_without_joining() -> NoReturn:
-    """Exit with code 1 without waiting for a lost rank; a checkpoint that is being written is completed."""
+def exit_at_once(line: str) -> NoReturn:
+    """Print `line` as an error and exit with code 1, from any thread, without waiting for a lost rank. A
+    checkpoint that is being written is completed.
+    """
+    _print_last_line(f"error: {line}")
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join()  # it writes a checkpoint

@@ -417,6 +417,14 @@ def test_nothing_is_left_when_the_process_is_killed(tmp_path):
     assert gone(worker, helper)
 
 
+@pytest.mark.slow(7)
+def test_a_tmpdir_that_is_too_long_for_a_socket_does_not_stop_a_run(train, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    run = train(tmp_path / "run", "--workers", "1", env={"TMPDIR": str(long)}, new_process=True)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+
+
 def gone(*pids):
     """Whether the processes end within 20 s; the helper ends when no process uses it any more."""
     end = time.monotonic() + 20
