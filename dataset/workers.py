@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection, forkserver, queues, resource_tracker
@@ -66,6 +67,8 @@ class PrefetchLoader:
             _check_start(workers, lock_bytes)
             _start_helper()
         self.order, self.sampler = order, ResettableSampler()
+        # More workers than cores are the user's choice, as with a slow network file system.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         self.loader = DataLoader(
             dataset,
             batch_size=None,

@@ -10,11 +10,12 @@ from trees import imagenet
 
 from dataset.build import build_data
 from dataset.findings import MAX_NAMED, few_test_images, same_files, standard_error, start_warnings
-from util.config import Config, from_dict, read_yaml, validate
+from util.config import Config, coerce_values, read_yaml, validate
 
 
 def config(file, **values):
-    return validate(Config(**{**read_yaml(str(ROOT / "configs" / file)), **from_dict(values, "the test")}))
+    known = read_yaml(str(ROOT / "configs" / file))
+    return validate(Config(**{**known, **coerce_values(values, "the test")}))
 
 
 @pytest.fixture
