@@ -1,6 +1,8 @@
 """A run, finished or not, read back from config.yaml and log.jsonl in its output directory."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,42 @@ REQUIRED_KEYS = {
     "eval": {"student_top1", "teacher_top1"},
     "diagnostics": {"steps_per_epoch"},
     "stop": {"why"},
+}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63 or type(value) is float and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any, *parts: Callable[[Any], bool]) -> bool:
+    """Return whether `value` is a list of lists whose entries are `parts`, or of texts if there are none."""
+    if not isinstance(value, list):
+        return False
+    if not parts:
+        return all(map(_is_text, value))
+    return all(
+        isinstance(entry, list) and len(entry) == len(parts) and all(p(v) for p, v in zip(parts, entry))
+        for entry in value
+    )
+
+
+# What the value of a key must be, where that is not a number or null.
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: value == 0 and type(value) is int or _is_count(value),
+    **dict.fromkeys(("epoch", "steps_per_epoch"), _is_count),
+    **dict.fromkeys(("student_top1", "teacher_top1"), _is_number),
+    **dict.fromkeys(("event", "split", "sha256", "why", "fate"), _is_text),
+    **dict.fromkeys(("most", "least"), lambda value: value is None or _is_list(value, _is_text, _is_number)),
+    "not_finite": _is_list,
+    "images": lambda value: _is_list(value, _is_text, _is_text),
 }
 
 
@@ -87,7 +125,18 @@ def read_events(folder: Path) -> list[Event]:
     except ValueError:
         raise UserError(f"{path} is damaged: a line is not JSON") from None
     for event in events:
-        kind = event.get("event") if isinstance(event, dict) else None
-        if not isinstance(kind, str) or not {"step"} | REQUIRED_KEYS.get(kind, set()) <= event.keys():
+        if not _is_event(event):
             raise UserError(f"{path} is damaged or of another version: unexpected event {str(event)[:80]}")
     return events
+
+
+def _is_event(event: Any) -> bool:
+    """Return whether an event has the keys that every reader needs, each with a value of its kind."""
+    if not isinstance(event, dict) or not _is_text(event.get("event")):
+        return False
+    if not {"step"} | REQUIRED_KEYS.get(event["event"], set()) <= event.keys():
+        return False
+    return all(
+        KINDS[key](value) if key in KINDS else value is None or _is_number(value)
+        for key, value in event.items()
+    )
