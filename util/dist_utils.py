@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from util.device import copy_async
 from util.errors import UserError
 from util.heartbeat import Heartbeat
+from util.preempt import signals_blocked
 from util.rendezvous import Rendezvous, find_rendezvous
 
 T = TypeVar("T")
@@ -90,11 +91,12 @@ def _meet(rendezvous: Rendezvous, gpu: str, timeout_minutes: float) -> None:
     atexit.register(_close_groups)
     # In a thread, because these calls ignore Ctrl-C, and some of them their timeout.
     done: Future[list[tuple[str, str]]] = Future()
-    threading.Thread(target=create, daemon=True).start()
+    with signals_blocked():  # the threads of the groups inherit it, so that the main thread gets all signals
+        threading.Thread(target=create, daemon=True).start()
     while not wait([done], timeout=0.2).done:
         if parent and os.getppid() != parent:
             raise UserError(
-                "the process that started this rank has ended, so it no longer waits for the others"
+                "this rank no longer waits for others, because the process that started it has ended"
             )
         if time.monotonic() > end:
             raise failed("no connection")
@@ -212,7 +214,7 @@ def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
 def dist_end() -> None:
     """Barrier, then destroy the process group: no rank ends before rank 0 has written its last checkpoint."""
     if dist.is_initialized():
-        begin_phase("the end")
+        begin_phase("the end of the run")
         all_gather_object(None)
         _close_groups()
         if dist.is_initialized():  # NCCL's

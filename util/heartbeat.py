@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from util.errors import exit_at_once
+from util.preempt import signals_blocked
 
 PERIOD = 1.0  # seconds between two heartbeats of a rank
 SILENT_SECONDS = 10.0  # a process without a heartbeat for so long is stopped, or it was killed
@@ -58,7 +59,7 @@ class Heartbeat:
         self.answered_at = 0.0  # when the store last answered
         self.beats, self.progress, self.phase, self.progress_at = 0, 0, "start-up", 0.0
         self.lost: list[int] = []  # see Seen
-        self.parent = 0  # this process ends if that process ends; 0: no process
+        self.parent = 0  # see `start`
         self.decision = threading.Lock()  # held by the thread that ends this process
         self.stopped = threading.Event()
         # Two threads, because a store that is stopped with rank 0 never answers.
@@ -74,10 +75,11 @@ class Heartbeat:
         self.absent = []
 
     def start(self, hostnames: list[str], parent: int) -> None:
-        """hostnames: by rank. parent: see `__init__`."""
+        """hostnames: by rank. parent: the process whose end also ends this one; 0: there is none."""
         self.hostnames, self.parent = hostnames, parent
-        self.exchange.start()
-        self.watch.start()
+        with signals_blocked():  # so that the main thread gets all signals
+            self.exchange.start()
+            self.watch.start()
 
     def stop(self) -> None:
         """End the threads. Rank 0, which ends the store with its process, first waits until no other rank
@@ -108,10 +110,8 @@ class Heartbeat:
         timed_out: whether the collective failed because another rank did not come in time.
         """
         self.decision.acquire()  # and never released
-        line, end = (
-            "",
-            self.clock + SILENT_SECONDS + 3 * PERIOD,
-        )  # a rank that was killed just now is silent then
+        line = ""
+        end = self.clock + SILENT_SECONDS + 3 * PERIOD  # a rank that was killed just now is silent then
         while not line and self.clock < end and not self.stopped.wait(PERIOD / 4):
             line = self._verdict(0, self.timeout)
         if not line and timed_out:
@@ -167,7 +167,7 @@ class Heartbeat:
         if no_store and not published and not self.rank_0_keeps_store:
             return f"{self._name(self.rank)} lost the connection to torchrun: look at its last output"
         no_store = self.rank_0_keeps_store and (no_store or self.seen[0].ended)
-        ranks = range(len(self.seen))
+        ranks = [r for r in range(len(self.seen)) if r != self.rank]
         # Until the last answer: later nothing is known of the others.
         stuck = [self.answered_at - seen.progress_at for seen in self.seen]
         silent = [seen.ended or self.answered_at - seen.beats_at > SILENT_SECONDS for seen in self.seen]
