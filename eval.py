@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from util import predictions
 from util.errors import Parser, UserError, cli_main, printable, start_program
 from util.files import check_output, user_path, write_atomically
+from util.formats import predictions
 
 # Settings of the training run that the command line of an evaluation may override.
 OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "image_size")
@@ -91,9 +91,11 @@ from dataset.source import Files
 from dataset.workers import check_shared_memory
 from models import METHODS, build_network
 from models.network import Network
-from util import checkpoint, dist_utils, export, published_checkpoints
+from util import dist_utils
 from util.config import Config, coerce_values, to_dict, validate
-from util.metrics import evaluate
+from util.formats import export, published_checkpoints
+from util.run import checkpoint
+from util.run.metrics import evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> None:

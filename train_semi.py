@@ -10,10 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from util import preempt
 from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main, start_program
 from util.files import user_path
+from util.run import preempt
 
 if __name__ == "__main__":
     # Importing PyTorch takes seconds. A signal meanwhile must not end the run.
@@ -40,14 +40,15 @@ from models import (
     split_virtual_ranks,
     train_step,
 )
-from util import checkpoint, dist_utils
-from util.diagnostics import diagnostics_event, log_stop_reason
-from util.lock import RunLock
-from util.log import LEFT_OUT, Logger, init_output_dir
-from util.memory import check_memory, least_needs, memory_of
-from util.metrics import Meter, count_hits, join_hits
-from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
-from util.resume import (
+from util import dist_utils
+from util.inspect.diagnostics import diagnostics_event, log_stop_reason
+from util.run import checkpoint
+from util.run.lock import RunLock
+from util.run.log import LEFT_OUT, Logger, init_output_dir
+from util.run.memory import check_memory, least_needs, memory_of
+from util.run.metrics import Meter, count_hits, join_hits
+from util.run.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
+from util.run.resume import (
     check_moco_path,
     is_published,
     load_last,
@@ -55,7 +56,7 @@ from util.resume import (
     resume_published,
     start_from_moco,
 )
-from util.schedule import learning_rate
+from util.run.schedule import learning_rate
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import torchvision  # noqa: E402
 from benchmark import marked_file  # noqa: E402
 from util.config import changed_settings, parse, read_yaml  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
-from util.report import read_evaluated_run  # noqa: E402
+from util.inspect.report import read_evaluated_run  # noqa: E402
 
 METHODS = {"simmatch": "SimMatch", "fixmatch": "FixMatch", "supervised": "supervised"}
 LABELS = {1: "10 labels", 4: "40 labels"}

@@ -27,9 +27,9 @@ import torchvision  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
 from models import build_method, parameter_groups  # noqa: E402
-from util import checkpoint  # noqa: E402
 from util.config import parse, to_dict  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
+from util.run import checkpoint  # noqa: E402
 
 PIECE = 64 * 2**20  # bytes of the array that rates are measured with
 K = 13_000  # labeled images

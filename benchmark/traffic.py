@@ -38,7 +38,7 @@ from models import Batch, Method, build_method, parameter_groups, train_step  # 
 from util import dist_utils  # noqa: E402
 from util.config import Config, parse  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
-from util.metrics import Meter  # noqa: E402
+from util.run.metrics import Meter  # noqa: E402
 
 CAUSES = ("gradients", "features", "shuffle-BN out", "shuffle-BN home", "other", "unassigned")
 # Offsets in linux/tcp.h: tcpi_notsent_bytes; tcpi_bytes_sent and tcpi_bytes_retrans; the end of these.

@@ -15,8 +15,8 @@ from dataset.listing import THREADS
 from dataset.loader import Data
 from dataset.source import Files
 from util.config import Config
-from util.detectors import describe_start_in_teacher
 from util.errors import printable
+from util.inspect.detectors import describe_start_in_teacher
 
 
 class Problem(NamedTuple):

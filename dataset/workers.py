@@ -23,8 +23,9 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from dataset.shared_memory import describe_shared_memory, free_and_total, shared_memory_warning
-from util import dist_utils, preempt
+from util import dist_utils
 from util.errors import UserError
+from util.run import preempt
 
 # Modules that take long to import. The helper process imports those that this process has imported, once for
 # all workers; the repository's own files are imported quickly, when the dataset is unpickled.

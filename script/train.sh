@@ -41,7 +41,7 @@ srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" 
   "$PYTHON" train_semi.py --config "$config" --debug "$@" &
 wait $!; code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done     # `wait` also returns when the trap runs
-if [ $code = 75 ]; then                                     # asked to stop, and saved (util/preempt.py)
+if [ $code = 75 ]; then                                     # asked to stop, and saved (util/run/preempt.py)
   echo "train: back into the queue"
   scontrol requeue "$SLURM_JOB_ID" || echo "train: Slurm did not requeue the job; the same sbatch command continues" >&2
 elif [ $code != 0 ]; then

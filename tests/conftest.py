@@ -24,7 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import fork_server  # noqa: E402  (the repository is on the path only now)
 
-from util import errors, preempt  # noqa: E402
+from util import errors  # noqa: E402
+from util.run import preempt  # noqa: E402
 
 # Started as dataset/workers.py does it, before a test starts it with signals that would kill it.
 with preempt.signals_blocked():

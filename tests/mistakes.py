@@ -17,7 +17,7 @@ import fork_server  # noqa: E402
 import torch  # noqa: E402
 from trees import imagenet  # noqa: E402
 
-from util import checkpoint  # noqa: E402
+from util.run import checkpoint  # noqa: E402
 
 TABLE = ROOT / "docs" / "MISTAKES.md"
 ROW = re.compile(r"^\| `(?P<command>[^`]*)` \| (?P<printed>.*) \|$", re.M)

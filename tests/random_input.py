@@ -26,8 +26,8 @@ import fork_server  # noqa: E402
 import torch  # noqa: E402
 from trees import imagenet  # noqa: E402
 
-from util import checkpoint  # noqa: E402
 from util.config import FIELDS  # noqa: E402
+from util.run import checkpoint  # noqa: E402
 
 SECONDS = 60  # after which a case that says nothing hangs
 MEMORY = 8 << 30  # bytes of address space of a case

@@ -14,7 +14,7 @@ from trees import imagenet, picture
 import train_semi
 from dataset.loader import to_device
 from dataset.views import IMAGENET_NORM, PIPELINES, photo_view, pipeline
-from util import preempt
+from util.run import preempt
 
 # Four steps: the bank is used from the third on, and all events come after the last one.
 DIGITS = (

@@ -11,9 +11,9 @@ from conftest import one_line
 
 import eval as eval_script
 from models import build_method, parameter_groups
-from util import checkpoint, resume
 from util.config import Config
 from util.errors import UserError
+from util.run import checkpoint, resume
 
 
 def test_it_needs_only_the_checkpoint_and_ends_with_the_published_line(finished, command):

@@ -21,7 +21,7 @@ SHORT = ["--steps-per-epoch", "8", "--print-freq", "1", "--workers", "0"]
 # step is the last one and has events, which may wait.
 NO_WAITS = """
 import torch, train_semi
-from util.metrics import Meter
+from util.run.metrics import Meter
 
 learning_rate, add = train_semi.learning_rate, Meter.add
 

@@ -15,7 +15,8 @@ from trees import imagenet, picture
 
 import eval as eval_script
 import train_semi
-from util import checkpoint, predictions
+from util.formats import predictions
+from util.run import checkpoint
 
 
 def without_frame(state):

@@ -16,7 +16,7 @@ from models import SimMatch
 from models.ema import Teacher
 from models.memory import DistributionAlignment
 from tests.reference import SimMatchReference
-from util import published_checkpoints
+from util.formats import published_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT, FAST = parity.Mode("float64", precision="fp64"), parity.Mode("float32")

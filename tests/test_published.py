@@ -14,7 +14,9 @@ from trees import imagenet
 
 import eval as eval_script
 from models import build_method
-from util import checkpoint, config, published_checkpoints
+from util import config
+from util.formats import published_checkpoints
+from util.run import checkpoint
 
 
 @pytest.fixture(scope="module")

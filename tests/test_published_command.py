@@ -19,7 +19,7 @@ from trees import picture
 
 from benchmark.same_run import first_difference
 from tests.models.test_recipes import PUBLISHED
-from util import checkpoint
+from util.run import checkpoint
 
 LISTS = os.environ.get("SIMMATCH_SPLITS", "")
 pytestmark = [

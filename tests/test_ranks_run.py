@@ -16,7 +16,7 @@ from conftest import ROOT, free_port, one_line, one_thread, start_python
 from test_train import assert_same_run, events, wait_for, weights
 
 import train_semi
-from util import checkpoint
+from util.run import checkpoint
 
 pytestmark = pytest.mark.slow(9)
 FLAGS = (

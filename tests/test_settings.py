@@ -11,9 +11,10 @@ from conftest import DIGITS, ROOT
 import eval as eval_script
 import train_semi
 from benchmark.same_run import difference
-from util import checkpoint, doctor, memory, report
 from util.config import Config, to_dict
 from util.effect import without_effect
+from util.inspect import doctor, report
+from util.run import checkpoint, memory
 
 SHORT = "--epochs 2 --steps-per-epoch 4 --eval-freq 1 --mu 2 --print-freq 3 --device cpu".split()
 

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_semi
 from benchmark.same_run import difference, events, first_difference, weights
 from util.config import Config
-from util.diagnostics import KEYS
 from util.effect import without_effect
+from util.inspect.diagnostics import KEYS
 
 TRAIN = {
     "event",

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from util.device import copy_async
 from util.errors import UserError
 from util.heartbeat import Heartbeat
-from util.preempt import signals_blocked
 from util.rendezvous import Rendezvous, find_rendezvous
+from util.run.preempt import signals_blocked
 
 T = TypeVar("T")
 # Two groups: the default one for tensors (NCCL between GPUs), and gloo for control messages.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from util.errors import exit_at_once
-from util.preempt import signals_blocked
+from util.run.preempt import signals_blocked
 
 PERIOD = 1.0  # seconds between two heartbeats of a rank
 SILENT_SECONDS = 10.0  # a process without a heartbeat for so long is stopped, or it was killed

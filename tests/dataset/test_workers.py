@@ -26,9 +26,9 @@ from dataset.loader import Stream
 from dataset.shared_memory import shared_memory_warning
 from dataset.views import IMAGENET_NORM, PIPELINES, photo_view, pipeline
 from dataset.workers import PrefetchLoader, _Item, check_shared_memory, needed_shared_memory
-from util import preempt
 from util.config import Config
 from util.errors import UserError
+from util.run import preempt
 
 
 class Processes(Dataset):

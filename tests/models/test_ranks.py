@@ -14,7 +14,7 @@ from benchmark.same_run import first_difference
 from models import train_step
 from tests.models import small
 from util import dist_utils
-from util.metrics import Meter
+from util.run.metrics import Meter
 
 SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 STEPS = 4

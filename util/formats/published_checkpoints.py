@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from util.checkpoint_schema import KEYS, check_sgd_state, first_not_finite, first_three, is_sgd_state
 from util.errors import UserError
+from util.run.checkpoint_schema import KEYS, check_sgd_state, first_not_finite, first_three, is_sgd_state
 
 PROGRAMS = {"simmatch": "SimMatch", "simmatchv2": "SimMatchV2", "fixmatch": "FixMatch", "moco": "MoCo"}
 SPLITS = {

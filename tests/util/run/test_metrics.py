@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from util.errors import UserError
-from util.metrics import Meter, evaluate
+from util.run.metrics import Meter, evaluate
 
 
 def test_accuracy_equals_a_plain_loop():

@@ -3,7 +3,7 @@
 import pytest
 
 from util.errors import UserError
-from util.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
+from util.run.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
 
 
 def saved(world, processes, batch_size):

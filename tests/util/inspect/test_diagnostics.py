@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from util.diagnostics import KEYS, diagnostics_event, kl, log_stop_reason, marginal
 from util.errors import UserError
-from util.log import Logger
-from util.metrics import Meter
+from util.inspect.diagnostics import KEYS, diagnostics_event, kl, log_stop_reason, marginal
+from util.run.log import Logger
+from util.run.metrics import Meter
 
 NAMES = ["a", "b", "c", "d"]
 LABELS = np.array([0, 1, 1, 2, 3, 3, 3, 3])  # of the labeled images: shares 1/8, 2/8, 1/8, 4/8

@@ -9,10 +9,10 @@ from published_files import MoCo, contents, fixmatch, sgd, simmatch, simmatchv2
 
 from models import build_method, parameter_groups
 from models.network import BACKBONES, Network
-from util import published_checkpoints
-from util.checkpoint import load_module
 from util.config import Config
 from util.errors import UserError
+from util.formats import published_checkpoints
+from util.run.checkpoint import load_module
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from util import checkpoint, dist_utils, published_checkpoints
-from util.checkpoint_schema import FLOATS, check_sgd_state, is_list, is_number
+from util import dist_utils
 from util.config import Config, changed_settings
 from util.errors import UserError
 from util.files import special_file, user_path
+from util.formats import published_checkpoints
+from util.run import checkpoint
+from util.run.checkpoint_schema import FLOATS, check_sgd_state, is_list, is_number
 
 # Of the state_dict of torch.amp.GradScaler.
 SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
@@ -63,7 +65,7 @@ def resume(
     1. The same command resumes the run; no flag is needed.
     2. The settings that decide what the run computes must be the same: all fields of the config that have an
        effect, except MAY_CHANGE_ON_RESUME, the labeled split and the names of all images. Otherwise UserError
-       is raised. The number of ranks is the concern of util/ranks.py.
+       is raised. The number of ranks is the concern of util/run/ranks.py.
     3. This function restores the method (weights, bank, prior, teacher) and the optimizer; the caller
        restores the rest of the state. The order of the data and all views depend only on the seed and the
        step.

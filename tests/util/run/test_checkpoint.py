@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from models.network import Network
-from util import checkpoint
 from util.errors import UserError
 from util.files import write_atomically
+from util.run import checkpoint
 
 
 class Bomb:

@@ -4,7 +4,7 @@ import pytest
 
 from util.config import Config
 from util.errors import UserError
-from util.memory import Need, check_memory, least_needs, machine_memory
+from util.run.memory import Need, check_memory, least_needs, machine_memory
 
 
 def needs(sides=(224, 224), channels=3, n_x=8, n_u=40, labeled=13_000, **settings):

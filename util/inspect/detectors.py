@@ -1,5 +1,5 @@
 """Detectors of what is wrong in a run. Each looks at the run's events and returns a finding or None;
-util/rules.py names and describes them.
+util/inspect/rules.py names and describes them.
 """
 
 import math
@@ -8,8 +8,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
-from util.run_log import Event, RunLog
-from util.schedule import learning_rate
+from util.inspect.run_log import Event, RunLog
+from util.run.schedule import learning_rate
 
 
 class Finding(NamedTuple):

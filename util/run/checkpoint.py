@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from util.checkpoint_schema import (
+from util.errors import UserError
+from util.files import reason, special_file, write_atomically
+from util.run.checkpoint_schema import (
     FLOATS,
     KEYS,
     MAX_STEP_IMAGES,
@@ -27,8 +29,6 @@ from util.checkpoint_schema import (
     first_three,
     is_dict,
 )
-from util.errors import UserError
-from util.files import reason, special_file, write_atomically
 
 FORMAT = 3
 # EMAN's files store their best accuracy as a NumPy scalar. Its module has two names, depending on the version

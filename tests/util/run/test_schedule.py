@@ -6,7 +6,7 @@ import pytest
 
 from util.config import Config, validate
 from util.errors import UserError
-from util.schedule import learning_rate
+from util.run.schedule import learning_rate
 
 RECIPE = dict(lr=0.03, steps_per_epoch=100, epochs=400, warmup_epoch=5, cos=True, schedule=[120, 160])
 

@@ -6,9 +6,9 @@ import os
 import pytest
 from PIL import Image
 
-from util import doctor, report
 from util.config import Config, to_yaml
 from util.errors import UserError
+from util.inspect import doctor, report
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import time
 import pytest
 from conftest import ROOT, one_line
 
-from util import lock
 from util.errors import UserError
-from util.lock import RunLock
+from util.run import lock
+from util.run.lock import RunLock
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from util.lock import RunLock
+from util.run.lock import RunLock
 with RunLock([Path(sys.argv[1])], print):
     print("locked", flush=True)
     sys.stdin.read()

@@ -14,12 +14,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-from util import doctor
 from util.config import Config, read_yaml, to_yaml
-from util.detectors import describe_start_in_teacher
-from util.diagnostics import KEYS
-from util.rules import NOTES, RULES
-from util.run_log import RunLog, read_run_log
+from util.inspect import doctor
+from util.inspect.detectors import describe_start_in_teacher
+from util.inspect.diagnostics import KEYS
+from util.inspect.rules import NOTES, RULES
+from util.inspect.run_log import RunLog, read_run_log
 
 
 def load(folder):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from util import dist_utils
 from util.errors import UserError
-from util.log import Logger
+from util.run.log import Logger
 
 # In the order of the log; docs/DOCTOR.md explains each one. A value that a method does not have is null.
 KEYS = (

@@ -5,9 +5,9 @@ what to try.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from util import detectors
-from util.detectors import Finding
-from util.run_log import RunLog
+from util.inspect import detectors
+from util.inspect.detectors import Finding
+from util.inspect.run_log import RunLog
 
 
 class Rule(NamedTuple):
@@ -114,8 +114,8 @@ RULES = (
     ),
     Rule(
         "lr off schedule",
-        "lr of any train event differs by more than 1e-6 of its value from what util/schedule.py gives for "
-        "config.yaml",
+        "lr of any train event differs by more than 1e-6 of its value from what util/run/schedule.py gives "
+        "for config.yaml",
         detectors.lr_off_schedule,
         "compare config.yaml with the settings you intended; it may have been edited",
     ),

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from util import checkpoint, published_checkpoints
 from util.errors import UserError
+from util.formats import published_checkpoints
+from util.run import checkpoint
 
 # torchvision and timm have these, too.
 SHARED_RESNETS = (
