@@ -23,7 +23,7 @@ class Seen:
 
     beats: int = 0
     progress: int = 0
-    phase: str = ""
+    phase: str = "start-up"
     lost: list[int] = field(default_factory=list)  # the ranks that it waited for when it gave up
     ended: bool = False
     beats_at: float = 0.0  # when `beats` last changed
@@ -132,11 +132,12 @@ class Heartbeat:
     def _exchange(self) -> None:
         """Publish and read, until the store is going to end: using it then prints a warning."""
         try:
-            while not self.stopped.wait(PERIOD):
+            while not self.stopped.is_set():
                 self._publish()
                 self._read()
                 if any(seen.lost for seen in self.seen) or (self.rank_0_keeps_store and self.seen[0].ended):
                     return
+                self.stopped.wait(PERIOD)
             self._publish()
         except RuntimeError:
             pass  # the store has ended; `_verdict` sees that it does not answer
