@@ -86,7 +86,7 @@ import torch
 
 from dataset.build import build_data, build_validation, eval_view_for_files
 from dataset.listing import list_images
-from dataset.loader import BadImages, EvalData, EvalLoader, ImageLoader, SplitId
+from dataset.loader import EvalData, EvalLoader, ImageLoader, SplitId
 from dataset.source import Files
 from dataset.workers import check_shared_memory
 from models import METHODS, build_network
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank == 0 and (warning := check_shared_memory()):
         print(warning, flush=True)
     results = evaluate(networks, eval_loader.batches(bad), len(data.classes), device)
-    left_out = [image for images in dist_utils.all_gather_object(bad.take()) for image in images]
+    left_out = bad.take()
     dist_utils.dist_end()
     if rank > 0:
         return

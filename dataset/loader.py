@@ -280,30 +280,6 @@ class ImageChunks(Dataset):
         return concatenate(parts), torch.tensor(rows, dtype=torch.long), bad
 
 
-class BadImages:
-    """The policy for unreadable images: stop the run, or collect them for the log."""
-
-    def __init__(self, on_bad_image: str):
-        """on_bad_image: stop or skip."""
-        self.stop = on_bad_image == "stop"
-        self.seen: list[tuple[str, str]] = []
-
-    def add(self, bad: Sequence[tuple[str, str]]) -> None:
-        """bad: (name, cause) of each. Raises UserError about the first if the run is to stop."""
-        for name, cause in bad:
-            if self.stop:
-                raise UserError(
-                    f"{name}: {cause}; fix or remove it, or use --on-bad-image skip (python -m dataset.check "
-                    "lists all such images)"
-                )
-        self.seen += [(name, cause) for name, cause in bad]
-
-    def take(self) -> list[tuple[str, str]]:
-        """Return the bad images since the last call."""
-        seen, self.seen = self.seen, []
-        return seen
-
-
 def concatenate(parts: Sequence[HostTensors]) -> HostTensors:
     """Concatenate each tensor over the parts."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))

@@ -354,8 +354,16 @@ def check_finite(values: dict[str, Any], step: int) -> None:
 
 
 def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: str = "") -> None:
-    """Call module.load_state_dict with exact keys and shapes. Raises UserError with the first differences, or
-    if a value is not finite or a tensor has another type: load_state_dict would convert integers silently.
+    """Call module.load_state_dict after `check_module`, which has the same arguments."""
+    check_module(module, values, path, prefix)
+    module.load_state_dict(
+        {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
+    )
+
+
+def check_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: str = "") -> None:
+    """Raise UserError unless `values` has exactly the module's keys and shapes, and finite values of the
+    module's types: load_state_dict would convert integers silently.
 
     prefix: what the module's keys start with in `values`; other keys of `values` are ignored.
     """
@@ -379,4 +387,3 @@ def load_module(module: nn.Module, values: dict[str, Any], path: Path, prefix: s
         wrong = [f"{name} is not finite"]
     if wrong:
         raise UserError(f"checkpoint {path} is damaged: {first_three(wrong)}; use another one")
-    module.load_state_dict({key[len(prefix) :]: value for key, value in values.items()})

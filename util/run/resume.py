@@ -16,6 +16,7 @@ from util.errors import UserError
 from util.files import special_file, user_path
 from util.formats import published_checkpoints
 from util.run import checkpoint
+from util.run.train_state import RunIdentity, TrainState
 from util.run.checkpoint_schema import FLOATS, check_sgd_state, is_list, is_number
 
 # Of the state_dict of torch.amp.GradScaler.
@@ -51,42 +52,35 @@ def is_published(content: Any) -> bool:
     return isinstance(content, dict) and "state_dict" in content
 
 
-def resume(
-    path: Path,
-    state: dict[str, Any],
-    config: Config,
-    split: tuple[str, str],
-    fingerprint: str,
-    method: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Resume the run from `state`, its checkpoint at `path`. split, fingerprint: of the data as they are now.
+def resume(path: Path, saved: dict[str, Any], identity: RunIdentity, state: TrainState) -> None:
+    """Resume the run from `saved`, its checkpoint at `path`. identity: that of the run as it starts now.
 
     1. The same command resumes the run; no flag is needed.
     2. The settings that decide what the run computes must be the same: all fields of the config that have an
        effect, except MAY_CHANGE_ON_RESUME, the labeled split and the names of all images. Otherwise UserError
        is raised. The number of ranks is the concern of util/run/ranks.py.
-    3. This function restores the method (weights, bank, prior, teacher) and the optimizer; the caller
-       restores the rest of the state. The order of the data and all views depend only on the seed and the
+    3. This function restores the state. The order of the data and all views depend only on the seed and the
        step.
     4. If the last checkpoint is damaged or missing, `load_last` returns the previous one and a warning.
     """
-    changed = changed_settings(state["config"], config)
-    if tuple(state["split"]) != tuple(split):
+    changed = changed_settings(saved["config"], identity.config)
+    if tuple(saved["split"]) != tuple(identity.split):
         changed.append(
-            "the split was {} (sha256 {:.12}) and is now {} (sha256 {:.12})".format(*state["split"], *split)
+            "the split was {} (sha256 {:.12}) and is now {} (sha256 {:.12})".format(
+                *saved["split"], *identity.split
+            )
         )
-    if not changed and state["data"] != fingerprint:
+    if not changed and saved["data"] != identity.fingerprint:
         changed.append("training or test images were added, removed or renamed")
     if changed:
         raise UserError(
             f"{path} belongs to another run ({'; '.join(changed[:3])}): choose another --output-dir, "
             f"or move it and {checkpoint.previous(path).name} away to start a new run"
         )
-    checkpoint.load_module(method, state["method"], path)
-    _check_indices(state["method"], len(state["classes"]), path)
-    _check_resumable(path, state, optimizer)
-    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.check_module(state.method, saved["method"], path)
+    _check_indices(saved["method"], len(saved["classes"]), path)
+    _check_resumable(path, saved, state.optimizer)
+    state.load_state_dict(saved)
 
 
 def _check_resumable(path: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -133,31 +127,23 @@ def _check_indices(values: dict[str, torch.Tensor], num_classes: int, path: Path
             raise UserError(f"checkpoint {path} is damaged: {name} is not between 0 and {limit - 1}")
 
 
-def resume_published(
-    path: Path,
-    content: dict[str, Any],
-    steps_per_epoch: int,
-    method: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> int:
+def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, state: TrainState) -> None:
     """Resume training from a published SimMatch checkpoint: weights, bank, prior, teacher and optimizer.
-    Returns the number of steps done.
 
     The file does not contain the settings of its run, so those of the command line are used. A copy of it is
     kept under another name, because this run saves its checkpoints to `path`.
     """
-    values, state, _, steps = published_checkpoints.to_training_state(
+    values, optimizer, _, state.step = published_checkpoints.to_training_state(
         content, steps_per_epoch, f"checkpoint {path}"
     )
-    checkpoint.load_module(method, values, path)
+    checkpoint.load_module(state.method, values, path)
     _check_indices(values, len(values["student.fc.weight"]), path)
-    optimizer.load_state_dict(state)
+    state.optimizer.load_state_dict(optimizer)
     if dist_utils.rank() == 0 and not _published_copy(path).exists():
         try:
             shutil.copy2(path, _published_copy(path))
         except OSError as error:
             raise UserError(f"cannot copy {path} to {_published_copy(path)}: {error.strerror}") from None
-    return steps
 
 
 def check_moco_path(path: Path, found: dict[str, Any], moco_path: str) -> str:
