@@ -75,10 +75,10 @@ def once(save):
     """Write the first epoch's checkpoint, and end with Ctrl-C before the next one."""
     written = []
 
-    def call(writer, state, best):
+    def call(writer, state):
         if written:
             raise KeyboardInterrupt
         written.append(state["step"])
-        save(writer, state, best)
+        save(writer, state)
 
     return call

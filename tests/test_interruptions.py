@@ -10,7 +10,7 @@ from conftest import DIGITS, ROOT, one_line, one_thread, start_python
 from test_train import assert_same_run, events, wait_for, weights
 from trees import imagenet
 
-from util import errors
+from util import checkpoint, errors
 
 PHOTOS = (
     "--config configs/folder.yaml --labels-per-class 2 --image-size 32 --backbone small_encoder "
@@ -58,6 +58,7 @@ def test_a_run_that_is_asked_to_stop_in_an_evaluation_saves_and_resumes_with_it(
     assert weights(tmp_path / "run")["evaluation_due"] and not (tmp_path / "run" / "best.pth").exists()
     done = command("train_semi.py", *flags, tmp_path / "run")
     assert done.returncode == 0 and "at step 5: it is finished" in done.stdout, done.stderr
+    assert not checkpoint.load(tmp_path / "run" / "last.pth")["evaluation_due"]
     assert [e["event"] for e in events(tmp_path / "run")].count("eval") == 1
     assert weights(tmp_path / "run", "best.pth")["step"] == 5
 

@@ -7,6 +7,7 @@ import torch
 
 from benchmark.kill_campaign import KINDS, Case, campaign, table
 from benchmark.same_run import difference
+from util.config import Config, to_dict
 
 
 @pytest.mark.slow(60)
@@ -29,7 +30,7 @@ def run_folder(folder, loss=1.0, speed=5.0, weight=0.0, lr=0.1, workers=0):
     for name in ("best.pth", "last.pth"):
         torch.save(
             {
-                "config": {"seed": 0, "workers": workers, "output_dir": str(folder), "save_freq": workers},
+                "config": to_dict(Config(workers=workers, output_dir=str(folder), save_freq=workers)),
                 "sha256": str(folder),
                 "method": {"w": torch.tensor([1.0, weight])},
                 "optimizer": {"param_groups": [{"lr": lr}]},

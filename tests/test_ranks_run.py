@@ -180,7 +180,7 @@ def test_ranks_that_cannot_be_shared(mistake, tmp_path):
     mistake(
         train_semi.main,
         [*FLAGS, "--output-dir", tmp_path, "--timeout-minutes", "0"],
-        "timeout_minutes",
+        "--timeout-minutes",
         "greater than 0",
     )
     mistake(

@@ -2,6 +2,7 @@
 happens when an item cannot be sent.
 """
 
+import gc
 import mmap
 import os
 import pickle
@@ -347,6 +348,7 @@ def test_a_warning_compares_needed_and_free_shared_memory():
 
 
 def test_the_needed_shared_memory_is_that_of_all_items_in_use():
+    gc.collect()  # the loaders of earlier tests
     before, rows = needed_shared_memory(), range(100)
     first = PrefetchLoader(Processes(), rows, 2, pin_memory=False, item_bytes=10**9)
     one = needed_shared_memory() - before

@@ -63,9 +63,10 @@ def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None
 
     keep_previous: the old file is kept as `previous(path)`.
     """
+    content = {key: value for key, value in state.items() if key != "format"}  # which a loaded state has
     write_atomically(
         path,
-        lambda file: write_torch({**state, "format": FORMAT, "sha256": digest(state)}, file),
+        lambda file: write_torch({**content, "format": FORMAT, "sha256": digest(content)}, file),
         previous(path) if keep_previous else None,
     )
 
