@@ -96,6 +96,7 @@ from util.config import Config, coerce_values, to_dict, validate
 from util.formats import export, published_checkpoints
 from util.run import checkpoint
 from util.run.metrics import evaluate
+from util.run.train_state import BadImages
 
 
 def main(argv: Sequence[str] | None = None) -> None:

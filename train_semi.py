@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
 
 from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main, start_program
@@ -26,7 +25,7 @@ from torch import Tensor
 from dataset.bank_age import bank_row_ages
 from dataset.build import build_data, check_output_dirs, view_sides
 from dataset.findings import start_warnings
-from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
+from dataset.loader import Data, EvalLoader, HostBatch, Stream, to_device
 from dataset.workers import PrefetchLoader, check_shared_memory
 from eval import OVERRIDES
 from eval import main as evaluate_checkpoint
@@ -43,8 +42,9 @@ from models import (
 from util import dist_utils
 from util.inspect.diagnostics import diagnostics_event, log_stop_reason
 from util.run import checkpoint
+from util.run.cadence import Throughput, due_after
 from util.run.lock import RunLock
-from util.run.log import LEFT_OUT, Logger, init_output_dir
+from util.run.log import LEFT_OUT, REPLACED, Logger, init_output_dir
 from util.run.memory import check_memory, least_needs, memory_of
 from util.run.metrics import Meter, count_hits, join_hits
 from util.run.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
@@ -57,17 +57,17 @@ from util.run.resume import (
     start_from_moco,
 )
 from util.run.schedule import learning_rate
+from util.run.train_state import BadImages, RunIdentity, TrainState
 
 
 def main() -> None:
     config = parse(sys.argv[1:], __doc__)
     device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
-    last = last_checkpoint(config)
+    out, last = user_path(config.output_dir), last_checkpoint(config)
     if config.evaluate:
         preempt.restore_default_handlers()
         evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
         return
-    out = user_path(config.output_dir)
     check_output_dirs(config, out, last.parent)
     locked = [out / "lock", *([last.with_name(f"{last.name}.lock")] * bool(config.checkpoint))]
     lock = dist_utils.on_rank_0(lambda: RunLock(locked, print))
@@ -81,44 +81,175 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     out: the output directory. last: the path of last.pth. may_write: raises UserError if another start has
     taken over the output directory.
     """
-    # The last checkpoint, if there is one, and the ranks.
-    rank = dist_utils.rank()
+    # Where to start. The order matters:
+    # 1. The last checkpoint decides how many ranks a step has, and the ranks which images a process loads.
     found, load_warning = load_last(last)
     if found:
         config.moco_path = check_moco_path(last, found, config.moco_path)
-    published_state = found if is_published(found) else None
-    saved_state = None if published_state else found
+    saved = found if found and not is_published(found) else None
     ranks, ranks_warning = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
-    if saved_state:
-        ranks, ranks_warning = plan_ranks_on_resume(
-            ranks, config.virtual_ranks, config.other_ranks, saved_state
+    if saved:
+        ranks, ranks_warning = plan_ranks_on_resume(ranks, config.virtual_ranks, config.other_ranks, saved)
+    # 2. The data decide the number of classes, of steps and of bank rows.
+    data, stream = open_data(config, ranks, device)
+    identity = RunIdentity(
+        config, ranks, stream.steps_per_epoch, data.split, data.classes, data.fingerprint()
+    )
+    # 3. Every run is built as a new one, so that a resumed run has the same random numbers ...
+    state = new_state(config, data, device)
+    # 4. ... and is then given the state of this run's checkpoint, else of a published one, else of MoCo's.
+    if saved:
+        resume(last, saved, identity, state)
+    elif found:
+        resume_published(last, found, stream.steps_per_epoch, state)
+    elif config.moco_path:
+        start_from_moco(Path(config.moco_path), state.method.student, state.method.teacher.net)
+    elif config.start_epoch:
+        raise UserError(
+            f"there is no checkpoint {last} to start epoch {config.start_epoch} from: "
+            "a new run starts at epoch 0"
         )
+    total, start = config.epochs * stream.steps_per_epoch, state.step
+    if start > total:
+        finished = start // stream.steps_per_epoch
+        raise UserError(f"{config.epochs} epochs are fewer than the {finished} that are done: raise --epochs")
+    check_same_start(identity, start)
 
-    # The data, and what each step sees of them.
+    # The output directory, the log and the checkpoint writer. Before this point no file of an earlier run
+    # changes, so that a refused start leaves it intact.
+    warnings = [load_warning, ranks_warning]
+    if config.checkpoint and found is None:
+        warnings.append(f"{last} does not exist: a new run starts and writes it")
+    if dist_utils.rank() == 0:
+        warnings.append(init_output_dir(out, last.parent, to_yaml(config), new_run=found is None))
+        warnings += start_warnings(config, data, stream.steps_per_epoch) if start == 0 else []
+    log = Logger(out, start, total, dist_utils.rank() == 0, config.on_save_error, state.evaluation_due)
+    describe_run(log, identity, stream, state, total, device, last, warnings)
+    writer = checkpoint.Writer(
+        last, out / "best.pth", config.on_save_error, log.print_line, not load_warning, saved, may_write
+    )
+
+    # The steps.
+    stopped = train_steps(identity, data, stream, state, total, device, log, writer)
+    writer.close()
+    if stopped:
+        log.print_line(f"asked to stop: saved step {state.step} in {last}; the same command continues")
+    elif state.best["step"]:
+        top1, file = f"{state.best['student_top1']:.3f} %", out / "best.pth"
+        log.print_line(f"done: best student top-1 {top1} at step {state.best['step']}, in {file}")
+    log.close()
+    dist_utils.dist_end()
+    if stopped:
+        sys.exit(preempt.REQUEUE_EXIT_CODE)
+
+
+def train_steps(
+    identity: RunIdentity,
+    data: Data,
+    stream: Stream,
+    state: TrainState,
+    total: int,
+    device: torch.device,
+    log: Logger,
+    writer: checkpoint.Writer,
+) -> bool:
+    """Take the steps up to `total`. Return True if a signal has asked the run to stop before: its state is
+    saved then.
+    """
+    config, ranks, method = identity.config, identity.ranks, state.method
+    configure_execution(method, config.precision, config.channels_last, config.compile)
+    student = dist_utils.wrap_ddp(method.student)
+    workers, gpu = config.workers if state.step < total or state.evaluation_due else 0, device.type == "cuda"
+    loader = PrefetchLoader(stream, range(state.step, total), workers, gpu, stream.item_bytes())
+    eval_loader = EvalLoader(data, dist_utils.rank(), ranks.processes, workers, device)
+    if warning := check_shared_memory():
+        log.print_line(warning)
+    if state.evaluation_due and not evaluate_state(identity, state, eval_loader, device, log, writer):
+        return True
+    throughput = Throughput((stream.n_x + stream.n_u) * ranks.processes, state.step)
+    last_save = time.monotonic()
+
+    dist_utils.begin_phase(f"step {state.step}: data")
+    for step, host_batch in enumerate(loader, state.step):
+        # The learning rate, the images, and what is due after this step.
+        dist_utils.begin_phase(f"step {step}: forward and backward")
+        state.bad_images.add(host_batch.bad)
+        lr = set_learning_rate(state.optimizer, config, step, stream.steps_per_epoch)
+        batches = split_virtual_ranks(to_batch(host_batch, data, device), ranks.virtual_ranks_per_process)
+        bank_ready = stream.bank_ready(step)
+        due = due_after(step + 1, stream.steps_per_epoch, config)
+
+        # Once in a while: examine the step before taking it. Its time does not count in images/s.
+        if due.diagnose:
+            with throughput.paused():
+                diagnostics = diagnose(
+                    method, batches, step=step, bank_ready=bank_ready, scale=state.scaler.get_scale()
+                )
+
+        # The training step.
+        losses, output = train_step(
+            method, student, state.optimizer, batches, step=step, bank_ready=bank_ready, scaler=state.scaler
+        )
+        state.meter.add(step, losses, output.pseudo_label, output.mask, host_batch.true_labels)
+        state.step, state.evaluation_due = step + 1, due.evaluate
+
+        # Once in a while: the log. A loss that is not finite ends the run here, before it is saved.
+        if due.diagnose:
+            log_diagnostics(log, state, data, stream, diagnostics)
+        if due.log:
+            log_losses(log, state, stream.steps_per_epoch, config.epochs, lr, throughput)
+        if due.end_of_epoch and not state.bad_images.stop:
+            log.bad_images(state.step, state.bad_images.take(), REPLACED)
+
+        # Once in a while: a checkpoint. Several processes agree on stopping and on the time only with a train
+        # event, because they must communicate for that.
+        stop = (due.log or ranks.processes == 1) and dist_utils.any_rank(preempt.stop_requested())
+        save_seconds = 60 * config.save_minutes
+        overdue = (
+            due.log and save_seconds and dist_utils.from_rank_0(time.monotonic() - last_save > save_seconds)
+        )
+        if due.save or stop or overdue:
+            save(identity, state, log, writer)
+            last_save = time.monotonic()
+
+        # Once in a while: an evaluation. The step is saved before, so that one that fails loses nothing.
+        if due.evaluate and not stop:
+            stop = not evaluate_state(identity, state, eval_loader, device, log, writer)
+            throughput.restart(state.step)
+        if stop:
+            return True
+        dist_utils.begin_phase(f"step {state.step}: data")
+    return False
+
+
+def open_data(config: Config, ranks: RankLayout, device: torch.device) -> tuple[Data, Stream]:
+    """Return the data set, and the stream of this process's images. Sets config.cls. Raises UserError if a
+    step is impossible.
+    """
     data = build_data(config, gpu=device.type == "cuda")
     config.cls = len(data.classes)
+    n_x = ranks.batch_size * ranks.virtual_ranks_per_process
     stream = Stream(
-        data,
-        ranks.batch_size * ranks.virtual_ranks_per_process,
-        config.mu,
-        config.seed,
-        rank,
-        ranks.processes,
-        config.steps_per_epoch,
+        data, n_x, config.mu, config.seed, dist_utils.rank(), ranks.processes, config.steps_per_epoch
     )
-    n_x, n_u = stream.n_x * ranks.processes, stream.n_u * ranks.processes  # images of a global step
     if stream.steps_per_epoch == 0:
         raise UserError(
-            f"one step takes {n_u} unlabeled images, but there are {len(data.unlabeled)}: "
-            "lower --batch-size or --mu"
+            f"one step takes {stream.n_u * ranks.processes} unlabeled images, but there are "
+            f"{len(data.unlabeled)}: lower --batch-size or --mu"
         )
     needs = least_needs(config, view_sides(config), data.channels, stream.n_x, stream.n_u, len(data.labeled))
     check_memory(needs, *memory_of(device))
-    total, fingerprint = config.epochs * stream.steps_per_epoch, data.fingerprint()
-    if rank == 0:  # here already, because building the optimizer takes a second
-        print(describe_data(config, data), flush=True)
+    if dist_utils.rank() == 0:  # here already, because building the networks takes a second
+        print(
+            f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "
+            f"{len(data.test_labels)} test images, {len(data.classes)} classes",
+            flush=True,
+        )
+    return data, stream
 
-    # Networks, bank and optimizer in the state in which a new run starts.
+
+def new_state(config: Config, data: Data, device: torch.device) -> TrainState:
+    """Return the state in which a new run starts: networks, bank and optimizer."""
     torch.manual_seed(config.seed)
     try:
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
@@ -131,217 +262,111 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         nesterov=config.nesterov,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    meter, bad = Meter(), BadImages(config.on_bad_image)
-    start, best, evaluation_due = 0, {"step": 0, "student_top1": -1.0}, False
+    return TrainState(method, optimizer, scaler, Meter(), BadImages(config.on_bad_image))
 
-    # The state to start from instead: this run's checkpoint, else a published one, else a MoCo checkpoint.
-    if saved_state:
-        resume(last, saved_state, config, data.split, fingerprint, method, optimizer)
-        start, best = saved_state["step"], saved_state["best"]
-        evaluation_due = saved_state.get("evaluation_due", False)  # older checkpoints were written after it
-        bad.seen = saved_state["bad_images"] if rank == 0 else []
-        meter.load_state_dict(saved_state["meter"])
-        scaler.load_state_dict(saved_state["scaler"])
-    elif published_state:
-        start = resume_published(last, published_state, stream.steps_per_epoch, method, optimizer)
-    elif config.moco_path:
-        start_from_moco(Path(config.moco_path), method.student, method.teacher.net)
-    elif config.start_epoch:
-        raise UserError(
-            f"there is no checkpoint {last} to start epoch {config.start_epoch} from: "
-            "a new run starts at epoch 0"
-        )
-    if start > total:
-        finished = start // stream.steps_per_epoch
-        raise UserError(f"{config.epochs} epochs are fewer than the {finished} that are done: raise --epochs")
-    settings = {key: value for key, value in to_dict(config).items() if key not in MAY_CHANGE_ON_RESUME}
-    dist_utils.check_same_on_all_ranks(
-        {**settings, "step": start, "ranks": ranks, "split": data.split, "images": fingerprint}
+
+def check_same_start(identity: RunIdentity, start: int) -> None:
+    """Raise UserError unless all ranks start the same run at the same step."""
+    settings = to_dict(identity.config)
+    facts = {key: value for key, value in settings.items() if key not in MAY_CHANGE_ON_RESUME}
+    facts |= {"step": start, "ranks": identity.ranks, "split": identity.split, "images": identity.fingerprint}
+    dist_utils.check_same_on_all_ranks(facts)
+
+
+def to_batch(host_batch: HostBatch, data: Data, device: torch.device) -> Batch:
+    """Copy the images of a step to the device, and finish their views there."""
+    return Batch(
+        to_device(data.weak_view, host_batch.x, device),
+        host_batch.y.to(device, non_blocking=True),
+        host_batch.index.to(device, non_blocking=True),
+        to_device(data.weak_view, host_batch.u_weak, device),
+        to_device(data.strong_view, host_batch.u_strong, device),
     )
 
-    # The output directory, the log and the checkpoint writer. Before this point no file of an earlier run
-    # changes, so that a refused start leaves it intact.
-    warnings = [load_warning, ranks_warning]
-    if config.checkpoint and found is None:
-        warnings.append(f"{last} does not exist: a new run starts and writes it")
-    if rank == 0:
-        archived = init_output_dir(out, last.parent, to_yaml(config), new_run=found is None)
-        warnings += (
-            [f"an earlier run's files in {out} were renamed: {', '.join(archived)}"] if archived else []
-        )
-        warnings += start_warnings(config, data, stream.steps_per_epoch) if start == 0 else []
-    configure_execution(method, config.precision, config.channels_last, config.compile)
-    student = dist_utils.wrap_ddp(method.student)
-    log = Logger(
-        out,
-        start,
-        total,
-        active=rank == 0,
-        buffer_on_error=config.on_save_error == "continue",
-        evaluation_due=evaluation_due,
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: Config, step: int, steps_per_epoch: int
+) -> float:
+    """Set the learning rate of a step, which counts from 0, and return it."""
+    lr = learning_rate(
+        step,
+        lr=config.lr,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+        warmup_epoch=config.warmup_epoch,
+        cos=config.cos,
+        schedule=config.schedule,
+        cos_7_16=config.cos_7_16,
     )
-    describe_run(log, config, data, stream, ranks, method, device, start, total, last, warnings)
-    writer = checkpoint.Writer(
-        last,
-        out / "best.pth",
-        config.on_save_error,
-        log.print_line,
-        last_is_whole=not load_warning,
-        resumed=saved_state,
-        may_write=may_write,
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def log_diagnostics(
+    log: Logger, state: TrainState, data: Data, stream: Stream, diagnostics: dict[str, Tensor]
+) -> None:
+    """Write the diagnostics event. diagnostics: what `diagnose` returned for the last step."""
+    values = diagnostics_event(
+        (state.step - 1) // stream.steps_per_epoch + 1,
+        stream.steps_per_epoch,
+        stream.n_x * dist_utils.world_size(),
+        diagnostics,
+        state.meter.take_counts(),
+        data.labels[data.labeled],
+        data.classes,
+        bank_row_ages(stream, state.step),
     )
+    log.write("diagnostics", state.step, values)
 
-    def evaluate_step(done: int) -> bool:
-        """Evaluate after `done` steps, and add the score to their checkpoint. Return False if the run was
-        asked to stop meanwhile: the checkpoint says that the evaluation is due, and the run resumes with it.
-        """
-        nonlocal best
-        dist_utils.begin_phase(f"step {done}: evaluation")
-        unreadable = BadImages(config.on_bad_image)
-        scores = accuracies(method, eval_loader.batches(unreadable), config.cls, device)
-        if scores is None:
-            return False
-        log.eval(done, done // stream.steps_per_epoch, scores)
-        log.bad_images(done, of_all_ranks(unreadable.take()), LEFT_OUT)
-        better = scores["student_top1"] > best["student_top1"]
-        if better:
-            best = {"step": done, **scores}
-        if rank == 0:
-            writer.add_score(best, better)
-        return True
 
-    last_save = time.monotonic()
-    workers = config.workers if start < total or evaluation_due else 0
-    loader = PrefetchLoader(
-        stream, range(start, total), workers, pin_memory=device.type == "cuda", item_bytes=stream.item_bytes()
-    )
-    eval_loader = EvalLoader(data, rank, ranks.processes, workers, device)
-    if warning := check_shared_memory():
-        log.print_line(warning)
-    if evaluation_due and not evaluate_step(start):
-        stop_early(writer, log, start, last)
-    clock, clock_step = time.monotonic(), start  # images/s are counted from this time and step
-    dist_utils.begin_phase(f"step {start}: data")
-    for step, host_batch in enumerate(loader, start):
-        dist_utils.begin_phase(f"step {step}: forward and backward")
-        # The learning rate and the batch of this step.
-        bad.add(host_batch.bad)
-        lr = learning_rate(
-            step,
-            lr=config.lr,
-            steps_per_epoch=stream.steps_per_epoch,
-            epochs=config.epochs,
-            warmup_epoch=config.warmup_epoch,
-            cos=config.cos,
-            schedule=config.schedule,
-            cos_7_16=config.cos_7_16,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batch = Batch(
-            to_device(data.weak_view, host_batch.x, device),
-            host_batch.y.to(device, non_blocking=True),
-            host_batch.index.to(device, non_blocking=True),
-            to_device(data.weak_view, host_batch.u_weak, device),
-            to_device(data.strong_view, host_batch.u_strong, device),
-        )
-        batches = split_virtual_ranks(batch, ranks.virtual_ranks_per_process)
-        bank_ready = stream.bank_ready(step)
+def log_losses(
+    log: Logger, state: TrainState, steps_per_epoch: int, epochs: int, lr: float, throughput: Throughput
+) -> None:
+    """Write the train event. Raises UserError if a loss was not finite."""
+    with log_stop_reason(log, state.step):
+        means = state.meter.take_means()
+    epoch = (state.step - 1) // steps_per_epoch + 1
+    values = {**means, "lr": lr, "images_per_s": throughput.take(state.step)}
+    log.train(state.step, epoch, epochs, values)
 
-        # What is due after this step: `done` steps are finished then.
-        done, epoch = step + 1, step // stream.steps_per_epoch + 1
-        end_of_epoch = done % stream.steps_per_epoch == 0
-        evaluate_now = end_of_epoch and (epoch % config.eval_freq == 0 or done == total)
-        diagnose_now = done % config.diagnose_freq == 0 if config.diagnose_freq else evaluate_now
 
-        # Once in a while: examine the step before taking it. Its time does not count in images/s.
-        if diagnose_now:
-            before = time.monotonic()
-            diag = diagnose(method, batches, step=step, bank_ready=bank_ready, scale=scaler.get_scale())
-            clock += time.monotonic() - before
+def save(identity: RunIdentity, state: TrainState, log: Logger, writer: checkpoint.Writer) -> None:
+    """Start to write a checkpoint. Raises UserError if a value of the state is not finite."""
+    dist_utils.begin_phase(f"step {state.step - 1}: checkpoint")
+    content = {**identity.state_dict(), **state.state_dict()}
+    with log_stop_reason(log, state.step):
+        checkpoint.check_finite(content["method"], state.step)
+    if dist_utils.rank() == 0:
+        writer.save(content)
 
-        # The training step.
-        losses, output = train_step(
-            method, student, optimizer, batches, step=step, bank_ready=bank_ready, scaler=scaler
-        )
-        meter.add(step, losses, output.pseudo_label, output.mask, host_batch.true_labels)
 
-        # Once in a while: the log.
-        if diagnose_now:
-            values = diagnostics_event(
-                epoch,
-                stream.steps_per_epoch,
-                n_x,
-                diag,
-                meter.take_counts(),
-                data.labels[data.labeled],
-                data.classes,
-                bank_row_ages(stream, done),
-            )
-            log.write("diagnostics", done, values)
-        # Several processes agree on stopping only every print_freq steps, because they must communicate for
-        # that.
-        may_stop = ranks.processes == 1 or done % config.print_freq == 0 or evaluate_now
-        stop = may_stop and dist_utils.any_rank(preempt.stop_requested())
-        if done % config.print_freq == 0 or evaluate_now:
-            with log_stop_reason(log, done):
-                means = meter.take_means()  # raises if a loss was not finite, before anything is saved
-            seconds = time.monotonic() - clock
-            images_per_s = (done - clock_step) * (n_x + n_u) / seconds
-            log.train(done, epoch, config.epochs, {**means, "lr": lr, "images_per_s": round(images_per_s, 1)})
-            clock, clock_step = time.monotonic(), done
-
-        if end_of_epoch and not bad.stop:
-            log.bad_images(done, of_all_ranks(bad.take()), "replaced by others in this epoch")
-
-        # Once in a while: a checkpoint.
-        overdue = (
-            config.save_minutes
-            and done % config.print_freq == 0
-            and dist_utils.from_rank_0(time.monotonic() - last_save > 60 * config.save_minutes)
-        )
-        if evaluate_now or stop or overdue or (config.save_freq and done % config.save_freq == 0):
-            dist_utils.begin_phase(f"step {step}: checkpoint")
-            # The meter and the bad images are part of the state, so that a resumed run logs the same values.
-            state = {
-                "config": to_dict(config),
-                "step": done,
-                "world": ranks.total,
-                "processes": ranks.processes,
-                "batch_size": ranks.batch_size,
-                "steps_per_epoch": stream.steps_per_epoch,
-                "split": tuple(data.split),
-                "classes": data.classes,
-                "data": fingerprint,
-                "method": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "best": best,
-                "evaluation_due": evaluate_now,
-                "meter": meter.state_dict(),
-                "bad_images": of_all_ranks(bad.seen),
-            }
-            with log_stop_reason(log, done):
-                checkpoint.check_finite(method.state_dict(), done)
-            if rank == 0:
-                writer.save(state)
-            last_save = time.monotonic()
-
-        # Once in a while: evaluation. The step is saved already, so that an evaluation that fails loses
-        # nothing.
-        if evaluate_now and not stop:
-            stop = not evaluate_step(done)
-            clock = time.monotonic()
-        if stop:
-            stop_early(writer, log, done, last)
-        dist_utils.begin_phase(f"step {done}: data")
-
-    writer.close()
-    if best["step"]:
-        top1, file = f"{best['student_top1']:.3f} %", out / "best.pth"
-        log.print_line(f"done: best student top-1 {top1} at step {best['step']}, in {file}")
-    log.close()
-    dist_utils.dist_end()
+def evaluate_state(
+    identity: RunIdentity,
+    state: TrainState,
+    eval_loader: EvalLoader,
+    device: torch.device,
+    log: Logger,
+    writer: checkpoint.Writer,
+) -> bool:
+    """Evaluate the state, and add the score to its checkpoint. Return False if the run was asked to stop
+    meanwhile: the checkpoint says that the evaluation is due, and the run resumes with it.
+    """
+    dist_utils.begin_phase(f"step {state.step}: evaluation")
+    config = identity.config
+    unreadable = BadImages(config.on_bad_image)
+    scores = accuracies(state.method, eval_loader.batches(unreadable), config.cls, device)
+    if scores is None:
+        return False
+    log.eval(state.step, state.step // identity.steps_per_epoch, scores)
+    log.bad_images(state.step, unreadable.take(), LEFT_OUT)
+    better = scores["student_top1"] > state.best["student_top1"]
+    if better:
+        state.best = {"step": state.step, **scores}
+    state.evaluation_due = False
+    if dist_utils.rank() == 0:
+        writer.add_score(state.best, better)
+    return True
 
 
 def last_checkpoint(config: Config) -> Path:
@@ -351,24 +376,10 @@ def last_checkpoint(config: Config) -> Path:
     return user_path(config.output_dir) / "last.pth"
 
 
-def stop_early(writer: checkpoint.Writer, log: Logger, step: int, last: Path) -> NoReturn:
-    """End a run that was asked to stop, and whose checkpoint of this step is being written."""
-    writer.close()
-    log.print_line(f"asked to stop: saved step {step} in {last}; the same command continues")
-    log.close()
-    dist_utils.dist_end()
-    sys.exit(preempt.REQUEUE_EXIT_CODE)
-
-
 def overrides(config: Config) -> list[str]:
     """Return the flags that pass the fields OVERRIDES to eval.py, if they differ from their defaults."""
     changed = [name for name in OVERRIDES if getattr(config, name) != getattr(Config(), name)]
     return [word for name in changed for word in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
-
-
-def of_all_ranks(bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Concatenate the ranks' lists of bad images."""
-    return sum(dist_utils.all_gather_object(bad), [])
 
 
 def accuracies(
@@ -395,29 +406,19 @@ def accuracies(
     return scores
 
 
-def describe_data(config: Config, data: Data) -> str:
-    """Return the first line of the output: method, split and numbers of images."""
-    return (
-        f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "
-        f"{len(data.test_labels)} test images, {len(data.classes)} classes"
-    )
-
-
 def describe_run(
     log: Logger,
-    config: Config,
-    data: Data,
+    identity: RunIdentity,
     stream: Stream,
-    ranks: RankLayout,
-    method: Method,
-    device: torch.device,
-    start: int,
+    state: TrainState,
     total: int,
+    device: torch.device,
     last: Path,
     warnings: list[str],
 ) -> None:
     """Print what follows from the settings, and write the start event."""
-    millions = sum(p.numel() for p in method.student.parameters()) / 1e6
+    config, ranks, start = identity.config, identity.ranks, state.step
+    millions = sum(p.numel() for p in state.method.student.parameters()) / 1e6
     log.print_line(
         f"{config.backbone}, {millions:.2f} M parameters, on {ranks.processes} x {device.type}; {ranks}"
     )
@@ -433,7 +434,7 @@ def describe_run(
         log.print_line(f"continues from {last} at step {start}: {remaining}")
     else:
         log.print_line(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, best.pth; and {last}")
-    log.log_start(start, *data.split)
+    log.log_start(start, *identity.split)
 
 
 def describe_interrupt() -> str:
@@ -445,8 +446,4 @@ def describe_interrupt() -> str:
 
 
 if __name__ == "__main__":
-    cli_main(
-        main,
-        interrupted=describe_interrupt,
-        describe_error=dist_utils.describe_lost_ranks,
-    )
+    cli_main(main, interrupted=describe_interrupt, describe_error=dist_utils.describe_lost_ranks)

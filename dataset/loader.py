@@ -32,6 +32,7 @@ from dataset.source import BadImage, Files, Source
 from dataset.workers import PrefetchLoader
 from util.device import copy_async
 from util.errors import UserError
+from util.run.train_state import BadImages
 
 # What cpu_transform returns and device_transform takes: pixels [n, ...], then the parameters [n, k] of each
 # stage that is left for the device.

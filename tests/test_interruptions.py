@@ -10,7 +10,8 @@ from conftest import DIGITS, ROOT, one_line, one_thread, start_python
 from test_train import assert_same_run, events, wait_for, weights
 from trees import imagenet
 
-from util import checkpoint, errors
+from util import errors
+from util.run import checkpoint
 
 PHOTOS = (
     "--config configs/folder.yaml --labels-per-class 2 --image-size 32 --backbone small_encoder "

@@ -9,11 +9,12 @@ from trees import imagenet
 
 from dataset import digits
 from dataset.imagenet import build as imagenet_data
-from dataset.loader import BadImages, Data, EvalLoader, ImageChunks, SplitId, Stream, View
+from dataset.loader import Data, EvalLoader, ImageChunks, SplitId, Stream, View
 from dataset.rng import uniforms
 from dataset.source import BadImage
 from dataset.workers import PrefetchLoader
 from util.errors import UserError
+from util.run.train_state import BadImages
 
 CPU = torch.device("cpu")
 

@@ -20,15 +20,16 @@ from util.files import special_file
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+REPLACED = "replaced by others in this epoch"  # the fate of a training image that cannot be read
 LEFT_OUT = "left out of testing"  # the fate of a test image that cannot be read
 TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s")
 
 
-def init_output_dir(output_dir: Path, checkpoint_dir: Path, config_yaml: str, new_run: bool) -> list[str]:
+def init_output_dir(output_dir: Path, checkpoint_dir: Path, config_yaml: str, new_run: bool) -> str:
     """Make both directories and write config.yaml into the first. Raises UserError if that is not possible.
 
     new_run: whether nothing is resumed; if so, log.jsonl and best.pth of an earlier run are renamed, not
-    overwritten. Return their new names.
+    overwritten. Return a line that names them, or "".
     """
     archived = []
     try:
@@ -43,7 +44,7 @@ def init_output_dir(output_dir: Path, checkpoint_dir: Path, config_yaml: str, ne
         (output_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
     except OSError as error:
         raise _cannot_write(output_dir, error) from None
-    return archived
+    return f"an earlier run's files in {output_dir} were renamed: {', '.join(archived)}" if archived else ""
 
 
 def _cannot_write(output_dir: Path, error: OSError) -> UserError:
@@ -63,16 +64,16 @@ class Logger:
         start: int,
         total: int,
         active: bool,
-        buffer_on_error: bool = False,
+        on_error: str = "stop",
         evaluation_due: bool = False,
     ):
         """total: steps of the run. active: whether this is rank 0. evaluation_due: whether the run evaluates
         step `start` again, whose evaluation did not end; its events are dropped, too.
 
-        buffer_on_error: if events cannot be written, as on a full disk, keep them in memory and go on;
-        otherwise raise UserError.
+        on_error: if events cannot be written, as on a full disk: `stop` raises UserError, `continue` keeps
+        them in memory.
         """
-        self.total, self.active, self.buffer_on_error = total, active, buffer_on_error
+        self.total, self.active, self.buffer_on_error = total, active, on_error == "continue"
         self.pending_lines = b""  # not yet written to log.jsonl
         self.pending_scalars: list[tuple[str, float, int]] = []  # not yet written to tb/
         self.terminal = sys.stdout.isatty()

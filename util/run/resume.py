@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from util import dist_utils
-from util.config import Config, changed_settings
+from util.config import changed_settings
 from util.errors import UserError
 from util.files import special_file, user_path
 from util.formats import published_checkpoints
 from util.run import checkpoint
-from util.run.train_state import RunIdentity, TrainState
 from util.run.checkpoint_schema import FLOATS, check_sgd_state, is_list, is_number
+from util.run.train_state import RunIdentity, TrainState
 
 # Of the state_dict of torch.amp.GradScaler.
 SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from util import dist_utils
 from util.config import Config, to_dict
@@ -46,7 +45,7 @@ class BadImages:
 class TrainState:
     """All that changes during a run."""
 
-    method: nn.Module  # student, teacher, bank and prior
+    method: Any  # a models.Method: student, teacher, bank and prior
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meter: Meter  # what the steps since the last train event reported

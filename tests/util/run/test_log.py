@@ -33,18 +33,16 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_a_new_run_archives_the_files_of_an_earlier_run(tmp_path):
-    assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == []
+    assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == ""
     for number in (1, 2):
         log = Logger(tmp_path, start=0, total=50, active=True)
         log.log_start(0, "a split", "12")
         log.train(10, 1, 5, VALUES)
         log.close()
         (tmp_path / "best.pth").write_text(f"model {number}")
-        assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=False) == []
-        assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == [
-            f"log.jsonl.old{number}",
-            f"best.pth.old{number}",
-        ]
+        assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=False) == ""
+        renamed = init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True)
+        assert renamed.endswith(f" were renamed: log.jsonl.old{number}, best.pth.old{number}")
         assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / "best.pth").exists()
         assert (tmp_path / f"log.jsonl.old{number}").read_text().count("\n") == 2
     assert (tmp_path / "best.pth.old1").read_text() == "model 1"
