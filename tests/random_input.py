@@ -272,7 +272,12 @@ def spoil_yaml(rng: random.Random, inputs: Inputs, folder: Path) -> Case:
     config = [str(folder / "c.yaml"), "--data", str(inputs.photos)]
     if rng.random() < 0.3:
         return Case(["-m", "dataset.check", *config], f"{kind}: {lines[where]!r}")
-    flags = [*inputs.short, "--warmup-epoch", "0", "--workers", "0", "--output-dir", str(folder / "out")]
+    flags = [*inputs.short, "--warmup-epoch", "0", "--workers", "0", "--backbone", "small_encoder"]
+    flags += [
+        "--output-dir",
+        str(folder / "out"),
+        *(["--image-size", "32"] * ("folder" in text.decode("latin1"))),
+    ]
     return Case(["train_semi.py", "--config", *config, *flags], f"{kind}: {lines[where]!r}")
 
 
