@@ -8,12 +8,64 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import listing, splits
+from dataset import listing, splits, views
 from dataset.loader import Data, SplitId, View
 from dataset.source import LabeledFiles
 from dataset.views import IMAGENET_NORM, photo_view, pipeline
 from util.errors import UserError
 from util.files import user_path
+
+# util/declarations.py reads these literals from the source.
+SETTINGS = {
+    "data": {
+        "default": "",
+        "help": "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR",
+        "may_change": True,
+    },
+    "split": {
+        "default": "",
+        "help": "labeled split: a published list (see python -m dataset.splits list) or a list file",
+    },
+    "labels_per_class": {
+        "default": 0,
+        "help": "without --split: number of labeled images per class, drawn with --seed",
+        "at_least": 0,
+        "at_most": 10_000_000,
+        "replaced_by": ("split",),
+    },
+    "anno_percent": {
+        "default": 0.1,
+        "help": "without --split and --labels-per-class: labeled share; ImageNet 0.01, 0.1: published lists",
+        "at_least": 0,
+        "at_most": 1,
+        "replaced_by": ("split", "labels_per_class", "unlabelled"),
+    },
+    "weak": {
+        "default": "weak",
+        "help": "weak view, of labeled and unlabeled images: a name in dataset/views.py",
+    },
+    "strong": {
+        "default": "moco",
+        "help": "strong view of unlabeled images: a name in dataset/views.py (moco, rand, stack, ...)",
+    },
+    "image_size": {
+        "default": 224,
+        "help": "side length in pixels of the views of image files; the recipes use 224",
+        "above": 0,
+        "at_most": 8192,
+    },
+    "device_views": {
+        "default": "auto",
+        "help": "do flips, color, blur, normalization on the training device: on, off (PIL), auto (if GPU)",
+        "choices": ("auto", "on", "off"),
+    },
+    "on_bad_image": {
+        "default": "stop",
+        "help": "if an image cannot be read: stop the run, or skip it and use another one instead",
+        "choices": ("stop", "skip"),
+        "may_change": True,
+    },
+}
 
 # The folder that holds train/ and val/, and train.txt or val.txt if they have no class folders.
 IMAGENET_ROOT = "/path/to/imagenet"
@@ -106,6 +158,18 @@ def build(
     return assemble(train, val, chosen, weak, strong, image_size, on_device)
 
 
+def side(view: str, image_size: int) -> int:
+    return views.side(pipeline(view, image_size))
+
+
+def eval_view_for_files(image_size: int, on_device: bool) -> View:
+    return photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device)
+
+
+def searched_dirs(data: str) -> list[Path]:
+    return [find_root(data) / part for part in ("train", "val")]
+
+
 class Validation(NamedTuple):
     """val/ alone; the fields are named as in `Data`."""
 
@@ -118,8 +182,7 @@ class Validation(NamedTuple):
 def validation(data: str, image_size: int, on_device: bool) -> Validation:
     """Return ImageNet's val/ without train/ and without a split. Raises UserError if it cannot be found."""
     val = Imagenet(find_root(data), "val")
-    view = photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device)
-    return Validation(val, val.labels, view, val.classes)
+    return Validation(val, val.labels, eval_view_for_files(image_size, on_device), val.classes)
 
 
 def assemble(
@@ -155,7 +218,7 @@ def assemble(
         test_labels=test.labels,
         weak_view=photo_view(pipeline(weak, image_size), IMAGENET_NORM, on_device),
         strong_view=photo_view(pipeline(strong, image_size), IMAGENET_NORM, on_device),
-        eval_view=photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device),
+        eval_view=eval_view_for_files(image_size, on_device),
         classes=train.classes,
         channels=3,
         split=SplitId(chosen.id, chosen.sha256),
