@@ -9,12 +9,13 @@ from typing import Any
 from dataset import imagenet
 from dataset.imagenet import Validation
 from dataset.loader import Data, View
+from util.declarations import METHODS
 from util.errors import UserError
 
 # name -> module, which is imported only if it is used, because torchvision takes seconds. A new data set is a
 # file and a line of this table, which util/declarations.py reads. The module has these functions, whose
 # parameters are settings by name:
-# build(..., on_device) -> Data
+# build(..., on_device, lists) -> Data; lists: whose published splits the method uses without --split
 # side(view, ...) -> the side in pixels of a view of that name
 # eval_view_for_files(..., on_device) -> View, if the network can also classify image files from elsewhere
 # searched_dirs(...) -> the directories that are searched for images, if there are any
@@ -80,7 +81,8 @@ def build_data(config: Any, gpu: bool) -> Data:
         raise UserError(f"unknown dataset {config.dataset!r}; known: {', '.join(DATASETS)}")
     view_sides(config)  # so that a view that is unknown is reported before the images are listed
     build = import_module(DATASETS[config.dataset]).build
-    data: Data = _call(build, config, on_device=_on_device(config, gpu))
+    known = {"on_device": _on_device(config, gpu), "lists": METHODS[config.method].defaults["split"]}
+    data: Data = _call(build, config, **known)
     if config.cls and len(data.classes) != config.cls:
         raise UserError(
             f"cls is {config.cls}, but {config.dataset} has {len(data.classes)} classes: "

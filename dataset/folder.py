@@ -16,24 +16,21 @@ from util.files import user_path
 
 # util/declarations.py reads these literals from the source.
 SETTINGS = {
-    "unlabelled": {
-        "default": "",
-        "help": "dataset folder: directory of additional unlabeled images, at any depth",
-        "aliases": ("--unlabeled",),
-        "may_change": True,
-    },
-    "val": {
-        "default": "",
-        "help": "dataset folder: test images, one folder per class; empty: val/ in --data, or --val-share",
-        "may_change": True,
-    },
-    "val_share": {
-        "default": 0.0,
-        "help": "dataset folder without test images: share of each class to hold out for testing",
-        "at_least": 0,
-        "at_most": 1,
-        "replaced_by": ("val",),
-    },
+    "unlabelled": (
+        "",
+        "dataset folder: directory of additional unlabeled images, at any depth",
+        {"aliases": ("--unlabeled",), "may_change": True},
+    ),
+    "val": (
+        "",
+        "dataset folder: test images, one folder per class; empty: val/ in --data, or --val-share",
+        {"may_change": True},
+    ),
+    "val_share": (
+        0.0,
+        "dataset folder without test images: share of each class to hold out for testing",
+        {"at_least": 0, "at_most": 1, "replaced_by": ("val",)},
+    ),
 }
 USES = (
     "data",
@@ -126,7 +123,7 @@ def build(
     if unlabelled and not split and not labels_per_class:
         chosen = splits.make(splits.names_by_class(train), percent=1.0, seed=seed)
     else:
-        chosen = choose_split(train, split, labels_per_class, anno_percent, seed, published_shares={})
+        chosen = choose_split(train, split, labels_per_class, anno_percent, seed)
     if unlabeled_root is not None:
         train = _add_unlabeled(train, test, unlabeled_root)
     return assemble(train, test, chosen, weak, strong, image_size, on_device)

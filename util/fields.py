@@ -216,13 +216,12 @@ class _Shared:
 
 def _declared() -> list[tuple[str, Any, Any]]:
     """Return name, type and field of each setting that a method or a data set declares."""
-    settings: dict[str, dict[str, Any]] = {}
+    fields = {}
     for declared in (*DATASETS.values(), *METHODS.values()):
-        settings |= declared.settings
-    return [
-        (name, list[int] if isinstance(keys["default"], list) else type(keys["default"]), arg(**keys))
-        for name, keys in settings.items()
-    ]
+        for name, (default, text, *more) in declared.settings.items():
+            kind = list[int] if isinstance(default, list) else type(default)
+            fields[name] = name, kind, arg(default, text, **(more[0] if more else {}))
+    return list(fields.values())
 
 
 if TYPE_CHECKING:
