@@ -1,89 +1,51 @@
 """Builds the data set of a config, with its split and its views."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from dataset import digits, folder, imagenet
+from dataset import imagenet
 from dataset.imagenet import Validation
 from dataset.loader import Data, View
-from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, IMAGENET_NORM, Stage, photo_view, pipeline
+from util.declarations import METHODS
 from util.errors import UserError
-from util.files import user_path
 
-
-def _build_cifar(config: Any, on_device: bool) -> Data:
-    from dataset import cifar  # imports torchvision, which takes seconds: only if a CIFAR set is used
-
-    c = config
-    return cifar.build(c.dataset, c.data, c.labels_per_class, c.seed, c.weak, c.strong, on_device)
-
-
-# name -> (config, on_device) -> Data
-DATASETS: dict[str, Callable[[Any, bool], Data]] = {
-    "digits": lambda c, on_device: digits.build(c.labels_per_class, c.seed),
-    "imagenet": lambda c, on_device: imagenet.build(
-        c.data, c.split, c.labels_per_class, c.anno_percent, c.seed, c.weak, c.strong, c.image_size, on_device
-    ),
-    "cifar10": _build_cifar,
-    "cifar100": _build_cifar,
-    "folder": lambda c, on_device: folder.build(
-        c.data,
-        c.unlabelled,
-        c.val,
-        c.val_share,
-        c.split,
-        c.labels_per_class,
-        c.anno_percent,
-        c.seed,
-        c.weak,
-        c.strong,
-        c.image_size,
-        on_device,
-    ),
+# name -> module, which is imported only if it is used, because torchvision takes seconds. A new data set is a
+# file and a line of this table, which util/declarations.py reads. The module has these functions, whose
+# parameters are settings by name:
+# build(..., on_device, lists) -> Data; lists: whose published splits the method uses without --split
+# side(view, ...) -> the side in pixels of a view of that name
+# eval_view_for_files(..., on_device) -> View, if the network can also classify image files from elsewhere
+# searched_dirs(...) -> the directories that are searched for images, if there are any
+DATASETS = {
+    "digits": "dataset.digits",
+    "imagenet": "dataset.imagenet",
+    "cifar10": "dataset.cifar",
+    "cifar100": "dataset.cifar",
+    "folder": "dataset.folder",
 }
 
 
-# Stages and normalization of the evaluation view, for image files that do not belong to the data set.
-EVAL_VIEWS = {
-    "imagenet": lambda c: (pipeline("eval", c.image_size), IMAGENET_NORM),
-    "folder": lambda c: (pipeline("eval", c.image_size), IMAGENET_NORM),
-    "cifar10": lambda c: (CIFAR_FILES, CIFAR10_NORM),
-    "cifar100": lambda c: (CIFAR_FILES, CIFAR100_NORM),
-}
-
-# (config, name of a view) -> its side in pixels
-VIEW_SIDES: dict[str, Callable[[Any, str], int]] = {
-    "digits": lambda c, view: digits.SIZE,
-    "imagenet": lambda c, view: _side(pipeline(view, c.image_size)),
-    "folder": lambda c, view: _side(pipeline(view, c.image_size)),
-    "cifar10": lambda c, view: _side(pipeline(view)),
-    "cifar100": lambda c, view: _side(pipeline(view)),
-}
+def _call(function: Callable[..., Any], config: Any, **known: Any) -> Any:
+    """Call a function of a data set with the values that its parameters name, of `known` or of the config."""
+    names = signature(function).parameters
+    return function(**{name: known[name] if name in known else getattr(config, name) for name in names})
 
 
 def view_sides(config: Any) -> tuple[int, int]:
     """Return the sides in pixels of the weak and the strong view. Raises UserError if a view is unknown."""
-    side = VIEW_SIDES[config.dataset]
-    return side(config, config.weak), side(config, config.strong)
-
-
-def _side(stages: Sequence[Stage]) -> int:
-    return (
-        getattr(stages[0], "size", 32) if stages else 32
-    )  # without a crop, an image of CIFAR keeps its side
+    side = import_module(DATASETS[config.dataset]).side
+    return _call(side, config, view=config.weak), _call(side, config, view=config.strong)
 
 
 def check_output_dirs(config: Any, *outputs: Path) -> None:
     """Raise UserError if a directory that a run writes to lies in one that is searched for images: the next
     start would take it for a class, or its pictures for images.
     """
-    searched: list[Path] = []
-    if config.dataset == "folder":
-        searched = [user_path(path) for path in (config.data, config.unlabelled, config.val) if path]
-    elif config.dataset == "imagenet":
-        searched = [imagenet.find_root(config.data) / part for part in ("train", "val")]
-    for images in searched:
+    searched_dirs = getattr(import_module(DATASETS[config.dataset]), "searched_dirs", lambda: [])
+    for images in _call(searched_dirs, config):
         for output in outputs:
             if output.resolve().is_relative_to(images.resolve()):
                 raise UserError(
@@ -96,11 +58,12 @@ def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:
     """Return the evaluation view of image files for a network of this config, and the number of channels.
     It needs no training data. Raises UserError if the network cannot classify image files.
     """
-    if config.dataset not in EVAL_VIEWS:
+    found = getattr(import_module(DATASETS[config.dataset]), "eval_view_for_files", None)
+    if found is None:
         raise UserError(
             f"a network for {config.dataset} cannot classify image files: its training images are not files"
         )
-    return photo_view(*EVAL_VIEWS[config.dataset](config), _on_device(config, gpu)), 3
+    return _call(found, config, on_device=_on_device(config, gpu)), 3
 
 
 def _on_device(config: Any, gpu: bool) -> bool:
@@ -117,7 +80,9 @@ def build_data(config: Any, gpu: bool) -> Data:
     if config.dataset not in DATASETS:
         raise UserError(f"unknown dataset {config.dataset!r}; known: {', '.join(DATASETS)}")
     view_sides(config)  # so that a view that is unknown is reported before the images are listed
-    data = DATASETS[config.dataset](config, _on_device(config, gpu))
+    build = import_module(DATASETS[config.dataset]).build
+    known = {"on_device": _on_device(config, gpu), "lists": METHODS[config.method].defaults["split"]}
+    data: Data = _call(build, config, **known)
     if config.cls and len(data.classes) != config.cls:
         raise UserError(
             f"cls is {config.cls}, but {config.dataset} has {len(data.classes)} classes: "

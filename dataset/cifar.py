@@ -6,29 +6,31 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dataset import splits
-from dataset.loader import Data, SplitId
+from dataset import splits, views
+from dataset.loader import Data, SplitId, View
 from dataset.source import Arrays
-from dataset.views import CIFAR10_NORM, CIFAR100_NORM, photo_view, pipeline
+from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, photo_view, pipeline
 from util.errors import UserError
 from util.files import user_path
+
+# util/declarations.py reads these literals from the source.
+USES = ("data", "labels_per_class", "weak", "strong", "device_views")
 
 SETS = {"cifar10": (CIFAR10, CIFAR10_NORM), "cifar100": (CIFAR100, CIFAR100_NORM)}
 ROOT = "data"  # the folder of the files without --data
 
 
 def build(
-    name: str, data: str, labels_per_class: int, seed: int, weak: str, strong: str, on_device: bool
+    dataset: str, data: str, labels_per_class: int, seed: int, weak: str, strong: str, on_device: bool
 ) -> Data:
-    """Build the data set `name`, cifar10 or cifar100, with `labels_per_class` labeled images per class, drawn
-    by `seed`.
+    """Build cifar10 or cifar100 with `labels_per_class` labeled images per class, drawn by `seed`.
 
     All training images are unlabeled images, the labeled images too (docs/METHOD.md, CIFAR recipe). The files
     are downloaded if they are not in `data`. Raises UserError if they are damaged or cannot be downloaded.
     """
-    dataset, norm = SETS[name]
+    kind, norm = SETS[dataset]
     root = user_path(data or ROOT)
-    train, test = (_open(dataset, name, root, is_train) for is_train in (True, False))
+    train, test = (_open(kind, dataset, root, is_train) for is_train in (True, False))
     labels, test_labels = (np.array(part.targets, np.int64) for part in (train, test))  # [50000], [10000]
     labeled, sha = splits.draw_rows(labels, labels_per_class, seed)  # [C·labels_per_class]
     return Data(
@@ -43,8 +45,17 @@ def build(
         eval_view=photo_view(pipeline("cifar_eval"), norm, on_device),
         classes=list(train.classes),
         channels=3,
-        split=SplitId(f"{name}-{labels_per_class}-seed{seed}", sha),
+        split=SplitId(f"{dataset}-{labels_per_class}-seed{seed}", sha),
     )
+
+
+def side(view: str) -> int:
+    return views.side(pipeline(view))
+
+
+def eval_view_for_files(dataset: str, on_device: bool) -> View:
+    """Return the evaluation view of image files of any size."""
+    return photo_view(CIFAR_FILES, SETS[dataset][1], on_device)
 
 
 def _open(dataset: type[CIFAR10], name: str, root: Path, train: bool) -> CIFAR10:

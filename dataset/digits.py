@@ -14,6 +14,9 @@ from dataset import splits
 from dataset.loader import Data, HostTensors, SplitId, View
 from dataset.source import Arrays
 
+# util/declarations.py reads these literals from the source.
+USES = ("labels_per_class",)
+
 FILE = Path(__file__).with_name("digits.npz")
 MEAN, STD = 4.88, 6.02  # of the pixel values of all 1,797 images, which range from 0 (background) to 16 (ink)
 SIZE = 16  # side of a view: resampling at 8×8 would blur the digit
@@ -43,6 +46,10 @@ def build(labels_per_class: int, seed: int) -> Data:
         channels=1,
         split=SplitId(f"digits-{labels_per_class}-seed{seed}", sha),
     )
+
+
+def side(view: str) -> int:
+    return SIZE
 
 
 def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:

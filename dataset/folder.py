@@ -7,12 +7,42 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import listing, splits
+from dataset import imagenet, listing, splits
 from dataset.imagenet import assemble, choose_split
 from dataset.loader import Data
 from dataset.source import LabeledFiles
 from util.errors import UserError
 from util.files import user_path
+
+# util/declarations.py reads these literals from the source.
+SETTINGS = {
+    "unlabelled": (
+        "",
+        "dataset folder: directory of additional unlabeled images, at any depth",
+        {"aliases": ("--unlabeled",), "may_change": True},
+    ),
+    "val": (
+        "",
+        "dataset folder: test images, one folder per class; empty: val/ in --data, or --val-share",
+        {"may_change": True},
+    ),
+    "val_share": (
+        0.0,
+        "dataset folder without test images: share of each class to hold out for testing",
+        {"at_least": 0, "at_most": 1, "replaced_by": ("val",)},
+    ),
+}
+USES = (
+    "data",
+    "split",
+    "labels_per_class",
+    "anno_percent",
+    "weak",
+    "strong",
+    "image_size",
+    "device_views",
+    "on_bad_image",
+)
 
 # Folders of these names are not taken for classes.
 NOT_CLASSES = {"val", "valid", "validation", "test", "unlabelled", "unlabeled"}
@@ -20,7 +50,7 @@ NOT_CLASSES = {"val", "valid", "validation", "test", "unlabelled", "unlabeled"}
 
 def build(
     data: str,
-    unlabeled: str,
+    unlabelled: str,
     val: str,
     val_share: float,
     split: str,
@@ -34,7 +64,7 @@ def build(
 ) -> Data:
     """Build a data set of class folders and unlabeled images, or of class folders that are partly labeled.
 
-    data: a tree <class>/…/<image>, or a folder with such a tree in train/. unlabeled: a folder of images in
+    data: a tree <class>/…/<image>, or a folder with such a tree in train/. unlabelled: a folder of images in
     any nesting; with it, all of data is labeled unless `split` or `labels_per_class` is given. val: the tree
     of the test images, by default data/val/; without both, the share `val_share` of each class of data is
     drawn by `seed` as test images. Raises UserError.
@@ -43,7 +73,7 @@ def build(
         raise UserError("dataset folder needs --data DIR, a folder with one folder of images for each class")
     root = user_path(data)
     train_root, val_root = root, user_path(val) if val else None
-    unlabeled_root = user_path(unlabeled) if unlabeled else None
+    unlabeled_root = user_path(unlabelled) if unlabelled else None
     folders = {entry.name for entry in os.scandir(root) if entry.is_dir()} if root.is_dir() else set()
     if "train" in folders:
         others = sorted(name for name in folders - NOT_CLASSES - {"train"} if not name.startswith("."))
@@ -90,13 +120,20 @@ def build(
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
     if len(empty):
         raise UserError(f"class {train.classes[empty[0]]} has no image left to train on: lower --val-share")
-    if unlabeled and not split and not labels_per_class:
+    if unlabelled and not split and not labels_per_class:
         chosen = splits.make(splits.names_by_class(train), percent=1.0, seed=seed)
     else:
-        chosen = choose_split(train, split, labels_per_class, anno_percent, seed, published_shares={})
+        chosen = choose_split(train, split, labels_per_class, anno_percent, seed)
     if unlabeled_root is not None:
         train = _add_unlabeled(train, test, unlabeled_root)
     return assemble(train, test, chosen, weak, strong, image_size, on_device)
+
+
+side, eval_view_for_files = imagenet.side, imagenet.eval_view_for_files
+
+
+def searched_dirs(data: str, unlabelled: str, val: str) -> list[Path]:
+    return [user_path(path) for path in (data, unlabelled, val) if path]
 
 
 def _scan_test(root: Path, classes: list[str], train_root: Path) -> LabeledFiles:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import listing, splits
+from dataset import listing, splits, views
 from dataset.loader import Data, SplitId, View
 from dataset.source import LabeledFiles
 from dataset.views import IMAGENET_NORM, photo_view, pipeline
@@ -17,7 +17,47 @@ from util.files import user_path
 
 # The folder that holds train/ and val/, and train.txt or val.txt if they have no class folders.
 IMAGENET_ROOT = "/path/to/imagenet"
-PUBLISHED_SHARES = {0.01: "simmatch-1p", 0.1: "simmatch-10p"}  # the splits that --anno-percent means
+
+# util/declarations.py reads these literals from the source.
+SETTINGS = {
+    "data": (
+        "",
+        "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR",
+        {"may_change": True},
+    ),
+    "split": ("", "labeled split: a published list (see python -m dataset.splits list) or a list file"),
+    "labels_per_class": (
+        0,
+        "without --split: number of labeled images per class, drawn with --seed",
+        {"at_least": 0, "at_most": 10_000_000, "replaced_by": ("split",)},
+    ),
+    "anno_percent": (
+        0.1,
+        "without --split and --labels-per-class: labeled share; ImageNet 0.01, 0.1: published lists",
+        {"at_least": 0, "at_most": 1, "replaced_by": ("split", "labels_per_class", "unlabelled")},
+    ),
+    "weak": ("weak", "weak view, of labeled and unlabeled images: a name in dataset/views.py"),
+    "strong": (
+        "moco",
+        "strong view of unlabeled images: a name in dataset/views.py (moco, rand, stack, ...)",
+    ),
+    "image_size": (
+        224,
+        "side length in pixels of the views of image files; the recipes use 224",
+        {"above": 0, "at_most": 8192},
+    ),
+    "device_views": (
+        "auto",
+        "do flips, color, blur, normalization on the training device: on, off (PIL), auto (if GPU)",
+        {"choices": ("auto", "on", "off")},
+    ),
+    "on_bad_image": (
+        "stop",
+        "if an image cannot be read: stop the run, or skip it and use another one instead",
+        {"choices": ("stop", "skip"), "may_change": True},
+    ),
+}
+PUBLISHED_SHARES = {0.01: "1p", 0.1: "10p"}  # the published lists of --anno-percent: simmatch-1p, …
 
 
 class Imagenet(LabeledFiles):
@@ -60,14 +100,14 @@ def choose_split(
     labels_per_class: int,
     anno_percent: float,
     seed: int,
-    published_shares: dict[float, str] = PUBLISHED_SHARES,
+    lists: str = "",
 ) -> splits.Split:
     """Return the split `split`, a name or path, if it is given; else draw `labels_per_class` images per
-    class, if it is not 0; else return the published split of the share `anno_percent`, or draw that share if
-    there is no such split.
+    class, if it is not 0; else return the published split of the share `anno_percent` from `lists`, simmatch
+    or simclr, or draw that share if there is no such split.
     """
-    if not split and not labels_per_class:
-        split = published_shares.get(anno_percent, "")
+    if lists and not split and not labels_per_class and anno_percent in PUBLISHED_SHARES:
+        split = f"{lists}-{PUBLISHED_SHARES[anno_percent]}"
     if split:
         return splits.load(split)
     names = splits.names_by_class(train)
@@ -86,9 +126,11 @@ def build(
     strong: str,
     image_size: int,
     on_device: bool,
+    lists: str = "simmatch",
 ) -> Data:
     """Build ImageNet as in the recipes: the images of train/ that are not labeled are unlabeled images, and
-    those of val/ are test images. Raises UserError if the images or the split cannot be used.
+    those of val/ are test images. lists: see choose_split. Raises UserError if the images or the split cannot
+    be used.
     """
     root = find_root(data)
     train, val = Imagenet(root, "train"), Imagenet(root, "val")
@@ -102,8 +144,20 @@ def build(
         for label, (a, b) in enumerate(zip(train.classes, val.classes)):
             if a != b:
                 raise UserError(f"{root}: label {label} is {a} in train/ and {b} in val/; {hint}")
-    chosen = choose_split(train, split, labels_per_class, anno_percent, seed)
+    chosen = choose_split(train, split, labels_per_class, anno_percent, seed, lists)
     return assemble(train, val, chosen, weak, strong, image_size, on_device)
+
+
+def side(view: str, image_size: int) -> int:
+    return views.side(pipeline(view, image_size))
+
+
+def eval_view_for_files(image_size: int, on_device: bool) -> View:
+    return photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device)
+
+
+def searched_dirs(data: str) -> list[Path]:
+    return [find_root(data) / part for part in ("train", "val")]
 
 
 class Validation(NamedTuple):
@@ -118,8 +172,7 @@ class Validation(NamedTuple):
 def validation(data: str, image_size: int, on_device: bool) -> Validation:
     """Return ImageNet's val/ without train/ and without a split. Raises UserError if it cannot be found."""
     val = Imagenet(find_root(data), "val")
-    view = photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device)
-    return Validation(val, val.labels, view, val.classes)
+    return Validation(val, val.labels, eval_view_for_files(image_size, on_device), val.classes)
 
 
 def assemble(
@@ -155,7 +208,7 @@ def assemble(
         test_labels=test.labels,
         weak_view=photo_view(pipeline(weak, image_size), IMAGENET_NORM, on_device),
         strong_view=photo_view(pipeline(strong, image_size), IMAGENET_NORM, on_device),
-        eval_view=photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device),
+        eval_view=eval_view_for_files(image_size, on_device),
         classes=train.classes,
         channels=3,
         split=SplitId(chosen.id, chosen.sha256),

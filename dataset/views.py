@@ -253,6 +253,11 @@ def pipeline(name: str, size: int = 224) -> tuple[Stage, ...]:
     return tuple(_scaled(stage, size / 224) for stage in PIPELINES[name])
 
 
+def side(stages: Sequence[Stage]) -> int:
+    """Return the side in pixels of a view; without a crop, an image of CIFAR keeps its 32."""
+    return getattr(stages[0], "size", 32) if stages else 32
+
+
 def _scaled(stage: Stage, factor: float) -> Stage:
     if isinstance(stage, ResizedCrop):
         return replace(stage, size=round(stage.size * factor))

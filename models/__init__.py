@@ -1,17 +1,16 @@
 """The methods by name. Only the two `build_` functions read a config; all others take plain values."""
 
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
 
 from models.diagnose import diagnose
-from models.fixmatch import FixMatch
 from models.method import Batch, Method, StepOutput
 from models.network import BACKBONES, Network, parameter_groups
 from models.simmatch import SimMatch
-from models.simmatch_single import SimMatchSingle
 from models.step import configure_execution, split_virtual_ranks, train_step
-from models.supervised import Supervised
 
 __all__ = [
     "METHODS",
@@ -28,24 +27,13 @@ __all__ = [
     "train_step",
 ]
 
+# name -> module:class. A new method is a file and a line of this table, which util/declarations.py reads.
 METHODS = {
-    "simmatch": lambda c, network, labels: SimMatch(
-        network, labels, c.cls, c.dim, bn_mode="average" if c.eman else "shuffle", **_simmatch_settings(c)
-    ),
-    "simmatch_single": lambda c, network, labels: SimMatchSingle(
-        network, labels, c.cls, c.dim, **_simmatch_settings(c)
-    ),
-    "fixmatch": lambda c, network, labels: FixMatch(
-        network, lambda_u=c.lambda_u, threshold=c.threshold, ema_m=c.ema_m, eman=c.eman
-    ),
-    "supervised": lambda c, network, labels: Supervised(network, ema_m=c.ema_m),
+    "simmatch": "models.simmatch:SimMatch",
+    "simmatch_single": "models.simmatch_single:SimMatchSingle",
+    "fixmatch": "models.fixmatch:FixMatch",
+    "supervised": "models.supervised:Supervised",
 }
-
-
-def _simmatch_settings(c: Any) -> dict[str, Any]:
-    """The settings that both forms of SimMatch share."""
-    names = ("lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth", "DA", "da_len", "bank_m", "ema_m")
-    return {name: getattr(c, name) for name in names}
 
 
 def build_network(config: Any, channels: int) -> Network:
@@ -58,9 +46,18 @@ def build_network(config: Any, channels: int) -> Network:
 def build_method(config: Any, channels: int, labels: Tensor) -> Method:
     """Build the method of a config: any object with the fields of util.config.Config.
 
+    A method gets the network, the settings that its file declares or uses and, if its constructor names them,
+    `labels`, `num_classes` and `dim`.
     channels: of the images. labels [K]: of the labeled list, in its order.
     Raises ValueError if the method or the backbone is unknown; the message lists the known ones.
     """
     if config.method not in METHODS:
         raise ValueError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
-    return METHODS[config.method](config, build_network(config, channels), labels)
+    module_name, _, class_name = METHODS[config.method].partition(":")
+    module = import_module(module_name)
+    kind = getattr(module, class_name)
+    names = {*getattr(module, "SETTINGS", ()), *getattr(module, "USES", ())}
+    arguments = {name: getattr(config, name) for name in names}
+    problem = {"labels": labels, "num_classes": config.cls, "dim": config.dim}
+    arguments |= {name: value for name, value in problem.items() if name in signature(kind).parameters}
+    return kind(build_network(config, channels), **arguments)

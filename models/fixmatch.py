@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from models.method import Batch, Method, StepOutput, at_least_fp32
 from models.network import Network
 
+# util/declarations.py reads these literals from the source.
+USES = ("lambda_u", "threshold", "eman", "ema_m")
+
 
 class FixMatch(Method):
     """Hard pseudo-labels from weak views are the targets of strong views wherever they are confident.

@@ -11,6 +11,9 @@ from models.method import Batch, at_least_fp32
 from models.network import Network
 from models.simmatch import SimMatch, StudentOutput, TeacherOutput
 
+# util/declarations.py reads these literals from the source.
+USES = ("lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth", "DA", "da_len", "bank_m", "ema_m")
+
 
 class SimMatchSingle(SimMatch):
     """The student runs on all views at once; its outputs on weak views, detached, replace the teacher's.

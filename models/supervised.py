@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from models.method import Batch, Method, StepOutput, at_least_fp32
 from models.network import Network
 
+# util/declarations.py reads these literals from the source.
+USES = ("ema_m",)
+
 
 class Supervised(Method):
     """Cross-entropy on the labeled images; the teacher serves for evaluation only."""

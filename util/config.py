@@ -86,12 +86,21 @@ def _parser(description: str) -> Parser:
             dest=name,
             default=None,
             metavar=TYPE_NAMES[f.type].partition(" (")[0].upper(),
-            help=f"{f.metadata['help']} (default: {getattr(Config(), name)!r})",
+            help=f"{f.metadata['help']} ({_users(name)}default: {getattr(Config(), name)!r})",
             **nargs,
         )
     for flag, (name, value) in SHORTHANDS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=f"the same as --{name} {value}")
     return parser
+
+
+def _users(name: str) -> str:
+    """Return for which methods or data sets a setting is, for --help; nothing if all of them use it."""
+    for table in (METHOD_FIELDS, DATASET_FIELDS):
+        users = [user for user, fields in table.items() if name in fields]
+        if 0 < len(users) < len(table):
+            return f"for {', '.join(users)}; "
+    return ""
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -197,12 +206,14 @@ def to_yaml(config: Config) -> str:
 
 def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
     """Describe each setting that differs from that of an earlier run, has an effect, and decides what a run
-    computes. before: the settings of the earlier run, with or without those that have no effect.
+    computes. before: the settings of the earlier run, with or without those that have no effect. A setting
+    that it does not name had its default.
     """
+    earlier = {**to_dict(Config()), **before}
     return [
-        f"{name} was {before.get(name)!r} and is now {value!r}"
+        f"{name} was {earlier[name]!r} and is now {value!r}"
         for name, value in _with_effect(config).items()
-        if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value
+        if name not in MAY_CHANGE_ON_RESUME and earlier[name] != value
     ]
 
 
@@ -230,7 +241,7 @@ def _unknown_key(key: str, where: str) -> str:
     names |= {alias: name for name, aliases in ALIASES.items() for alias in aliases if alias.startswith("--")}
     near = _nearest(key, names)
     return f"unknown key {key!r:.100} in {where}; " + (
-        f"the nearest known one is {near!r}" if near else "no known one is near; util/fields.py has every key"
+        f"the nearest known one is {near!r}" if near else "no known one is near; --help lists every setting"
     )
 
 

@@ -1,40 +1,15 @@
 """Which settings have an effect: those that the chosen method and data set use, unless another setting takes
 their place. `train_semi.py` refuses the others, and config.yaml leaves them out.
-
-The tables are here, and not beside the methods and data sets, because those import PyTorch, which takes
-seconds: a mistake in the command line is reported before.
 """
 
 from typing import Any
 
-# method -> the fields that it uses, of those that not every method uses. The loop loads all views for every
-# method, so mu and strong count as used by all.
-_SIMMATCH = {"lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth", "DA", "da_len", "bank_m"}
-METHOD_FIELDS = {
-    "simmatch": _SIMMATCH | {"eman"},
-    "simmatch_single": _SIMMATCH,
-    "fixmatch": {"lambda_u", "threshold", "eman"},
-    "supervised": set[str](),
-}
-# data set -> the fields that it uses, of those that not every data set uses
-_CIFAR = {"data", "labels_per_class", "weak", "strong", "device_views"}
-_IMAGENET = _CIFAR | {"split", "anno_percent", "image_size", "on_bad_image"}
-DATASET_FIELDS = {
-    "digits": {"labels_per_class"},
-    "imagenet": _IMAGENET,
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "folder": _IMAGENET | {"unlabelled", "val", "val_share"},
-}
-# field -> the fields of which any one, if it is set, takes its place
-REPLACED_BY = {
-    "labels_per_class": ("split",),
-    "anno_percent": ("split", "labels_per_class", "unlabelled"),
-    "val_share": ("val",),
-    "schedule": ("cos", "cos_7_16"),
-}
-# field -> the field without which it has no effect
-NEEDS = {"da_len": "DA"}
+from util.declarations import DATASETS, METHODS
+from util.fields import FIELDS
+
+# method or data set -> the fields that it uses, of those that a method or a data set declares
+METHOD_FIELDS = {name: declared.uses for name, declared in METHODS.items()}
+DATASET_FIELDS = {name: declared.uses for name, declared in DATASETS.items()}
 # Fields of published commands that are always accepted, although they do not change what a run does.
 ALWAYS_ACCEPTED = {"evaluate", "norm", "start_epoch"}
 
@@ -52,11 +27,10 @@ def without_effect(config: Any) -> dict[str, str]:
             users = [user for user, fields in table.items() if name in fields]
             for_users = " and ".join(filter(None, [", ".join(users[:-1]), users[-1]]))
             ends.setdefault(name, f"with {kind} {choice}: it is for {for_users}")
-    for name, others in REPLACED_BY.items():
-        for other in others:
+    for name, f in FIELDS.items():
+        for other in f.metadata["replaced_by"]:
             if getattr(config, other) and other not in ends:
                 ends.setdefault(name, f"with {other}, which takes its place")
-    for name, needed in NEEDS.items():
-        if not getattr(config, needed):
-            ends.setdefault(name, f"without {needed}")
+        if f.metadata["needs"] and not getattr(config, f.metadata["needs"]):
+            ends.setdefault(name, f"without {f.metadata['needs']}")
     return ends

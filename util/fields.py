@@ -1,14 +1,17 @@
 """All settings in one flat dataclass: each field with its default, its meaning and its valid values.
 
+Those that every method and data set share are here. A method declares its own in its file in models/, and a
+data set in its file in dataset/ (util/declarations.py).
+
 Flags of the published code keep their names, defaults and meanings, so that a published command without
---config runs the published recipe. Which methods and data sets use a field: util/effect.py.
+--config runs the published recipe.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-FP32_MAX = 3.4e38  # the largest number of fp32
+from util.declarations import DATASETS, METHODS
 
 
 def arg(
@@ -19,38 +22,49 @@ def arg(
     at_least: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+    replaced_by: tuple[str, ...] = (),
+    needs: str = "",
+    may_change: bool = False,
 ) -> Any:
     """A field of Config with its help text, which --help prints, and its valid values.
 
     A number must be greater than `above`, or `at_least` or more, and `at_most` or less; for a list this holds
     for every number in it. A text must be one of the `choices`, if there are any.
+    aliases: other spellings of the flag, most of them those of the published command line. replaced_by: the
+    settings of which any one, if it is set, takes the place of this one. needs: the setting without which
+    this one has no effect. may_change: it does not decide what a run computes, so a resume may change it.
     """
-    metadata = {"help": help, "above": above, "at_least": at_least, "at_most": at_most, "choices": choices}
+    metadata = {name: value for name, value in locals().items() if name != "default"}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 @dataclass
-class Config:
+class _Shared:
     # what to run, and where results go
-    method: str = arg(
-        "simmatch", "simmatch, simmatch_single (one network, as for CIFAR), fixmatch or supervised"
-    )
+    method: str = arg("simmatch", f"name of a method: {', '.join(METHODS)}")
     output_dir: str = arg(
-        "", "directory for all output; empty: checkpoints/<name of the config file or of --checkpoint>"
+        "",
+        "directory for all output; empty: checkpoints/<name of the config file or of --checkpoint>",
+        may_change=True,
     )
     checkpoint: str = arg(
-        "", "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint"
+        "",
+        "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint",
+        may_change=True,
     )
-    evaluate: bool = arg(False, "evaluate --checkpoint instead of training")
+    evaluate: bool = arg(False, "evaluate --checkpoint instead of training", may_change=True, aliases=("-e",))
     seed: int = arg(
         0,
         "random seed of labeled subset, initial weights, image order and views",
         at_least=0,
         at_most=2**63 - 1,
     )
-    device: str = arg("auto", "auto (a GPU if there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = arg(
+        "auto", "auto (a GPU if there is one), cpu or cuda", choices=("auto", "cpu", "cuda"), may_change=True
+    )
     precision: str = arg(
         "fp32",
         "autocast of the networks: fp32 (none), bf16 or fp16; losses and weights stay in fp32",
@@ -64,76 +78,41 @@ class Config:
         "port where ranks started by srun meet; an offset that depends on the job ID is added",
         above=0,
         at_most=65535,
+        may_change=True,
     )
     virtual_ranks: int = arg(
         0,
         "ranks of a step; processes share them evenly and run theirs in turn; 0: one per process",
         at_least=0,
         at_most=65536,
+        may_change=True,
     )
     other_ranks: str = arg(
         "refuse",
         "when resuming with another number of ranks: refuse, or continue at the same step",
         choices=("refuse", "continue"),
+        may_change=True,
     )
     timeout_minutes: float = arg(
         10.0,
         "minutes that a rank waits for another one before the run ends, naming that rank",
         above=0,
         at_most=10_000,
+        may_change=True,
     )
     # data
-    dataset: str = arg("imagenet", "name of a data set in dataset/build.py")
-    data: str = arg(
-        "", "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR"
-    )
-    unlabelled: str = arg("", "dataset folder: directory of additional unlabeled images, at any depth")
-    val: str = arg(
-        "", "dataset folder: test images, one folder per class; empty: val/ in --data, or --val-share"
-    )
-    val_share: float = arg(
-        0.0,
-        "dataset folder without test images: share of each class to hold out for testing",
-        at_least=0,
-        at_most=1,
-    )
-    split: str = arg("", "labeled split: a published list (see python -m dataset.splits list) or a list file")
-    labels_per_class: int = arg(
-        0,
-        "without --split: number of labeled images per class, drawn with --seed",
-        at_least=0,
-        at_most=10**7,
-    )
-    anno_percent: float = arg(
-        0.1,
-        "without --split and --labels-per-class: labeled share; ImageNet 0.01, 0.1: SimMatch's lists",
-        at_least=0,
-        at_most=1,
-    )
-    weak: str = arg("weak", "weak view, of labeled and unlabeled images: a name in dataset/views.py")
-    strong: str = arg(
-        "moco", "strong view of unlabeled images: a name in dataset/views.py (moco, rand, stack, ...)"
-    )
-    image_size: int = arg(
-        224, "side length in pixels of the views of image files; the recipes use 224", above=0, at_most=8192
-    )
-    device_views: str = arg(
-        "auto",
-        "do flips, color, blur and normalization on the training device: on, off (PIL), auto (if GPU)",
-        choices=("auto", "on", "off"),
-    )
-    on_bad_image: str = arg(
-        "stop",
-        "if an image cannot be read: stop the run, or skip it and use another one instead",
-        choices=("stop", "skip"),
-    )
+    dataset: str = arg("imagenet", f"name of a data set: {', '.join(DATASETS)}")
     workers: int = arg(
         6,
         "worker processes that load training images, and again as many for test images",
         at_least=0,
         at_most=1024,
+        may_change=True,
+        aliases=("-j",),
     )
-    batch_size: int = arg(8, "labeled images per rank and step (B)", above=0, at_most=100_000)
+    batch_size: int = arg(
+        8, "labeled images per rank and step (B)", above=0, at_most=100_000, aliases=("-b",)
+    )
     mu: int = arg(5, "unlabeled images per labeled image", above=0, at_most=1000)
     # network
     backbone: str = arg("resnet50_encoder", "name of a backbone in models/network.py")
@@ -149,7 +128,9 @@ class Config:
         "normalization of the backbone: None or BN, which both mean batch norm per rank",
         choices=("None", "BN"),
     )
-    moco_path: str = arg("", "MoCo checkpoint that initializes the backbone and projection head of a new run")
+    moco_path: str = arg(
+        "", "MoCo checkpoint that initializes the backbone and projection head of a new run", may_change=True
+    )
     # optimization: SGD
     epochs: int = arg(
         200,
@@ -162,11 +143,12 @@ class Config:
         "for published commands: a new run needs 0, a resumed one starts at its own step",
         at_least=0,
         at_most=10**6,
+        may_change=True,
     )
     steps_per_epoch: int = arg(
         0, "number of steps in an epoch; 0: one pass over the unlabeled images", at_least=0, at_most=10**9
     )
-    lr: float = arg(0.1, "learning rate after warm-up", above=0, at_most=1000)
+    lr: float = arg(0.1, "learning rate after warm-up", above=0, at_most=1000, aliases=("--learning-rate",))
     warmup_epoch: int = arg(0, "epochs of linear learning-rate warm-up", at_least=0, at_most=10**6)
     cos: bool = arg(
         False, "cosine decay of the learning rate to 0, updated once per epoch; otherwise --schedule"
@@ -179,109 +161,87 @@ class Config:
         "without --cos and --cos-7-16: epochs at which the learning rate is divided by 10",
         at_least=0,
         at_most=10**6,
+        replaced_by=("cos", "cos_7_16"),
     )
     momentum: float = arg(0.9, "momentum of SGD", at_least=0, at_most=1)
     nesterov: bool = arg(False, "use Nesterov momentum")
-    wd: float = arg(1e-4, "weight decay of all parameters, including biases and BN", at_least=0, at_most=1000)
+    wd: float = arg(
+        1e-4,
+        "weight decay of all parameters, including biases and BN",
+        at_least=0,
+        at_most=1000,
+        aliases=("--weight-decay",),
+    )
     no_decay_bn: bool = arg(False, "no weight decay of biases and BN parameters, as for CIFAR")
-    # method (symbols of the paper)
-    lambda_u: float = arg(
-        10.0, "weight of the unsupervised (pseudo-label) loss L_u", at_least=0, at_most=FP32_MAX
-    )
-    lambda_in: float = arg(1.0, "weight of the instance similarity loss L_in", at_least=0, at_most=FP32_MAX)
-    threshold: float = arg(
-        0.7,
-        "confidence threshold: L_u ignores pseudo-labels whose largest probability is lower",
-        at_least=0,
-        at_most=1,
-    )
-    st: float = arg(0.1, "temperature of the student's similarities", above=0, at_most=1000)
-    tt: float = arg(0.1, "temperature of the teacher's similarities", above=0, at_most=1000)
-    c_smooth: float = arg(
-        1.0,
-        "weight of the class prediction in the pseudo-label (alpha); the rest comes from the bank",
-        at_least=0,
-        at_most=1,
-    )
-    DA: bool = arg(False, "use distribution alignment of the teacher's predictions")
-    da_len: int = arg(
-        256,
-        "number of past steps whose mean predictions form the prior of distribution alignment",
-        above=0,
-        at_most=10**6,
-    )
-    bank_m: float = arg(
-        0.0,
-        "momentum of the bank: share of the old row that stays when it is written (temporal ensemble)",
-        at_least=0,
-        at_most=1,
-    )
-    eman: bool = arg(
-        False, "simmatch: EMAN teacher, whose BN is averaged, not shuffle-BN; fixmatch: the teacher labels"
-    )
-    ema_m: float = arg(0.999, "momentum of the teacher (m)", at_least=0, at_most=1)
     # logging, evaluation and checkpoints
-    print_freq: int = arg(20, "steps between two train events in the log", above=0, at_most=10**9)
+    print_freq: int = arg(
+        20,
+        "steps between two train events in the log",
+        above=0,
+        at_most=10**9,
+        may_change=True,
+        aliases=("-p",),
+    )
     eval_freq: int = arg(
-        1, "epochs between two evaluations, each of which also saves a checkpoint", above=0, at_most=10**9
+        1,
+        "epochs between two evaluations, each of which also saves a checkpoint",
+        above=0,
+        at_most=10**9,
+        may_change=True,
     )
     diagnose_freq: int = arg(
         0,
         "steps between diagnostics events (they take three steps' time); 0: with every evaluation",
         at_least=0,
         at_most=10**9,
+        may_change=True,
     )
-    save_freq: int = arg(0, "steps between two additional checkpoints; 0: none", at_least=0, at_most=10**9)
+    save_freq: int = arg(
+        0, "steps between two additional checkpoints; 0: none", at_least=0, at_most=10**9, may_change=True
+    )
     on_save_error: str = arg(
         "stop",
         "if a checkpoint or the log cannot be written (disk full): stop, or continue and try again",
         choices=("stop", "continue"),
+        may_change=True,
     )
     save_minutes: float = arg(
         0.0,
         "minutes between additional checkpoints, checked every --print-freq steps; 0: none",
         at_least=0,
         at_most=10**6,
+        may_change=True,
     )
 
 
+def _declared() -> list[tuple[str, Any, Any]]:
+    """Return name, type and field of each setting that a method or a data set declares."""
+    fields = {}
+    for declared in (*DATASETS.values(), *METHODS.values()):
+        for name, (default, text, *more) in declared.settings.items():
+            kind = list[int] if isinstance(default, list) else type(default)
+            fields[name] = name, kind, arg(default, text, **(more[0] if more else {}))
+    return list(fields.values())
+
+
+if TYPE_CHECKING:
+
+    class Config(_Shared):
+        """The settings of a run."""
+
+        def __init__(self, **values: Any) -> None: ...
+
+        # The settings that methods and data sets declare.
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+else:
+    namespace = {"__module__": __name__, "__doc__": "The settings of a run."}
+    Config = dataclasses.make_dataclass("Config", _declared(), bases=(_Shared,), namespace=namespace)
+
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-# These fields do not decide what a run computes, and may therefore change when it is resumed.
-MAY_CHANGE_ON_RESUME = frozenset(
-    {
-        "output_dir",
-        "checkpoint",
-        "evaluate",
-        "moco_path",
-        "start_epoch",
-        "port",
-        "device",
-        "workers",
-        "print_freq",
-        "eval_freq",
-        "diagnose_freq",
-        "save_freq",
-        "save_minutes",
-        "data",
-        "unlabelled",
-        "val",
-        "on_bad_image",
-        "virtual_ranks",
-        "other_ranks",
-        "timeout_minutes",
-        "on_save_error",
-    }
-)
-# Other spellings of flags; most are those of the published command line.
-ALIASES = {
-    "workers": ["-j"],
-    "batch_size": ["-b"],
-    "print_freq": ["-p"],
-    "evaluate": ["-e"],
-    "lr": ["--learning-rate"],
-    "wd": ["--weight-decay"],
-    "unlabelled": ["--unlabeled"],
-}
+MAY_CHANGE_ON_RESUME = frozenset(name for name, f in FIELDS.items() if f.metadata["may_change"])
+ALIASES = {name: f.metadata["aliases"] for name, f in FIELDS.items() if f.metadata["aliases"]}
 # Flags of the published command line that set another field.
 SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
 

@@ -263,6 +263,8 @@ def test_settings_without_effect_do_not_make_another_run():
     assert changed_settings({**before, "schedule": config.schedule}, config) == []
     assert changed_settings(before, config) == ["schedule was [3] and is now [120, 160]"]
     assert changed_settings(yaml.safe_load(to_yaml(config)), config) == []
+    del before["momentum"]  # of a version that did not have this setting yet
+    assert changed_settings(before, config) == ["schedule was [3] and is now [120, 160]"]
     assert changed_settings({**before, "threshold": 0.5}, Config(**{**before, "cos": True})) == [
         "cos was False and is now True",
         "threshold was 0.5 and is now 0.7",

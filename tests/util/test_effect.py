@@ -1,62 +1,65 @@
-"""The tables of the fields that methods and data sets use, compared with what their code reads."""
+"""What methods and data sets declare, compared with what their code takes."""
+
+import inspect
+from collections import Counter
+from importlib import import_module
 
 import pytest
 import torch
+import trees
 
-from dataset import build
-from dataset.loader import Data
-from models import METHODS, build_network
+from dataset import build, splits
+from models import METHODS, build_method
+from util import declarations
 from util.config import Config
-from util.effect import ALWAYS_ACCEPTED, DATASET_FIELDS, METHOD_FIELDS, NEEDS, REPLACED_BY
-from util.fields import FIELDS
-
-
-class Recorder:
-    """A config that remembers which fields are read."""
-
-    def __init__(self, config):
-        self.config, self.read = config, set()
-
-    def __getattr__(self, name):
-        self.read.add(name)
-        return getattr(self.config, name)
-
-
-def owned(table):
-    """The fields that are not used by every method or data set."""
-    return set().union(*table.values())
+from util.effect import ALWAYS_ACCEPTED, DATASET_FIELDS, METHOD_FIELDS
+from util.fields import FIELDS, _Shared
 
 
 def test_the_tables_have_every_method_and_data_set_and_only_fields():
     assert METHOD_FIELDS.keys() == METHODS.keys() and DATASET_FIELDS.keys() == build.DATASETS.keys()
-    named = owned(METHOD_FIELDS) | owned(DATASET_FIELDS) | ALWAYS_ACCEPTED | NEEDS.keys() | {*NEEDS.values()}
-    named |= REPLACED_BY.keys() | {name for others in REPLACED_BY.values() for name in others}
+    named = set().union(*METHOD_FIELDS.values(), *DATASET_FIELDS.values()) | ALWAYS_ACCEPTED
+    for f in FIELDS.values():
+        named |= {*f.metadata["replaced_by"], *filter(None, [f.metadata["needs"]])}
     assert named <= FIELDS.keys()
 
 
+def test_every_setting_is_declared_once():
+    files = {target.partition(":")[0] for target in (*METHODS.values(), *build.DATASETS.values())}
+    names = Counter(name for file in files for name in getattr(import_module(file), "SETTINGS", ()))
+    assert names.keys() | _Shared.__dataclass_fields__.keys() == FIELDS.keys()
+    assert set(names.values()) == {1} and not names.keys() & _Shared.__dataclass_fields__.keys()
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_uses_the_fields_of_its_table(name):
-    recorder = Recorder(Config(method=name, backbone="small_encoder", cls=3, dim=4, DA=True))
-    METHODS[name](recorder, build_network(recorder.config, 1), torch.arange(3))
-    assert recorder.read & owned(METHOD_FIELDS) == METHOD_FIELDS[name]
+def test_a_method_takes_the_settings_that_it_declares(name):
+    config = Config(method=name, backbone="small_encoder", cls=3, dim=4, DA=True)
+    assert build_method(config, 1, torch.arange(3))
 
 
 @pytest.mark.parametrize("name", build.DATASETS)
-def test_a_data_set_uses_the_fields_of_its_table(name, monkeypatch):
-    from dataset import cifar
-
-    for module in (build.digits, build.imagenet, build.folder, cifar):
-        monkeypatch.setattr(module, "build", lambda *values: data)
-    monkeypatch.setattr(build, "view_sides", lambda config: None)
-    data = Data(*[None] * len(Data._fields))._replace(classes=[])
-    recorder = Recorder(Config(dataset=name, cls=0))
-    build.build_data(recorder, gpu=False)
-    found = recorder.read & owned(DATASET_FIELDS)
+def test_a_data_set_takes_the_settings_that_it_declares(name):
+    taken = inspect.signature(import_module(build.DATASETS[name]).build).parameters.keys()
     elsewhere = {"device_views", "on_bad_image"}  # read for every data set; see the next test
-    assert found - elsewhere == DATASET_FIELDS[name] - elsewhere
+    declared = set().union(*DATASET_FIELDS.values())
+    assert taken & declared == DATASET_FIELDS[name] - elsewhere
 
 
 def test_the_views_of_photos_read_device_views_and_files_can_be_bad():
     photos = {name for name, fields in DATASET_FIELDS.items() if "device_views" in fields}
     files = {name for name, fields in DATASET_FIELDS.items() if "on_bad_image" in fields}
-    assert photos == build.EVAL_VIEWS.keys() and files == {"imagenet", "folder"}
+    modules = {name: import_module(module) for name, module in build.DATASETS.items()}
+    assert photos == {name for name in modules if hasattr(modules[name], "eval_view_for_files")}
+    assert files == {name for name in modules if hasattr(modules[name], "searched_dirs")}
+
+
+@pytest.mark.parametrize(
+    "method, lists", [("simmatch", "simmatch"), ("fixmatch", "simmatch"), ("toy", "simclr")]
+)
+def test_a_method_chooses_whose_published_lists_a_share_means(method, lists, monkeypatch, tmp_path):
+    toy = declarations.Declared({}, set(), {"split": "simclr"})
+    monkeypatch.setitem(declarations.METHODS, "toy", toy)
+    monkeypatch.setattr(splits, "load", lambda name: pytest.fail(name, pytrace=False))
+    config = Config(method=method, data=str(trees.imagenet(tmp_path)), anno_percent=0.01)
+    with pytest.raises(pytest.fail.Exception, match=f"^{lists}-1p$"):
+        build.build_data(config, gpu=False)
