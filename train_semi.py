@@ -122,6 +122,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     torch.manual_seed(config.seed)
     try:
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
+        method.check_views(*view_sides(config))
     except ValueError as error:
         raise UserError(str(error)) from None
     optimizer = torch.optim.SGD(
@@ -243,7 +244,9 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
             host_batch.y.to(device, non_blocking=True),
             host_batch.index.to(device, non_blocking=True),
             to_device(data.weak_view, host_batch.u_weak, device),
-            to_device(data.strong_view, host_batch.u_strong, device),
+            tuple(
+                to_device(*view, device) for view in zip(data.strong_views, host_batch.u_strong, strict=True)
+            ),
         )
         batches = split_virtual_ranks(batch, ranks.virtual_ranks_per_process)
         bank_ready = stream.bank_ready(step)
@@ -261,22 +264,22 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
             clock += time.monotonic() - before
 
         # The training step.
-        losses, output = train_step(
+        output = train_step(
             method, student, optimizer, batches, step=step, bank_ready=bank_ready, scaler=scaler
         )
-        meter.add(step, losses, output.pseudo_label, output.mask, host_batch.true_labels)
+        meter.add(step, output.losses, output.pseudo_label, output.mask, host_batch.true_labels)
 
         # Once in a while: the log.
         if diagnose_now:
             values = diagnostics_event(
                 epoch,
                 stream.steps_per_epoch,
-                n_x,
-                diag,
+                method.loss_names,
+                method.diagnostic_names,
+                {**diag, **method.age_diagnostics(bank_row_ages(stream, done), n_x)},
                 meter.take_counts(),
                 data.labels[data.labeled],
                 data.classes,
-                bank_row_ages(stream, done),
             )
             log.write("diagnostics", done, values)
         # Several processes agree on stopping only every print_freq steps, because they must communicate for
@@ -288,7 +291,8 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
                 means = meter.take_means()  # raises if a loss was not finite, before anything is saved
             seconds = time.monotonic() - clock
             images_per_s = (done - clock_step) * (n_x + n_u) / seconds
-            log.train(done, epoch, config.epochs, {**means, "lr": lr, "images_per_s": round(images_per_s, 1)})
+            more = {"lr": lr, "images_per_s": round(images_per_s, 1)}
+            log.train(done, epoch, config.epochs, {**dict.fromkeys(method.loss_names), **means, **more})
             clock, clock_step = time.monotonic(), done
 
         if end_of_epoch and not bad.stop:

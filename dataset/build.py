@@ -7,7 +7,16 @@ from typing import Any
 from dataset import digits, folder, imagenet
 from dataset.imagenet import Validation
 from dataset.loader import Data, View
-from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, IMAGENET_NORM, Stage, photo_view, pipeline
+from dataset.views import (
+    CIFAR10_NORM,
+    CIFAR100_NORM,
+    CIFAR_FILES,
+    IMAGENET_NORM,
+    Stage,
+    photo_view,
+    pipeline,
+    strong_views,
+)
 from util.errors import UserError
 from util.files import user_path
 
@@ -62,10 +71,9 @@ VIEW_SIDES: dict[str, Callable[[Any, str], int]] = {
 }
 
 
-def view_sides(config: Any) -> tuple[int, int]:
-    """Return the sides in pixels of the weak and the strong view. Raises UserError if a view is unknown."""
-    side = VIEW_SIDES[config.dataset]
-    return side(config, config.weak), side(config, config.strong)
+def view_sides(config: Any) -> tuple[int, ...]:
+    """Return the sides in pixels of the weak and the strong views. Raises UserError if a view is unknown."""
+    return tuple(VIEW_SIDES[config.dataset](config, v) for v in (config.weak, *strong_views(config.strong)))
 
 
 def _side(stages: Sequence[Stage]) -> int:

@@ -253,6 +253,11 @@ def pipeline(name: str, size: int = 224) -> tuple[Stage, ...]:
     return tuple(_scaled(stage, size / 224) for stage in PIPELINES[name])
 
 
+def strong_views(names: str) -> tuple[str, ...]:
+    """Split the text of --strong, names of views with commas between them."""
+    return tuple(name.strip() for name in names.split(","))
+
+
 def _scaled(stage: Stage, factor: float) -> Stage:
     if isinstance(stage, ResizedCrop):
         return replace(stage, size=round(stage.size * factor))

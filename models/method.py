@@ -83,8 +83,8 @@ class Method(nn.Module):
         """
         if strong[0] != weak:
             raise ValueError(
-                f"the weak view has {weak} pixels a side, and the first strong view {strong[0]}: choose another "
-                "first view in --strong, of the same size"
+                f"the weak view has a side of {weak} pixels, and the first strong view of {strong[0]}: name "
+                "a strong view of the weak view's size first in --strong"
             )
 
     def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Any]:

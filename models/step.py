@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.ema import freeze_bn_stats
 from models.method import Batch, Method, StepOutput

@@ -53,8 +53,8 @@ def steps(form, own):
     out = []
     for step in range(STEPS):
         batches = [batch(step, rank) for rank in own]
-        terms, output = train_step(method, student, optimizer, batches, step=step, bank_ready=step > 0)
-        means = {name: dist_utils.all_mean(term).item() for name, term in terms.items()}
+        output = train_step(method, student, optimizer, batches, step=step, bank_ready=step > 0)
+        means = {name: dist_utils.all_mean(term).item() for name, term in output.losses.items()}
         out.append((means, output.pseudo_label, output.mask))
     dist_utils.broadcast_buffers(method.student)
     return out, method.state_dict()
