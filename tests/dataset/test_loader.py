@@ -1,5 +1,6 @@
 """What a step loads depends only on seed, step, rank and world size."""
 
+import itertools
 from collections import Counter
 
 import numpy as np

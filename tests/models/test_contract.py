@@ -1,5 +1,5 @@
-"""A method in one file: it trains, logs, is diagnosed, resumes, and is shown by doctor and report, although no
-shared code knows its terms and values.
+"""A method in one file: it trains, logs, is diagnosed, resumes, and is shown by doctor and report, although
+no shared code knows its terms and values. And several strong views, as a user asks for them.
 """
 
 import json
@@ -7,17 +7,19 @@ import sys
 
 import pytest
 import torch.nn.functional as F
+from trees import imagenet
 
 import train_semi
 from benchmark.same_run import difference
 from models import METHODS
 from models.method import Method, StepOutput, forward_views
+from util.effect import METHOD_FIELDS
 from util.inspect import doctor, report
 from util.inspect.diagnostics import event_keys
 
 FLAGS = (
-    "--config configs/digits.yaml --method toy --batch-size 5 --steps-per-epoch 6 --epochs 3 --warmup-epoch 0 "
-    "--eval-freq 1 --print-freq 2 --workers 0 --device cpu"
+    "--config configs/digits.yaml --method toy --batch-size 5 --steps-per-epoch 6 --epochs 3 "
+    "--warmup-epoch 0 --eval-freq 1 --print-freq 2 --workers 0 --device cpu"
 ).split()
 
 
@@ -42,6 +44,7 @@ class Toy(Method):
 def toy(monkeypatch, capsys):
     """Register Toy; toy(main, *flags) calls a script's main and returns its exit code and output."""
     monkeypatch.setitem(METHODS, "toy", lambda c, network, labels: Toy(network))
+    monkeypatch.setitem(METHOD_FIELDS, "toy", set())
 
     def call(main, *flags):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
@@ -99,3 +102,37 @@ def test_the_doctor_judges_terms_that_it_does_not_know(toy, tmp_path):
     code, out = toy(doctor.main, run)
     assert code == 1 and "dead loss term: loss_toy is 0 of the loss" in out
     assert "no gradient: grad_toy is 0 in 2 diagnostics" in out
+
+
+PHOTOS = (
+    "--config configs/imagenet_1p.yaml --backbone small_encoder --cls 3 --labels-per-class 2 --image-size 32 "
+    "--batch-size 2 --mu 2 --workers 0 --epochs 2 --steps-per-epoch 3 --warmup-epoch 0 --device cpu"
+).split()
+
+
+@pytest.mark.parametrize("method", ["simmatch", "simmatch_single", "fixmatch"])
+def test_several_strong_views_train(method, toy, tmp_path):
+    flags = [*PHOTOS, "--data", imagenet(tmp_path / "in"), "--method", method, "--virtual-ranks", 2]
+    more = ["--strong", "moco, multicrop_96", "--output-dir", tmp_path / "run"]
+    assert toy(train_semi.main, *flags, *more)[0] == 0
+    assert len(events(tmp_path / "run", "eval")) > 0
+
+
+@pytest.mark.parametrize(
+    "method, strong, words",
+    [
+        ("simmatch", "multicrop_96", ["32 pixels", "14", "--strong"]),
+        ("fixmatch", "multicrop_96,moco", ["32 pixels", "14", "--strong"]),
+        ("simmatch", "moco,mocco", ["unknown view 'mocco'"]),
+        ("simmatch", "moco,", ["unknown view ''"]),
+    ],
+)
+def test_views_that_a_method_cannot_use_are_refused(method, strong, words, mistake, tmp_path):
+    flags = [*PHOTOS, "--data", imagenet(tmp_path / "in"), "--output-dir", tmp_path / "run"]
+    mistake(train_semi.main, [*flags, "--method", method, "--strong", strong], *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_without_strong_views_takes_any(toy, tmp_path):
+    flags = [*PHOTOS, "--data", imagenet(tmp_path / "in"), "--output-dir", tmp_path / "run"]
+    assert toy(train_semi.main, *flags, "--method", "supervised", "--strong", "multicrop_96")[0] == 0
