@@ -254,7 +254,7 @@ def pipeline(name: str, size: int = 224) -> tuple[Stage, ...]:
 
 
 def strong_views(names: str) -> tuple[str, ...]:
-    """Split the text of --strong, names of views with commas between them."""
+    """Split the setting `strong`, names of views with commas between them."""
     return tuple(name.strip() for name in names.split(","))
 
 

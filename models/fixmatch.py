@@ -36,17 +36,17 @@ class FixMatch(Method):
     def losses(
         self, batch: Batch, targets: Tensor | None, student: nn.Module, *, bank_ready: bool
     ) -> StepOutput:
-        n_x, n_u, (first, *others) = len(batch.x), len(batch.u_weak), batch.u_strong    # V strong views
+        n_u, views, (first, *others) = len(batch.u_weak), len(batch.u_strong), batch.u_strong   # views: V
         weak = [batch.u_weak] if targets is None else []
-        logits, _ = forward_views(student, [batch.x, first, *weak], others)             # [B+muB+…, C]
-        logits_x, end = logits[:n_x], n_x + n_u + n_u * len(weak)                       # [B, C]
-        logits_us = torch.cat([logits[n_x:n_x + n_u], logits[end:]])                    # [V·muB, C]
-        logits_uw = logits[n_x + n_u:end].detach() if targets is None else targets      # [muB, C]
+        logits, _ = forward_views(student, [batch.x, first, *weak], others)
+        sizes = len(batch.x), n_u, n_u * len(weak), n_u * len(others)
+        logits_x, logits_us, logits_uw, logits_others = logits.split(sizes)             # [B, C], [muB, C] …
+        logits_us = torch.cat([logits_us, logits_others])                               # [V·muB, C]
+        logits_uw = logits_uw.detach() if targets is None else targets                  # [muB, C]
 
         p = torch.softmax(at_least_fp32(logits_uw), dim=1)                              # [muB, C]
         confidence, label = p.max(dim=1)                                                # [muB], [muB]
         mask = (confidence >= self.threshold).to(p.dtype)                               # [muB]
-        views = len(batch.u_strong)
         loss_u = mask.repeat(views) * F.cross_entropy(logits_us, label.repeat(views), reduction="none")
         losses = {"loss_x": F.cross_entropy(logits_x, batch.y), "loss_u": self.lambda_u * loss_u.mean()}
         return StepOutput(losses, p, mask)
