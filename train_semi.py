@@ -187,10 +187,10 @@ def train_steps(
                 )
 
         # The training step.
-        losses, output = train_step(
+        output = train_step(
             method, student, state.optimizer, batches, step=step, bank_ready=bank_ready, scaler=state.scaler
         )
-        state.meter.add(step, losses, output.pseudo_label, output.mask, host_batch.true_labels)
+        state.meter.add(step, output.losses, output.pseudo_label, output.mask, host_batch.true_labels)
         state.step, state.evaluation_due = step + 1, due.evaluate
 
         # Once in a while: the log. A loss that is not finite ends the run here, before it is saved.
@@ -253,6 +253,7 @@ def new_state(config: Config, data: Data, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)
     try:
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
+        method.check_views(*view_sides(config))
     except ValueError as error:
         raise UserError(str(error)) from None
     optimizer = torch.optim.SGD(
@@ -280,7 +281,7 @@ def to_batch(host_batch: HostBatch, data: Data, device: torch.device) -> Batch:
         host_batch.y.to(device, non_blocking=True),
         host_batch.index.to(device, non_blocking=True),
         to_device(data.weak_view, host_batch.u_weak, device),
-        to_device(data.strong_view, host_batch.u_strong, device),
+        tuple(to_device(*view, device) for view in zip(data.strong_views, host_batch.u_strong, strict=True)),
     )
 
 
@@ -307,15 +308,17 @@ def log_diagnostics(
     log: Logger, state: TrainState, data: Data, stream: Stream, diagnostics: dict[str, Tensor]
 ) -> None:
     """Write the diagnostics event. diagnostics: what `diagnose` returned for the last step."""
+    method, labels_per_step = state.method, stream.n_x * dist_utils.world_size()
+    ages = method.age_diagnostics(bank_row_ages(stream, state.step), labels_per_step)
     values = diagnostics_event(
         (state.step - 1) // stream.steps_per_epoch + 1,
         stream.steps_per_epoch,
-        stream.n_x * dist_utils.world_size(),
-        diagnostics,
+        method.loss_names,
+        method.diagnostic_names,
+        {**diagnostics, **ages},
         state.meter.take_counts(),
         data.labels[data.labeled],
         data.classes,
-        bank_row_ages(stream, state.step),
     )
     log.write("diagnostics", state.step, values)
 
@@ -327,7 +330,8 @@ def log_losses(
     with log_stop_reason(log, state.step):
         means = state.meter.take_means()
     epoch = (state.step - 1) // steps_per_epoch + 1
-    values = {**means, "lr": lr, "images_per_s": throughput.take(state.step)}
+    values: dict[str, float | None] = {**dict.fromkeys(state.method.loss_names), **means, "lr": lr}
+    values["images_per_s"] = throughput.take(state.step)
     log.train(state.step, epoch, epochs, values)
 
 

@@ -155,7 +155,7 @@ def print_memory(source: Files, count: int) -> None:
         test_images=source,
         test_labels=labels,
         weak_view=weak,
-        strong_view=strong,
+        strong_views=(strong,),
         eval_view=eval_view,
         classes=["all"],
         channels=3,

@@ -27,6 +27,7 @@ import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils._pytree import tree_map  # noqa: E402
 
 from benchmark import marked_file  # noqa: E402
 from benchmark.digits import machine  # noqa: E402
@@ -127,10 +128,10 @@ def replay(
                 if f"momentum.{name}" in step.before:
                     optimizer.state[p]["momentum_buffer"] = step.before[f"momentum.{name}"].to(p, copy=True)
         batches = [
-            Batch(*(field.to(device, dtype if field.is_floating_point() else None) for field in batch))
+            Batch(*tree_map(lambda v: v.to(device, dtype if v.is_floating_point() else None), tuple(batch)))
             for batch in step.batches[own_ranks]
         ]
-        terms, output = train_step(
+        output = train_step(
             method, student, optimizer, batches, step=k, bank_ready=step.bank_ready, scaler=scaler
         )
         state = method.state_dict() | {
@@ -141,7 +142,7 @@ def replay(
         assert output.pseudo_label is not None and output.mask is not None  # SimMatch has both
         yield differences(
             step,
-            {name: dist_utils.all_mean(term).item() for name, term in terms.items()},
+            {name: dist_utils.all_mean(term).item() for name, term in output.losses.items()},
             dist_utils.all_gather(output.pseudo_label),
             dist_utils.all_gather(output.mask),
             state,

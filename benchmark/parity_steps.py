@@ -95,7 +95,7 @@ def batches_of(config: Config, ranks: int, step: int) -> list[Batch]:
         seed, y = 1000 * step + 10 * rank, torch.randint(C, (config.mu * B,), generator=g)
         u_weak = images(y, seed)  # [muB, 3, SIDE, SIDE]
         u_strong = (u_weak + 0.3 * images(y, seed + 1)).float().double()  # [muB, 3, SIDE, SIDE]
-        out.append(Batch(images(LABELS[rows], seed + 2), LABELS[rows], rows, u_weak, u_strong))
+        out.append(Batch(images(LABELS[rows], seed + 2), LABELS[rows], rows, u_weak, (u_strong,)))
     return out
 
 

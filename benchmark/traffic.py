@@ -140,7 +140,7 @@ def random_batch(config: Config, labels: torch.Tensor, step: int) -> Batch:
         return torch.randn(n, 3, config.image_size, config.image_size, generator=random)  # [n, 3, h, w]
 
     n_u = config.mu * config.batch_size
-    return Batch(images(config.batch_size), labels[index], index, images(n_u), images(n_u))
+    return Batch(images(config.batch_size), labels[index], index, images(n_u), (images(n_u),))
 
 
 def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, Any]:
@@ -157,10 +157,10 @@ def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, An
     student, meter, sent = dist_utils.wrap_ddp(method.student), Meter(), []
     ledger.take()
     for step in range(steps):
-        terms, output = train_step(
+        output = train_step(
             method, student, optimizer, [random_batch(config, labels, step)], step=step, bank_ready=True
         )
-        meter.add(step, terms, output.pseudo_label, output.mask, None)
+        meter.add(step, output.losses, output.pseudo_label, output.mask, None)
         dist_utils.any_rank(False)  # the message of --print-freq: whether to stop
         meter.take_means()
         sent.append(ledger.take())

@@ -9,6 +9,7 @@ from typing import Any
 from dataset import imagenet
 from dataset.imagenet import Validation
 from dataset.loader import Data, View
+from dataset.views import strong_views
 from util.declarations import METHODS
 from util.errors import UserError
 
@@ -34,17 +35,24 @@ def _call(function: Callable[..., Any], config: Any, **known: Any) -> Any:
     return function(**{name: known[name] if name in known else getattr(config, name) for name in names})
 
 
-def view_sides(config: Any) -> tuple[int, int]:
-    """Return the sides in pixels of the weak and the strong view. Raises UserError if a view is unknown."""
-    side = import_module(DATASETS[config.dataset]).side
-    return _call(side, config, view=config.weak), _call(side, config, view=config.strong)
+def _module(config: Any) -> Any:
+    """Return the module of the config's data set. Raises UserError if it is unknown."""
+    if config.dataset not in DATASETS:
+        raise UserError(f"unknown dataset {config.dataset!r}; known: {', '.join(DATASETS)}")
+    return import_module(DATASETS[config.dataset])
+
+
+def view_sides(config: Any) -> tuple[int, ...]:
+    """Return the sides in pixels of the weak and the strong views. Raises UserError if a view is unknown."""
+    side = _module(config).side
+    return tuple(_call(side, config, view=view) for view in (config.weak, *strong_views(config.strong)))
 
 
 def check_output_dirs(config: Any, *outputs: Path) -> None:
     """Raise UserError if a directory that a run writes to lies in one that is searched for images: the next
     start would take it for a class, or its pictures for images.
     """
-    searched_dirs = getattr(import_module(DATASETS[config.dataset]), "searched_dirs", lambda: [])
+    searched_dirs: Callable[[], list[Path]] = getattr(_module(config), "searched_dirs", lambda: [])
     for images in _call(searched_dirs, config):
         for output in outputs:
             if output.resolve().is_relative_to(images.resolve()):
@@ -58,7 +66,7 @@ def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:
     """Return the evaluation view of image files for a network of this config, and the number of channels.
     It needs no training data. Raises UserError if the network cannot classify image files.
     """
-    found = getattr(import_module(DATASETS[config.dataset]), "eval_view_for_files", None)
+    found = getattr(_module(config), "eval_view_for_files", None)
     if found is None:
         raise UserError(
             f"a network for {config.dataset} cannot classify image files: its training images are not files"
@@ -77,10 +85,8 @@ def build_data(config: Any, gpu: bool) -> Data:
     `device_views: auto` applies the last stages of the views. Raises UserError if the data set cannot be
     built with these settings.
     """
-    if config.dataset not in DATASETS:
-        raise UserError(f"unknown dataset {config.dataset!r}; known: {', '.join(DATASETS)}")
     view_sides(config)  # so that a view that is unknown is reported before the images are listed
-    build = import_module(DATASETS[config.dataset]).build
+    build = _module(config).build
     known = {"on_device": _on_device(config, gpu), "lists": METHODS[config.method].defaults["split"]}
     data: Data = _call(build, config, **known)
     if config.cls and len(data.classes) != config.cls:

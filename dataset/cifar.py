@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from dataset import splits, views
 from dataset.loader import Data, SplitId, View
 from dataset.source import Arrays
-from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, photo_view, pipeline
+from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, photo_view, pipeline, strong_views
 from util.errors import UserError
 from util.files import user_path
 
@@ -41,7 +41,7 @@ def build(
         test_images=Arrays(test.data, pil=True),
         test_labels=test_labels,
         weak_view=photo_view(pipeline(weak), norm, on_device),
-        strong_view=photo_view(pipeline(strong), norm, on_device),
+        strong_views=tuple(photo_view(pipeline(name), norm, on_device) for name in strong_views(strong)),
         eval_view=photo_view(pipeline("cifar_eval"), norm, on_device),
         classes=list(train.classes),
         channels=3,

@@ -40,7 +40,7 @@ def build(labels_per_class: int, seed: int) -> Data:
         test_images=Arrays(images[test]),
         test_labels=labels[test],
         weak_view=WEAK,
-        strong_view=STRONG,
+        strong_views=(STRONG,),
         eval_view=EVAL_VIEW,
         classes=[str(c) for c in range(10)],
         channels=1,

@@ -11,7 +11,7 @@ import numpy as np
 from dataset import listing, splits, views
 from dataset.loader import Data, SplitId, View
 from dataset.source import LabeledFiles
-from dataset.views import IMAGENET_NORM, photo_view, pipeline
+from dataset.views import IMAGENET_NORM, photo_view, pipeline, strong_views
 from util.errors import UserError
 from util.files import user_path
 
@@ -207,7 +207,9 @@ def assemble(
         test_images=test,
         test_labels=test.labels,
         weak_view=photo_view(pipeline(weak, image_size), IMAGENET_NORM, on_device),
-        strong_view=photo_view(pipeline(strong, image_size), IMAGENET_NORM, on_device),
+        strong_views=tuple(
+            photo_view(pipeline(name, image_size), IMAGENET_NORM, on_device) for name in strong_views(strong)
+        ),
         eval_view=eval_view_for_files(image_size, on_device),
         classes=train.classes,
         channels=3,

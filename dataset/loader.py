@@ -21,11 +21,11 @@ from dataset.rng import (
     ORDER_X,
     REPLACE_U,
     REPLACE_X,
-    VIEW_STRONG,
     VIEW_WEAK,
     VIEW_X,
     permutation,
     shuffled,
+    strong_stream_id,
     uniforms,
 )
 from dataset.source import BadImage, Files, Source
@@ -70,7 +70,7 @@ class Data(NamedTuple):
     test_images: Source             # images of the evaluation                          [M]
     test_labels: np.ndarray         # their labels                                      [M] int64
     weak_view: View
-    strong_view: View
+    strong_views: tuple[View, ...]  # one or more, which may differ in size
     eval_view: View                 # draws no random numbers
     classes: list[str]              # names, in the order of the labels                 [C]
     channels: int                   # of the images of a view
@@ -110,7 +110,7 @@ class HostBatch(NamedTuple):
     y: Tensor                       # their labels                                      [B] int64
     index: Tensor                   # type: ignore[assignment]  # indices in the labeled list   [B] int64
     u_weak: HostTensors             # weak views of unlabeled images
-    u_strong: HostTensors           # strong views of the same images
+    u_strong: tuple[HostTensors, ...]   # strong views of the same images, in the order of Data's
     true_labels: Tensor | None      # of the unlabeled images, for the log; None if unknown [muB] int64
     bad: list[tuple[str, str]]      # (name, cause) of unreadable images that were replaced by others
     # fmt: on
@@ -149,8 +149,12 @@ class Stream(Dataset):
 
     def item_bytes(self) -> int:
         """Return the size of an item's tensors."""
-        weak, strong = (view_bytes(self.data.images, v) for v in (self.data.weak_view, self.data.strong_view))
-        return self.n_x * (weak + 16) + self.n_u * (weak + strong + 8)  # 16, 8: labels and indices, int64
+        weak, *strong = (
+            view_bytes(self.data.images, v) for v in (self.data.weak_view, *self.data.strong_views)
+        )
+        return self.n_x * (weak + 16) + self.n_u * (
+            weak + sum(strong) + 8
+        )  # 16, 8: labels and indices, int64
 
     # fmt: off
     def __getitem__(self, step: int) -> HostBatch:
@@ -163,13 +167,14 @@ class Stream(Dataset):
         y = torch.from_numpy(data.labels[data.labeled[index]])                          # [B]
 
         u_index, passes = self._order(step, self.n_u, U, self.pass_length, ORDER_U)     # [muB], [muB]
-        views = [(data.weak_view, VIEW_WEAK), (data.strong_view, VIEW_STRONG)]
+        strong_views = [(view, strong_stream_id(v)) for v, view in enumerate(data.strong_views)]
+        views = [(data.weak_view, VIEW_WEAK), *strong_views]
         u_views, u_index = self._views(views, data.unlabeled, u_index, passes, None, REPLACE_U, bad)
-        u_weak, u_strong = u_views
+        u_weak, *u_strong = u_views
         true_labels = None
         if self.has_true_labels:
             true_labels = torch.from_numpy(data.labels[data.unlabeled[u_index]])        # [muB]
-        return HostBatch(x, y, torch.from_numpy(index), u_weak, u_strong, true_labels, bad)
+        return HostBatch(x, y, torch.from_numpy(index), u_weak, tuple(u_strong), true_labels, bad)
     # fmt: on
 
     def _order(

@@ -6,6 +6,12 @@ import numpy as np
 
 # Stream ids: a generator's key is the seed and the id of what its numbers are used for.
 ORDER_X, ORDER_U, VIEW_X, VIEW_WEAK, VIEW_STRONG, REPLACE_X, REPLACE_U = range(7)
+FURTHER_STRONG = 7  # the second strong view; those after it follow
+
+
+def strong_stream_id(view: int) -> int:
+    """Return the stream id of a strong view, counted from 0."""
+    return FURTHER_STRONG + view - 1 if view else VIEW_STRONG
 
 
 def uniforms(

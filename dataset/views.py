@@ -258,6 +258,11 @@ def side(stages: Sequence[Stage]) -> int:
     return getattr(stages[0], "size", 32) if stages else 32
 
 
+def strong_views(names: str) -> tuple[str, ...]:
+    """Split the setting `strong`, names of views with commas between them."""
+    return tuple(name.strip() for name in names.split(","))
+
+
 def _scaled(stage: Stage, factor: float) -> Stage:
     if isinstance(stage, ResizedCrop):
         return replace(stage, size=round(stage.size * factor))

@@ -38,7 +38,7 @@ def _first_batch_losses(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Targets and losses of the first batch, on the bare student: DDP's backward would average gradients."""
     targets = method.targets(batches, method.student, step=step)[0]
-    return targets, method.losses(batches[0], targets, method.student, bank_ready=bank_ready)[0]
+    return targets, method.losses(batches[0], targets, method.student, bank_ready=bank_ready).losses
 
 
 def _gradient_norm(loss: Tensor, method: Method) -> Tensor:

@@ -1,15 +1,17 @@
 """SimMatch (arXiv 2203.06915): consistency of class predictions and of similarities to labeled images."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ema import BNMode
 from models.memory import DistributionAlignment, LabelBank
-from models.method import Batch, Method, StepOutput, at_least_fp32
+from models.method import Batch, Method, StepOutput, at_least_fp32, forward_views
 from models.network import Network
 from util import dist_utils
 
@@ -57,8 +59,8 @@ class StudentOutput(NamedTuple):
 
     # fmt: off
     logits_x: Tensor                    # of the labeled images         [B, C]
-    logits_us: Tensor                   # of the strong views           [muB, C]
-    z_us: Tensor                        # embeddings of the same        [muB, D]
+    logits_us: Tensor                   # of the V strong views         [V·muB, C]
+    z_us: Tensor                        # embeddings of the same        [V·muB, D]
     # fmt: on
 
 
@@ -90,7 +92,14 @@ class SimMatch(Method):
 
     p: class prediction, q: similarities to the bank, z: embedding. Suffixes: x for labeled images, uw and us
     for weak and strong views of unlabeled images; w and s where only the view matters.
+    With several strong views L_u and L_in are means over them. The first is in one forward with x.
     """
+
+    loss_names = ("loss_x", "loss_u", "loss_in")
+    diagnostic_names = (
+        *("prior_kl", "q_entropy", "bank_rows", "bank_drift"),
+        *("bank_unwritten", "bank_age_median", "bank_age_max", "bank_pass"),
+    )
 
     def __init__(
         self,
@@ -136,9 +145,8 @@ class SimMatch(Method):
 
     def student_forward(self, batch: Batch, student: nn.Module) -> StudentOutput:
         """Run the student on the labeled images and the strong views."""
-        n_x = len(batch.x)
-        images = torch.cat([batch.x, batch.u_strong])                       # [B+muB, c, h, w]
-        logits, z = map(at_least_fp32, student(images))                     # [B+muB, C], [B+muB, D]
+        n_x, (first, *others) = len(batch.x), batch.u_strong
+        logits, z = forward_views(student, [batch.x, first], others)        # [B+V·muB, C], [B+V·muB, D]
         return StudentOutput(logits[:n_x], logits[n_x:], z[n_x:])
 
     def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Targets]:
@@ -155,10 +163,11 @@ class SimMatch(Method):
 
     def losses(
         self, batch: Batch, targets: Targets, student: nn.Module, *, bank_ready: bool
-    ) -> tuple[dict[str, Tensor], StepOutput]:
+    ) -> StepOutput:
         z_x, log_p, z_uw, mean_p, student_output = targets
         logits_x, logits_us, z_us = student_output or self.student_forward(batch, student)
         pseudo_label = p = log_p.exp()                                      # [muB, C]
+        views = len(batch.u_strong)                                         # V
         loss_in = z_us.new_zeros(())
         if bank_ready:
             labels = self.bank.labels                                       # [K]
@@ -167,15 +176,19 @@ class SimMatch(Method):
                 q_hat = unfold(log_q_w, log_p, labels).exp()                # [muB, K]
                 a = aggregate(log_q_w, labels, p.shape[1])                  # [muB, C]
                 pseudo_label = self.c_smooth * p + (1 - self.c_smooth) * a  # [muB, C]
-            log_q_s = self.log_similarities(z_us, self.st)                  # [muB, K]
-            loss_in = cross_entropy(q_hat, log_q_s).mean()
+            log_q_s = self.log_similarities(z_us, self.st)                  # [V·muB, K]
+            loss_in = cross_entropy(q_hat.repeat(views, 1), log_q_s).mean()
 
         mask = (pseudo_label.amax(dim=1) >= self.threshold).to(p.dtype)     # [muB]
-        loss_u = (mask * cross_entropy(pseudo_label, torch.log_softmax(logits_us, dim=1))).mean()
+        log_p_s = torch.log_softmax(logits_us, dim=1)                       # [V·muB, C]
+        loss_u = (mask.repeat(views) * cross_entropy(pseudo_label.repeat(views, 1), log_p_s)).mean()
         losses = {"loss_x": F.cross_entropy(logits_x, batch.y),
                   "loss_u": self.lambda_u * loss_u,
                   "loss_in": self.lambda_in * loss_in}
-        return losses, StepOutput(z_x, batch.y, batch.index, mean_p, pseudo_label, mask)
+        for_update = {"z": z_x, "y": batch.y, "index": batch.index}         # [B, D], [B], [B]
+        if mean_p is not None:
+            for_update["mean_p"] = mean_p[None]                             # [1, C]
+        return StepOutput(losses, pseudo_label, mask, for_update)
     # fmt: on
 
     def log_similarities(self, z: Tensor, t: float) -> Tensor:
@@ -184,13 +197,12 @@ class SimMatch(Method):
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch, targets: Targets, *, bank_ready: bool) -> dict[str, Tensor]:
-        """Return `bank_rows`, which is K, and with DA the `prior` [C], this step's mean included.
+        """Return, with DA, the `prior` [C], this step's mean included.
 
         From the second epoch on also `q_entropy`, the mean entropy of q_w in nats, and `bank_drift`, 1 − the
         mean cosine between the rows to be written and the rows that they replace.
         """
-        # torch.full needs no copy to a GPU, for which torch.tensor would wait.
-        out = {"bank_rows": torch.full((), len(self.bank.labels), device=self.bank.z.device)}
+        out = {}
         if bank_ready:
             log_q_w = self.log_similarities(targets.z_uw, self.tt)  # [muB, K]
             out["q_entropy"] = cross_entropy(log_q_w.exp(), log_q_w).mean()
@@ -200,13 +212,24 @@ class SimMatch(Method):
             out["prior"] = self.align.prior(targets.mean_p)
         return out
 
+    def age_diagnostics(self, ages: np.ndarray, labels_per_step: int) -> dict[str, float]:
+        """Return the numbers of rows, of all and of those never written, the ages of the others in steps, and
+        the steps of a pass over the labeled images: a row is written whenever its image is in a batch.
+        """
+        written = ages[ages >= 0]
+        return {
+            "bank_rows": len(ages),
+            "bank_unwritten": len(ages) - len(written),
+            "bank_age_median": float(np.median(written)),
+            "bank_age_max": int(written.max()),
+            "bank_pass": math.ceil(len(ages) / labels_per_step),
+        }
+
     def update(self, output: StepOutput) -> None:
-        index, z, y, mean_p = output.index, output.z, output.y, output.mean_p
-        assert index is not None and z is not None and y is not None  # `losses` fills them
-        self.bank.write(*(dist_utils.all_gather(rows) for rows in (index, z, y)))
+        own = output.for_update
+        self.bank.write(*(dist_utils.all_gather(own[name]) for name in ("index", "z", "y")))
         if self.align is not None:
-            assert mean_p is not None
-            self.align.write(mean_p)
+            self.align.write(own["mean_p"][0])  # the same in all rows
         super().update(output)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import freeze_bn_stats
-from models.method import Batch, at_least_fp32
+from models.method import Batch, forward_views
 from models.network import Network
 from models.simmatch import SimMatch, StudentOutput, TeacherOutput
 
@@ -31,18 +31,20 @@ class SimMatchSingle(SimMatch):
         # The prior needs the predictions of all virtual ranks before any loss. A second forward, in
         # student_forward, takes less memory than keeping the graphs of all of them.
         with torch.no_grad(), freeze_bn_stats(self.student):
-            outputs = [self.joint_forward(batch, self.student)[1] for batch in batches]
+            first_views = [batch._replace(u_strong=batch.u_strong[:1]) for batch in batches]
+            outputs = [self.joint_forward(batch, self.student)[1] for batch in first_views]
         return [output._replace(student_output=None) for output in outputs]
 
     def student_forward(self, batch: Batch, student: nn.Module) -> StudentOutput:
         return self.joint_forward(batch, student)[0]
 
     def joint_forward(self, batch: Batch, student: nn.Module) -> tuple[StudentOutput, TeacherOutput]:
-        """Run the student on the labeled images and both views. The teacher's part is detached."""
-        sizes = len(batch.x), len(batch.u_weak), len(batch.u_strong)
-        images = torch.cat([batch.x, batch.u_weak, batch.u_strong])  # [B+2muB, c, h, w]
-        logits, z = map(at_least_fp32, student(images))  # [B+2muB, C], [B+2muB, D]
-        logits_x, logits_uw, logits_us = logits.split(sizes)  # [B, C], [muB, C], [muB, C]
-        z_x, z_uw, z_us = z.split(sizes)  # [B, D], [muB, D], [muB, D]
+        """Run the student on the labeled images and all views. The teacher's part is detached."""
+        first, *others = batch.u_strong
+        sizes = len(batch.x), len(batch.u_weak), len(first) * len(batch.u_strong)
+        joint = [batch.x, batch.u_weak, first]
+        logits, z = forward_views(student, joint, others)  # [B+muB+V·muB, C], [B+muB+V·muB, D]
+        logits_x, logits_uw, logits_us = logits.split(sizes)  # [B, C], [muB, C], [V·muB, C]
+        z_x, z_uw, z_us = z.split(sizes)  # [B, D], [muB, D], [V·muB, D]
         student_output = StudentOutput(logits_x, logits_us, z_us)
         return student_output, TeacherOutput(z_x.detach(), logits_uw.detach(), z_uw.detach(), student_output)

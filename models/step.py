@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.ema import freeze_bn_stats
 from models.method import Batch, Method, StepOutput
@@ -21,10 +21,10 @@ def train_step(
     step: int,
     bank_ready: bool,
     scaler: torch.amp.GradScaler | None = None,
-) -> tuple[dict[str, Tensor], StepOutput]:
-    """Compute the losses and their gradients, take an optimizer step, then update bank, prior and teacher.
+) -> StepOutput:
+    """Compute the losses and their gradients, take an optimizer step, then call the method's `update`.
 
-    Return the loss terms, as means over `batches`, and the outputs of all batches, concatenated.
+    Return the outputs of all batches, joined: the means of the losses, and everything else concatenated.
 
     batches: one for each virtual rank of this process. They run one after the other, each with the BN
     statistics of its own batch, and their gradients are averaged, as DDP averages them over processes. So a
@@ -35,40 +35,41 @@ def train_step(
     stay unchanged.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    results: list[tuple[dict[str, Tensor], StepOutput]] = []
+    outputs: list[StepOutput] = []
     targets = method.targets(batches, student, step=step)
     optimizer.zero_grad()
     for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         first, last = i == 0, i == len(batches) - 1
         bn_stats = nullcontext() if first else freeze_bn_stats(method.student)
         with bn_stats, dist_utils.sync_gradients(student, last):
-            losses, output = method.losses(batch, target, student, bank_ready=bank_ready)
-            scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()
-        results.append(({name: loss.detach() for name, loss in losses.items()}, output))
+            output = method.losses(batch, target, student, bank_ready=bank_ready)
+            scaler.scale(reduce(torch.add, output.losses.values()) / len(batches)).backward()
+        outputs.append(output._replace(losses={name: v.detach() for name, v in output.losses.items()}))
     scaler.step(optimizer)
     scaler.update()
-    losses, output = _join_virtual_ranks(results)
-    method.update(output)
-    return losses, output
+    joined = _join_virtual_ranks(outputs)
+    method.update(joined)
+    return joined
 
 
 def split_virtual_ranks(batch: Batch, ranks: int) -> list[Batch]:
     """Split the batch of a process, in which its virtual ranks are concatenated, into one batch for each."""
-    return [Batch(*fields) for fields in zip(*(field.chunk(ranks) for field in batch), strict=True)]
+    *fields, views = batch
+    strong = zip(*(view.chunk(ranks) for view in views))
+    return [Batch(*own) for own in zip(*(field.chunk(ranks) for field in fields), strong, strict=True)]
 
 
-def _join_virtual_ranks(
-    results: list[tuple[dict[str, Tensor], StepOutput]],
-) -> tuple[dict[str, Tensor], StepOutput]:
-    """Average the losses and concatenate the outputs; mean_p is already the same for all."""
-    if len(results) == 1:
-        return results[0]
-    losses = {
-        name: torch.stack([result[name] for result, _ in results]).mean(dim=0) for name in results[0][0]
-    }
-    fields = zip(*(output._replace(mean_p=None) for _, output in results))
-    output = StepOutput(*(None if values[0] is None else torch.cat(values) for values in fields))
-    return losses, output._replace(mean_p=results[0][1].mean_p)
+def _join_virtual_ranks(outputs: list[StepOutput]) -> StepOutput:
+    """Average the losses and concatenate everything else."""
+    if len(outputs) == 1:
+        return outputs[0]
+    losses, pseudo_labels, masks, for_update = zip(*outputs)
+    return StepOutput(
+        {name: torch.stack([own[name] for own in losses]).mean(dim=0) for name in losses[0]},
+        None if pseudo_labels[0] is None else torch.cat(pseudo_labels),
+        None if masks[0] is None else torch.cat(masks),
+        {name: torch.cat([own[name] for own in for_update]) for name in for_update[0]},
+    )
 
 
 def configure_execution(method: Method, precision: str, channels_last: bool, compiled: bool) -> None:

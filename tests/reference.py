@@ -114,8 +114,8 @@ class SimMatchReference:
         )
 
     def step(self, batches, step, first_epoch):
-        """batches: one (x, y, index, u_weak, u_strong) for each rank. Returns the terms, pseudo-labels and
-        masks.
+        """batches: one (x, y, index, u_weak, (u_strong, …)) for each rank. Returns the terms,
+        pseudo-labels and masks. Terms of strong views are means over all of them.
         """
         h, n_x = self.h, len(batches[0][0])
         self.student.train()
@@ -131,8 +131,8 @@ class SimMatchReference:
 
         totals = {"loss_x": 0.0, "loss_u": 0.0, "loss_in": 0.0}
         pseudo, masks = [], []
-        for rank, (_, y, _, _, _) in enumerate(batches):
-            target = p[rank]
+        for rank, (_, y, _, _, strong_views) in enumerate(batches):
+            target, views = p[rank], len(strong_views)
             loss_in = 0.0
             if not first_epoch:
                 q_w = [softmax([c / h["tt"] for c in row]) for row in cosines(z_uw[rank], self.bank)]
@@ -143,11 +143,10 @@ class SimMatchReference:
                     for p_i, a_i in zip(p[rank], share)
                 ]
                 q_s = [softmax([c / h["st"] for c in row]) for row in cosines(z_us[rank], self.bank)]
-                loss_in = sum(cross_entropy(a, b) for a, b in zip(q_hat, q_s)) / len(q_hat)
+                loss_in = sum(cross_entropy(a, b) for a, b in zip(views * q_hat, q_s, strict=True)) / len(q_s)
             mask = [1.0 if max(float(v) for v in row) >= h["threshold"] else 0.0 for row in target]
-            loss_u = sum(
-                m * cross_entropy(a, softmax(b)) for m, a, b in zip(mask, target, logits_us[rank])
-            ) / len(target)
+            strong = zip(views * mask, views * target, logits_us[rank], strict=True)
+            loss_u = sum(m * cross_entropy(a, softmax(b)) for m, a, b in strong) / (views * len(target))
             loss_x = sum(-torch.log(softmax(row)[int(label)]) for row, label in zip(logits_x[rank], y)) / n_x
             totals["loss_x"] += loss_x / len(batches)
             totals["loss_u"] += h["lambda_u"] * loss_u / len(batches)
@@ -171,7 +170,8 @@ class SimMatchReference:
         n_x = len(batches[0][0])
         logits_t, z_t = self._teacher_forward([torch.cat([b[0], b[3]]) for b in batches], step)
         student = [
-            self._student_forward(torch.cat([b[0], b[4]]), first=i == 0) for i, b in enumerate(batches)
+            self._student_forwards([torch.cat([b[0], b[4][0]]), *b[4][1:]], first=i == 0)
+            for i, b in enumerate(batches)
         ]
         return (
             [logits[:n_x] for logits, _ in student],
@@ -187,6 +187,11 @@ class SimMatchReference:
         mixed = [self.h["bank_m"] * a + (1 - self.h["bank_m"]) * b for a, b in zip(old, z)]
         length = math.sqrt(sum(float(v) ** 2 for v in mixed))
         return torch.stack([v / length for v in mixed])
+
+    def _student_forwards(self, inputs, first):
+        """One forward for each input; the outputs are concatenated."""
+        logits, z = zip(*(self._student_forward(x, first) for x in inputs))
+        return torch.cat(logits), torch.cat(z)
 
     def _student_forward(self, x, first):
         """The running statistics are the first rank's, which all ranks have after a broadcast."""
@@ -257,7 +262,8 @@ class SimMatchSingleReference(SimMatchReference):
     def _forwards(self, batches, step):
         n_x, n_u = len(batches[0][0]), len(batches[0][3])
         out = [
-            self._student_forward(torch.cat([b[0], b[3], b[4]]), first=i == 0) for i, b in enumerate(batches)
+            self._student_forwards([torch.cat([b[0], b[3], b[4][0]]), *b[4][1:]], first=i == 0)
+            for i, b in enumerate(batches)
         ]
         return (
             [logits[:n_x] for logits, _ in out],

@@ -91,7 +91,7 @@ def test_no_view_waits(name):
 def test_no_step_on_photographs_waits(waits, tmp_path):
     flags = (
         "--config configs/imagenet_1p.yaml --backbone small_encoder --cls 3 --labels-per-class 2 "
-        "--image-size 32 --strong multicrop_224 --batch-size 2 --mu 2 --workers 0 --epochs 1 "
+        "--image-size 32 --strong multicrop_224,multicrop_96 --batch-size 2 --mu 2 --workers 0 --epochs 1 "
         "--steps-per-epoch 3 --warmup-epoch 0"
     )
     data = imagenet(tmp_path / "data")

@@ -14,9 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_semi
 from benchmark.same_run import difference, events, first_difference, weights
+from models import SimMatch
 from util.config import Config
 from util.effect import without_effect
-from util.inspect.diagnostics import KEYS
+from util.inspect.diagnostics import event_keys
 
 TRAIN = {
     "event",
@@ -31,6 +32,7 @@ TRAIN = {
     "lr",
     "images_per_s",
 }
+KEYS = event_keys(SimMatch.loss_names, SimMatch.diagnostic_names)
 EVAL = {"event", "step", "student_top1", "student_top5", "teacher_top1", "teacher_top5"}
 
 

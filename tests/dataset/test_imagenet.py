@@ -52,7 +52,7 @@ def test_both_layouts_give_the_same_data(tmp_path, flat_val):
         assert np.abs(np.asarray(data.test_images[row]).astype(int) - pixels).mean() < 8  # through JPEG
     item = Stream(data, 2, 3, seed=0)[0]
     assert to_device(data.weak_view, item.x, torch.device("cpu")).shape == (2, 3, 32, 32)
-    assert to_device(data.strong_view, item.u_strong, torch.device("cpu")).shape == (6, 3, 32, 32)
+    assert to_device(data.strong_views[0], item.u_strong[0], torch.device("cpu")).shape == (6, 3, 32, 32)
 
 
 def test_train_may_be_a_list(tmp_path):
@@ -135,7 +135,7 @@ def test_cifar_has_its_images_labels_and_views(cifar_root):
     assert len(data.labeled) == 40 and len(data.unlabeled) == 200 and len(data.test_labels) == 20
     assert data.split.id == "cifar10-4-seed0" and data.classes[0] == "airplane"
     item = Stream(data, 4, 7, seed=0)[0]
-    assert to_device(data.strong_view, item.u_strong, torch.device("cpu")).shape == (28, 3, 32, 32)
+    assert to_device(data.strong_views[0], item.u_strong[0], torch.device("cpu")).shape == (28, 3, 32, 32)
     eval_view = to_device(
         data.eval_view,
         data.eval_view.cpu_transform([data.test_images[0]], np.empty((1, 0))),
@@ -261,7 +261,7 @@ def test_files_give_the_same_bytes_with_any_workers_and_from_any_start(tmp_path,
     data = build(imagenet(tmp_path / "in"), strong="moco", device_views=device_views)
 
     def raw(item):
-        return [*item.x, item.y, item.index, *item.u_weak, *item.u_strong, item.true_labels]
+        return [*item.x, item.y, item.index, *item.u_weak, *item.u_strong[0], item.true_labels]
 
     expected = [raw(Stream(data, 2, 2, seed=3, rank=1, world=2)[step]) for step in range(6)]
     assert expected[0][0].dtype == torch.uint8

@@ -1,5 +1,6 @@
 """What a step loads depends only on seed, step, rank and world size."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,17 @@ from trees import imagenet
 from dataset import digits
 from dataset.imagenet import build as imagenet_data
 from dataset.loader import Data, EvalLoader, ImageChunks, SplitId, Stream, View
-from dataset.rng import uniforms
+from dataset.rng import (
+    ORDER_U,
+    ORDER_X,
+    REPLACE_U,
+    REPLACE_X,
+    VIEW_STRONG,
+    VIEW_WEAK,
+    VIEW_X,
+    strong_stream_id,
+    uniforms,
+)
 from dataset.source import BadImage
 from dataset.workers import PrefetchLoader
 from util.errors import UserError
@@ -56,7 +67,7 @@ def numbered(labeled, unlabeled, bad=(), bad_tests=()):
         test_images=Numbers(5, bad_tests),
         test_labels=np.arange(5) % 3,
         weak_view=view,
-        strong_view=view,
+        strong_views=(view,),
         eval_view=eval_view,
         classes=["a", "b", "c"],
         channels=1,
@@ -66,7 +77,7 @@ def numbered(labeled, unlabeled, bad=(), bad_tests=()):
 
 def parts(item):
     """(x, y, index, weak, strong) of a batch in which every view is one tensor."""
-    return item.x[0], item.y, item.index, item.u_weak[0], item.u_strong[0]
+    return item.x[0], item.y, item.index, item.u_weak[0], item.u_strong[0][0]
 
 
 def same(a, b):
@@ -202,13 +213,13 @@ def test_every_test_image_is_in_one_share(world, workers):
 def test_the_size_of_an_item_is_that_of_its_tensors(tmp_path):
     imagenet(tmp_path)
     photos = [
-        imagenet_data(str(tmp_path), "", 1, 0, 0, "weak", "moco", size, on_device)
+        imagenet_data(str(tmp_path), "", 1, 0, 0, "weak", "moco,multicrop_96", size, on_device)
         for size, on_device in ((32, True), (48, False))
     ]
     for data in (digits.build(labels_per_class=3, seed=0), *photos):
         stream, rows = Stream(data, batch_size=2, mu=3, seed=0), np.arange(len(data.test_images))
-        x, y, index, *views, true_labels, _ = stream[0]
-        tensors = [*x, y, index, *views[0], *views[1], true_labels]
+        x, y, index, weak, strong, true_labels, _ = stream[0]
+        tensors = [*x, y, index, *weak, *itertools.chain(*strong), true_labels]
         assert stream.item_bytes() == sum(t.nbytes for t in tensors)
         chunks = ImageChunks(data.test_images, data.eval_view, rows, size=len(rows) - 1)
         (pixels,), chunk_rows, _ = chunks[0]
@@ -224,7 +235,7 @@ def test_a_bad_unlabeled_image_is_replaced_by_the_same_other_one_and_listed():
     for step in range(15):  # three epochs of five steps
         a, b = good[step], bad[step]
         before, after = (item.u_weak[0][:, 0, 0, 0].long().tolist() for item in (a, b))
-        assert after == b.u_strong[0][:, 0, 0, 0].long().tolist() and b.true_labels.tolist() == [
+        assert after == b.u_strong[0][0][:, 0, 0, 0].long().tolist() and b.true_labels.tolist() == [
             row % 3 for row in after
         ]
         assert [name for name, _ in b.bad] == [f"image {row}" for row in before if row in (10, 20)]
@@ -269,3 +280,29 @@ def test_a_bad_test_image_is_left_out_or_stops():
     assert bad.take() == [("image 1", "torn"), ("image 4", "torn")]
     with pytest.raises(UserError, match="image 1: torn"):
         list(EvalLoader(data, 0, 1, 0, CPU).batches(BadImages("stop")))
+
+
+def test_further_strong_views_draw_numbers_of_their_own_and_change_no_other():
+    """An image is decoded once for all its views."""
+    one = numbered(10, 40)
+    three = one._replace(strong_views=3 * one.strong_views, images=Counting(50))
+    for step in range(12):
+        a, b = Stream(one, 2, 3, seed=5)[step], Stream(three, 2, 3, seed=5)[step]
+        assert three.images.reads == 8 * (step + 1) and len(b.u_strong) == 3
+        for x, y in zip(parts(a), parts(b), strict=True):
+            assert torch.equal(x, y)
+        rows = b.u_weak[0].long()
+        views = [b.u_weak[0], *(view for (view,) in b.u_strong)]
+        assert all(torch.equal(view.long(), rows) for view in views)
+        assert len({tuple(view.flatten().tolist()) for view in views}) == 4
+    ids = [strong_stream_id(view) for view in range(9)]
+    others = {ORDER_X, ORDER_U, VIEW_X, VIEW_WEAK, REPLACE_X, REPLACE_U}
+    assert ids[0] == VIEW_STRONG and len(set(ids) - others) == 9
+
+
+class Counting(Numbers):
+    reads = 0
+
+    def __getitem__(self, row):
+        self.reads += 1
+        return super().__getitem__(row)

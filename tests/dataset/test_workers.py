@@ -454,7 +454,7 @@ def test_a_data_set_can_be_sent_to_a_worker(name, tmp_path):
         seed=0,
     )
     sent = pickle.loads(pickle.dumps(stream))
-    for a, b in zip(stream[3].u_strong, sent[3].u_strong, strict=True):
+    for a, b in zip(stream[3].u_strong[0], sent[3].u_strong[0], strict=True):
         assert torch.equal(a, b)
     assert np.array_equal(stream.data.labeled, sent.data.labeled)
 

@@ -56,14 +56,16 @@ def network(seed=0, dtype=torch.float64):
     return net.to(dtype)
 
 
-def batch(seed, dtype=torch.float64):
+def batch(seed, dtype=torch.float64, sides=(6,)):
+    """sides: of the strong views."""
     g = torch.Generator().manual_seed(seed)
     index = torch.randperm(K, generator=g)[:B]
 
-    def images(n):
-        return torch.randn(n, 1, 6, 6, generator=g, dtype=torch.float64).to(dtype)
+    def images(n, side=6):
+        return torch.randn(n, 1, side, side, generator=g, dtype=torch.float64).to(dtype)
 
-    return Batch(images(B), LABELS[index], index, images(B * MU), images(B * MU))
+    x, u_weak = images(B), images(B * MU)
+    return Batch(x, LABELS[index], index, u_weak, tuple(images(B * MU, side) for side in sides))
 
 
 class Fixed(nn.Module):
@@ -81,4 +83,5 @@ def losses(method, batch, student=None, *, step=0, bank_ready=False):
     """(terms, StepOutput) of a single rank."""
     student = method.student if student is None else student
     (target,) = method.targets([batch], student, step=step)
-    return method.losses(batch, target, student, bank_ready=bank_ready)
+    output = method.losses(batch, target, student, bank_ready=bank_ready)
+    return output.losses, output

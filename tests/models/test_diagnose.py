@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from benchmark.same_run import first_difference
 from models import diagnose, split_virtual_ranks, train_step
@@ -42,7 +43,7 @@ def run(make, ranks, diagnosed):
         if diagnosed:
             diagnostics.append(diagnose(method, batches, step=step, bank_ready=step > 0))
         terms.append(
-            train_step(method, method.student, optimizer, batches, step=step, bank_ready=step > 0)[0]
+            train_step(method, method.student, optimizer, batches, step=step, bank_ready=step > 0).losses
         )
     return {
         "state": method.state_dict(),
@@ -99,12 +100,7 @@ def test_gradient_norms_are_those_of_a_loss_of_one_term(form):
 
 def test_a_term_that_is_not_on_yet_has_no_gradient():
     diag = diagnose(small.method(), [small.batch(3)], step=0, bank_ready=False)
-    assert (
-        "grad_in" not in diag
-        and "q_entropy" not in diag
-        and diag["loss_in"] == 0
-        and diag["bank_rows"] == small.K
-    )
+    assert "grad_in" not in diag and "q_entropy" not in diag and diag["loss_in"] == 0
 
 
 def test_entropy_drift_and_prior_by_plain_loops():
@@ -129,7 +125,7 @@ def test_entropy_drift_and_prior_by_plain_loops():
 def test_of_several_virtual_ranks_the_first_is_diagnosed():
     torch.manual_seed(7)
     method, whole = small.method("eman"), small.batch(3)
-    doubled = type(whole)(*(torch.cat([field, field.flip(0)]) for field in whole))
+    doubled = type(whole)(*tree_map(lambda field: torch.cat([field, field.flip(0)]), tuple(whole)))
     first, both = (
         diagnose(method, batches, step=0, bank_ready=True)
         for batches in ([whole], split_virtual_ranks(doubled, 2))

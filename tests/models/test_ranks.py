@@ -53,8 +53,8 @@ def steps(form, own):
     out = []
     for step in range(STEPS):
         batches = [batch(step, rank) for rank in own]
-        terms, output = train_step(method, student, optimizer, batches, step=step, bank_ready=step > 0)
-        means = {name: dist_utils.all_mean(term).item() for name, term in terms.items()}
+        output = train_step(method, student, optimizer, batches, step=step, bank_ready=step > 0)
+        means = {name: dist_utils.all_mean(term).item() for name, term in output.losses.items()}
         out.append((means, output.pseudo_label, output.mask))
     dist_utils.broadcast_buffers(method.student)
     return out, method.state_dict()
@@ -77,9 +77,9 @@ def meters(rank):
 
 def batch(step, rank):
     """In every second step all ranks have one bank row in common, as at the end of a pass over the labeled
-    images: the last rank's write holds.
+    images: the last rank's write holds. The last steps have two strong views, of different sizes.
     """
-    own = small.batch(10 * step + rank)
+    own = small.batch(10 * step + rank, sides=(6, 5) if step >= 2 else (6,))
     if rank and step % 2:
         first = small.batch(10 * step)
         own.index[0], own.y[0] = first.index[0], first.y[0]

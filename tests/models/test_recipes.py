@@ -238,7 +238,7 @@ def test_steps_of_an_epoch(config, labeled, steps):
         test_images=(),
         test_labels=np.zeros(0),
         weak_view=None,
-        strong_view=None,
+        strong_views=(),
         eval_view=None,
         classes=[],
         channels=3,

@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from models import build_method, train_step
+from models import build_method, split_virtual_ranks, train_step
 from models.method import StepOutput
 from models.network import parameter_groups
 from models.simmatch import aggregate, cross_entropy, unfold
@@ -77,11 +77,11 @@ def test_six_steps_equal_the_loops(form, DA, nesterov, no_decay_bn):
         batch = small.batch(step)
         if step % 2:  # the first labeled image occurs twice, in two views
             batch.index[2], batch.y[2] = batch.index[0], batch.y[0]
-        terms, output = train_step(method, method.student, optimizer, [batch], step=step, bank_ready=step > 1)
+        output = train_step(method, method.student, optimizer, [batch], step=step, bank_ready=step > 1)
         expected, pseudo, mask = slow.step([batch], step, first_epoch=step <= 1)
 
         for name, value in expected.items():
-            assert terms[name].item() == pytest.approx(value, rel=1e-10), (step, name)
+            assert output.losses[name].item() == pytest.approx(value, rel=1e-10), (step, name)
         torch.testing.assert_close(
             output.pseudo_label, torch.tensor(pseudo[0], dtype=torch.float64), rtol=1e-10, atol=1e-14
         )
@@ -109,7 +109,8 @@ def test_losses_write_no_bank_prior_or_teacher_weight(form):
     sum(terms.values()).backward()
     after = method.state_dict()
     assert all(torch.equal(after[key], value) for key, value in kept.items())
-    assert not any(value.requires_grad for value in output if value is not None)
+    others = (output.pseudo_label, output.mask, *output.for_update.values())
+    assert not any(value.requires_grad for value in others)
 
 
 @pytest.mark.parametrize("form", small.FORMS)
@@ -134,7 +135,7 @@ def test_the_single_network_does_not_read_its_teacher():
             for p in method.teacher.net.parameters():
                 p *= scale
         terms, output = small.losses(method, small.batch(0), step=0, bank_ready=True)
-        values.append([*terms.values(), output.z, output.pseudo_label])
+        values.append([*terms.values(), output.for_update["z"], output.pseudo_label])
         assert method.teacher.net.backbone[1].num_batches_tracked == 0
     assert all(torch.equal(a, b) for a, b in zip(*values))
 
@@ -183,7 +184,8 @@ def test_losses_and_gradients_are_finite(form, dtype, temperature, scale):
         assert torch.isfinite(output.pseudo_label).all()
         torch.testing.assert_close(output.pseudo_label.sum(1), torch.ones(small.B * small.MU))
         assert torch.isfinite(student.logits.grad).all() and torch.isfinite(student.z.grad).all()
-        method.update(output._replace(z=output.z.float()))
+        output.for_update["z"] = output.for_update["z"].float()
+        method.update(output)
         assert torch.isfinite(method.align.ring).all()
 
 
@@ -203,7 +205,9 @@ def test_update_writes_the_bank():
     method = small.method("ema", DA=False)
     assert method.align is None
     z = torch.eye(small.D, dtype=torch.float64)[:2]
-    method.update(StepOutput(z=z, y=torch.tensor([3, 2]), index=torch.tensor([7, 2])))
+    method.update(
+        StepOutput({}, for_update={"z": z, "y": torch.tensor([3, 2]), "index": torch.tensor([7, 2])})
+    )
     assert torch.equal(method.bank.z[[7, 2]], z) and method.bank.labels[7] == 3 and method.bank.labels[2] == 2
 
 
@@ -235,3 +239,32 @@ def test_build_method_passes_every_setting_on():
     for config.eman, bn in ((False, "shuffle"), (True, "average")):
         method = build_method(config, 1, small.LABELS)
         assert method.teacher.bn_mode == bn and method.bank.m == 0.25
+
+
+@pytest.mark.parametrize("form", small.FORMS)
+def test_losses_are_means_over_two_strong_views_of_different_sizes(form):
+    net = small.network()
+    method, (_, slow, settings) = small.method(form, net), small.FORMS[form]
+    slow = slow(net, method.bank.z, small.LABELS, small.C, **settings, **SGD)
+    optimizer = torch.optim.SGD(
+        parameter_groups(method.student, SGD["wd"], SGD.get("no_decay_bn", False)),
+        lr=SGD["lr"],
+        momentum=SGD["momentum"],
+        nesterov=SGD.get("nesterov", False),
+    )
+    for step in range(3):
+        batches = [small.batch(10 * step + rank, sides=(6, 5)) for rank in range(2)]
+        output = train_step(method, method.student, optimizer, batches, step=step, bank_ready=step > 0)
+        expected, pseudo, mask = slow.step(batches, step, first_epoch=step == 0)
+        terms = {name: term.item() for name, term in output.losses.items()}
+        assert terms == pytest.approx(expected, rel=1e-10) and output.mask.tolist() == sum(mask, [])
+        for mine, theirs in ((method.student, slow.student), (method.teacher.net, slow.teacher)):
+            torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-10, atol=1e-12)
+
+
+def test_virtual_ranks_split_every_strong_view():
+    batch = small.batch(0, sides=(6, 5))
+    halves = split_virtual_ranks(batch._replace(x=batch.x[:2], y=batch.y[:2], index=batch.index[:2]), 2)
+    assert [tuple(view.shape) for view in halves[1].u_strong] == [(3, 1, 6, 6), (3, 1, 5, 5)]
+    for v in range(2):
+        assert torch.equal(torch.cat([half.u_strong[v] for half in halves]), batch.u_strong[v])

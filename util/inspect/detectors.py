@@ -72,7 +72,7 @@ def _with_bank(run: RunLog, events: list[Event]) -> list[Event]:
     """Return the events after warm-up in which the bank is in use: those after the first diagnostics event
     that used it, or, in a log without diagnostics, those after the second epoch.
     """
-    steps = [e["step"] for e in run.diagnostic_events if e["q_entropy"] is not None]
+    steps = [e["step"] for e in run.diagnostic_events if e.get("q_entropy") is not None]
     start = steps[0] if steps else math.inf if run.diagnostic_events else 2 * (run.steps_per_epoch or 0)
     return [e for e in run.after_warmup(events) if e["step"] > start]
 
@@ -80,7 +80,7 @@ def _with_bank(run: RunLog, events: list[Event]) -> list[Event]:
 def bank_in_use(run: RunLog) -> Finding | None:
     """Find the train event in which loss_in rises from 0, because the bank is used from then on."""
     for before, e in pairwise(run.train_events):
-        if before["loss_in"] == 0 and e["loss_in"]:
+        if before.get("loss_in") == 0 and e.get("loss_in"):
             rise = f"{before['loss']:.3g} to {e['loss']:.3g}"
             what = f"loss_in rose from 0 to {e['loss_in']:.3g}, and loss from {rise}"
             return Finding(what, e["step"], e["step"])
@@ -107,7 +107,7 @@ def not_finite(run: RunLog) -> Finding | None:
 
 def exploding_loss(run: RunLog) -> Finding | None:
     bound = 3 * math.log(run.config.cls)
-    bad = [e for e in run.train_events if e["loss_x"] > bound]
+    bad = [e for e in run.train_events if "loss_x" in e and e["loss_x"] > bound]
     return Finding(f"loss_x is {bad[0]['loss_x']:.3g}", bad[0]["step"], bad[-1]["step"]) if bad else None
 
 
@@ -128,7 +128,7 @@ def dead_term(run: RunLog) -> Finding | None:
         shares = [
             {"step": e["step"], "share": e[name] / e["loss"]}
             for e in events
-            if e[name] is not None and e["loss"] > 0
+            if e.get(name) is not None and e["loss"] > 0
         ]
         return _latest_after_warmup(
             run,
@@ -139,13 +139,19 @@ def dead_term(run: RunLog) -> Finding | None:
             f"{name} is {{value:.1g}} of the loss in {{n}} train event{{s}}",
         )
 
-    c = run.config
     return _first(
-        [
-            find("loss_u", run.train_events) if c.lambda_u else None,
-            find("loss_in", _with_bank(run, run.train_events)) if c.lambda_in else None,
-        ]
+        find(f"loss_{term}", _with_bank(run, run.train_events) if term == "in" else run.train_events)
+        for term in _terms(run, run.train_events, "loss_")
+        if term != "x"
     )
+
+
+def _terms(run: RunLog, events: list[Event], prefix: str) -> list[str]:
+    """Return the loss terms of which events have values, as `prefix` and the name, and whose weight in the
+    config, lambda and the name, is not 0; a term without such a setting has a constant weight.
+    """
+    names = dict.fromkeys(key[len(prefix) :] for e in events for key in e if key.startswith(prefix))
+    return [name for name in names if getattr(run.config, f"lambda_{name}", 1)]
 
 
 def mask_at_0(run: RunLog) -> Finding | None:
@@ -271,7 +277,7 @@ def _q_w_entropy(run: RunLog, bad: Callable[[float], bool], rest: str) -> Findin
     events = [
         {"step": e["step"], "share": e["q_entropy"] / math.log(e["bank_rows"])}
         for e in run.after_warmup(run.diagnostic_events)
-        if e["q_entropy"] is not None and e["bank_rows"] > 1
+        if e.get("q_entropy") is not None and e["bank_rows"] > 1
     ]
     return _latest(events, "share", 3, bad, f"the entropy of q_w is {{value:.4f}} of log K {rest}")
 
@@ -303,26 +309,22 @@ def lr_off_schedule(run: RunLog) -> Finding | None:
     )
 
 
-GRADIENTS = ("grad_x", "grad_u", "grad_in")
-
-
 def no_gradient(run: RunLog) -> Finding | None:
     return _first(
         _latest(
             run.after_warmup(run.diagnostic_events),
-            key,
+            f"grad_{term}",
             2,
             lambda v: v < 1e-8,
-            key + " is {value:.1g} in {n} diagnostics",
+            f"grad_{term} is {{value:.1g}} in {{n}} diagnostics",
         )
-        for key in GRADIENTS
-        if key == "grad_x" or getattr(run.config, key.replace("grad", "lambda"))
+        for term in _terms(run, run.diagnostic_events, "grad_")
     )
 
 
 def exploding_gradient(run: RunLog) -> Finding | None:
-    for key in GRADIENTS:
-        events = [e for e in run.diagnostic_events if e[key] is not None]
+    for key in dict.fromkeys(key for e in run.diagnostic_events for key in e if key.startswith("grad_")):
+        events = [e for e in run.diagnostic_events if e.get(key) is not None]
         for i in range(3, len(events)):
             before = median(e[key] for e in events[:i])
             if events[i][key] > max(100 * before, 100):
@@ -389,14 +391,14 @@ def accuracy_lost(run: RunLog) -> Finding | None:
 
 def stale_bank(run: RunLog) -> Finding | None:
     for e in run.diagnostic_events:
-        if e["bank_age_max"] is not None and e["bank_age_max"] > 2 * e["bank_pass"]:
+        if e.get("bank_age_max") is not None and e["bank_age_max"] > 2 * e["bank_pass"]:
             return Finding(
                 f"the oldest bank row is {e['bank_age_max']} steps old; a pass over the labeled images takes "
                 f"{e['bank_pass']} steps",
                 e["step"],
                 e["step"],
             )
-        if e["q_entropy"] is not None and e["bank_unwritten"]:
+        if e.get("q_entropy") is not None and e["bank_unwritten"]:
             return Finding(f"{e['bank_unwritten']} bank rows in use were never written", e["step"], e["step"])
     return _latest(
         run.after_warmup(run.diagnostic_events),

@@ -1,7 +1,7 @@
 """The diagnostics event: numbers about one step and about the pseudo-labels since the last such event."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,16 +12,8 @@ from util import dist_utils
 from util.errors import UserError
 from util.run.log import Logger
 
-# In the order of the log; docs/DOCTOR.md explains each one. A value that a method does not have is null.
-KEYS = (
-    "epoch",
-    "steps_per_epoch",
-    "share_x",
-    "share_u",
-    "share_in",
-    "grad_x",
-    "grad_u",
-    "grad_in",
+# Of every method; a value that there is not is null.
+PSEUDO_LABEL_KEYS = (
     "pseudo_labels",
     "mask",
     "pseudo_acc",
@@ -32,60 +24,52 @@ KEYS = (
     "starved",
     "most",
     "least",
-    "prior_kl",
-    "q_entropy",
-    "bank_rows",
-    "bank_drift",
-    "bank_unwritten",
-    "bank_age_median",
-    "bank_age_max",
-    "bank_pass",
-    "not_finite",
 )
 NUM_EXTREMES = 5  # classes named in `most` and in `least`
+
+
+def event_keys(loss_names: Iterable[str], diagnostic_names: Iterable[str]) -> list[str]:
+    """Return the keys of the event in the order of the log; docs/DOCTOR.md explains each one."""
+    terms = [name.removeprefix("loss_") for name in loss_names]
+    parts = [f"{part}_{term}" for part in ("share", "grad") for term in terms]
+    return ["epoch", "steps_per_epoch", *parts, *PSEUDO_LABEL_KEYS, *diagnostic_names, "not_finite"]
 
 
 def diagnostics_event(
     epoch: int,
     steps_per_epoch: int,
-    labels_per_step: int,
-    diag: dict[str, Tensor],
+    loss_names: Sequence[str],
+    diagnostic_names: Sequence[str],
+    diag: Mapping[str, Tensor | float],
     counts: Tensor | None,
     labels: np.ndarray,
     classes: Sequence[str],
-    ages: np.ndarray,
 ) -> dict[str, Any]:
     """Return the values of the event, the same on every rank. All ranks must call it.
 
-    labels_per_step: labeled images of all ranks in a step. diag: what models.diagnose returned on this rank.
-    counts: what Meter.take_counts returned. labels [K]: of the labeled images. classes [C]: names. ages [K]:
-    steps since each bank row was written, negative if never (dataset/bank_age.py).
+    loss_names, diagnostic_names: columns that the event always has (models/method.py). diag: what
+    models.diagnose returned on this rank, and numbers that are the same on all ranks. counts: what
+    Meter.take_counts returned. labels [K]: of the labeled images. classes [C]: names.
     """
     values: dict[str, Any] = {
-        name: dist_utils.all_mean(value.float()).tolist() for name, value in diag.items()
+        name: dist_utils.all_mean(value.float()).tolist() if isinstance(value, Tensor) else value
+        for name, value in diag.items()
     }
     reference = np.bincount(labels, minlength=len(classes)) / len(labels)  # [C]
-    losses = {name[5:]: value for name, value in values.items() if name.startswith("loss_")}
+    for name in [name for name, value in values.items() if isinstance(value, list)]:
+        values[f"{name}_kl"] = kl(np.asarray(values.pop(name)), reference)
+    losses = {name: value for name, value in values.items() if name.startswith("loss_")}
+    others = {name: value for name, value in values.items() if name not in losses}
+    own = dict.fromkeys([*diagnostic_names, *(name for name in others if not name.startswith("grad_"))])
+    out = dict.fromkeys(event_keys(dict.fromkeys([*loss_names, *losses]), own))
     total = sum(losses.values())
-    out = dict.fromkeys(KEYS) | {key: value for key, value in values.items() if key in KEYS}
-    out |= {"epoch": epoch, "steps_per_epoch": steps_per_epoch}
-    out |= {f"share_{name}": value / total if total else None for name, value in losses.items()}
+    out |= {"epoch": epoch, "steps_per_epoch": steps_per_epoch, **others}
+    out |= {f"share_{name[5:]}": value / total if total else None for name, value in losses.items()}
     if counts is not None:
         out |= marginal(counts.numpy(), reference, classes)
-    if "prior" in values:
-        out["prior_kl"] = kl(np.asarray(values["prior"]), reference)
-    if "bank_rows" in values:
-        written = ages[ages >= 0]
-        out |= {
-            "bank_rows": len(ages),
-            "bank_unwritten": len(ages) - len(written),
-            "bank_age_median": float(np.median(written)),
-            "bank_age_max": int(written.max()),
-            "bank_pass": math.ceil(len(ages) / labels_per_step),
-        }
     bad = [key for key, value in out.items() if isinstance(value, float) and not math.isfinite(value)]
-    bad += [name for name, value in values.items() if name.startswith("loss_") and not math.isfinite(value)]
-    return out | dict.fromkeys(key for key in bad if key in KEYS) | {"not_finite": bad}  # JSON has no NaN
+    not_finite = bad + [name for name, value in losses.items() if not math.isfinite(value)]
+    return out | dict.fromkeys(bad) | {"not_finite": not_finite}  # JSON has no NaN
 
 
 def marginal(counts: np.ndarray, reference: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:

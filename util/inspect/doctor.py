@@ -83,5 +83,5 @@ def main() -> None:
     if total is None or step < total:
         print(f"unfinished at step {step} of {total or 'an unknown number (no evaluation yet)'}")
     if run.events and not run.diagnostic_events:
-        print("the log has no diagnostics: classes, gradients, prior, bank and q_w were not checked")
+        print("the log has no diagnostics: classes, gradients and the method's own values were not checked")
     sys.exit(1 if findings else 0)

@@ -19,7 +19,7 @@ class Rule(NamedTuple):
 
 # C: number of classes; K: number of labeled images. "After warm-up" means after the first epoch and after the
 # learning-rate warm-up. A finished run with fewer train events or evaluations than a rule asks for is judged
-# by those that it has. docs/DOCTOR.md has the same table.
+# by those that it has. A rule finds nothing in a log without its values. docs/DOCTOR.md has the same table.
 RULES = (
     Rule(
         "not finite",
@@ -42,8 +42,8 @@ RULES = (
     ),
     Rule(
         "dead loss term",
-        "loss_u or loss_in is below 1e-6 of the loss in the last 5 train events after warm-up, although "
-        "its lambda is above 0 and the bank is in use",
+        "a term other than loss_x is below 1e-6 of the loss in the last 5 train events after warm-up, "
+        "although its lambda is above 0 and, for loss_in, the bank is in use",
         detectors.dead_term,
         "for loss_u a lower --threshold; for loss_in other --tt and --st",
     ),

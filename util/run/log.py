@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 REPLACED = "replaced by others in this epoch"  # the fate of a training image that cannot be read
 LEFT_OUT = "left out of testing"  # the fate of a test image that cannot be read
-TRAIN_KEYS = ("loss", "loss_x", "loss_u", "loss_in", "mask", "pseudo_acc", "lr", "images_per_s")
 
 
 def init_output_dir(output_dir: Path, checkpoint_dir: Path, config_yaml: str, new_run: bool) -> str:
@@ -131,15 +130,19 @@ class Logger:
         if len(unique) > 20:
             self.print_line(f"  and {len(unique) - 20} more, in {self.path}")
 
-    def train(self, step: int, epoch: int, epochs: int, means: dict[str, float]) -> None:
-        """Write and print a train event. step: finished steps. epoch: the current one, from 1. means: values
-        for the TRAIN_KEYS that the method has.
+    def train(self, step: int, epoch: int, epochs: int, values: dict[str, float | None]) -> None:
+        """Write and print a train event. step: finished steps. epoch: the current one, from 1.
+
+        values: `loss`, `lr`, `images_per_s`, the method's terms `loss_*` in the order of the log, and `mask`
+        and `pseudo_acc` if it has them. None is written as null and not printed.
         """
-        self.write("train", step, {"epoch": epoch, **{key: means.get(key) for key in TRAIN_KEYS}})
+        terms = [key for key in values if key.startswith("loss_")]
+        keys = ("loss", *terms, "mask", "pseudo_acc", "lr", "images_per_s")
+        self.write("train", step, {"epoch": epoch, **{key: values.get(key) for key in keys}})
         if not self.active:
             return
-        means = {key: value for key, value in means.items() if value is not None}
-        losses = " ".join(f"{key[5:]} {means[key]:.3f}" for key in TRAIN_KEYS[1:4] if key in means)
+        means = {key: value for key, value in values.items() if value is not None}
+        losses = " ".join(f"{key[5:]} {means[key]:.3f}" for key in terms if key in means)
         line = f"epoch {epoch}/{epochs}  step {step}/{self.total}  loss {means['loss']:.3f} ({losses})"
         if "mask" in means:
             line += f"  mask {means['mask']:.2f}"

@@ -21,17 +21,17 @@ class Need(NamedTuple):
 
 
 def least_needs(
-    config: Config, sides: tuple[int, int], channels: int, n_x: int, n_u: int, labeled: int
+    config: Config, sides: Sequence[int], channels: int, n_x: int, n_u: int, labeled: int
 ) -> list[Need]:
     """Return what one process certainly needs in a step, in fp32: its images, the bank and the prior. The
     networks and what they compute are not counted.
 
-    sides: of the weak and the strong view, in pixels. n_x, n_u: labeled and unlabeled images in a step of the
-    process. labeled: the number of all labeled images (K).
+    sides: of the weak and the strong views, in pixels. n_x, n_u: labeled and unlabeled images in a step of
+    the process. labeled: the number of all labeled images (K).
     """
-    weak, strong = sides
+    weak, *strong = sides
     unused = without_effect(config)
-    pixels = (n_x + n_u) * weak**2 + n_u * strong**2
+    pixels = (n_x + n_u) * weak**2 + n_u * sum(side**2 for side in strong)
     needs = [Need("images", 4 * channels * pixels, ("batch_size", "mu", "image_size"))]
     if "bank_m" not in unused:
         needs.append(Need("bank", 4 * labeled * config.dim, ("dim",)))

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from models import SimMatch
+from tests.models import small
 from util.errors import UserError
-from util.inspect.diagnostics import KEYS, diagnostics_event, kl, log_stop_reason, marginal
+from util.inspect.diagnostics import diagnostics_event, event_keys, kl, log_stop_reason, marginal
 from util.run.log import Logger
 from util.run.metrics import Meter
 
 NAMES = ["a", "b", "c", "d"]
+COLUMNS = (SimMatch.loss_names, SimMatch.diagnostic_names)
 LABELS = np.array([0, 1, 1, 2, 3, 3, 3, 3])  # of the labeled images: shares 1/8, 2/8, 1/8, 4/8
 
 
@@ -90,17 +93,15 @@ def test_the_event_has_all_keys_in_order():
         "loss_in": 0.0,
         "grad_x": 2.0,
         "grad_u": math.inf,
-        "bank_rows": 8,
         "q_entropy": 1.5,
         "bank_drift": 0.25,
     }
     diag = {name: torch.tensor(value) for name, value in diag.items()} | {
         "prior": torch.tensor([0.0, 0.5, 0.0, 0.0])
     }
-    event = diagnostics_event(
-        3, 20, 3, diag, torch.tensor([[1, 2, 1, 4]] * 2), LABELS, NAMES, np.array([0, 1, 2, 3, 4, 5, -1, 5])
-    )
-    assert tuple(event) == KEYS
+    diag |= small.method().age_diagnostics(np.array([0, 1, 2, 3, 4, 5, -1, 5]), 3)
+    event = diagnostics_event(3, 20, *COLUMNS, diag, torch.tensor([[1, 2, 1, 4]] * 2), LABELS, NAMES)
+    assert list(event) == event_keys(*COLUMNS)
     assert [event[f"share_{name}"] for name in ("x", "u", "in")] == [0.25, 0.75, 0]
     assert (
         event["grad_u"] is None
@@ -113,9 +114,8 @@ def test_the_event_has_all_keys_in_order():
         event[f"bank_{name}"] for name in ("rows", "drift", "unwritten", "age_median", "age_max", "pass")
     ] == [8, 0.25, 1, 3, 5, 3]
     json.dumps(event, allow_nan=False)
-    broken = diagnostics_event(
-        3, 20, 3, {**diag, "loss_u": torch.tensor(math.nan)}, None, LABELS, NAMES, np.zeros(8)
-    )
+    diag["loss_u"] = torch.tensor(math.nan)
+    broken = diagnostics_event(3, 20, *COLUMNS, diag, None, LABELS, NAMES)
     assert (
         broken["not_finite"] == ["share_x", "share_u", "share_in", "grad_u", "loss_u"]
         and broken["mask"] is None
@@ -124,9 +124,9 @@ def test_the_event_has_all_keys_in_order():
 
 
 def test_values_that_a_method_does_not_have_are_null():
-    event = diagnostics_event(
-        1, 20, 3, {"loss_x": torch.tensor(2.0), "grad_x": torch.tensor(1.0)}, None, LABELS, NAMES, np.zeros(8)
-    )
+    diag = {"loss_x": torch.tensor(2.0), "grad_x": torch.tensor(1.0)}
+    event = diagnostics_event(1, 20, *COLUMNS, diag, None, LABELS, NAMES)
+    assert list(event) == event_keys(*COLUMNS)
     assert {key for key, value in event.items() if value is not None} == {
         "epoch",
         "steps_per_epoch",
@@ -146,3 +146,10 @@ def test_the_error_that_ends_a_run_is_logged(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
         {"event": "stop", "step": 7, "why": "loss_x is nan at step 7"}
     ]
+
+
+def test_values_without_a_column_follow_in_the_order_of_the_method():
+    diag = {"loss_x": torch.tensor(2.0), "loss_toy": torch.tensor(2.0), "toy_norm": torch.tensor(3.0)}
+    event = diagnostics_event(1, 20, (), (), diag, None, LABELS, NAMES)
+    assert list(event) == event_keys(["loss_x", "loss_toy"], ["toy_norm"])
+    assert event["share_toy"] == 0.5 and event["toy_norm"] == 3

@@ -8,9 +8,10 @@ import sys
 
 from conftest import ROOT
 
-from util.run.log import TRAIN_KEYS, Logger, init_output_dir
+from util.run.log import Logger, init_output_dir
 
-VALUES = {**dict.fromkeys(TRAIN_KEYS, 1.0), "loss_u": None}
+KEYS = ("loss_x", "loss_u", "loss_in", "loss", "mask", "pseudo_acc", "lr", "images_per_s")
+VALUES = {**dict.fromkeys(KEYS, 1.0), "loss_u": None}
 
 
 def steps(folder):
@@ -76,9 +77,9 @@ def test_ranks_other_than_0_write_nothing(tmp_path, capsys):
 def test_a_terminal_shows_one_line_that_is_rewritten(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from util.run.log import Logger, TRAIN_KEYS\n"
+        "from pathlib import Path; from util.run.log import Logger\n"
         "log = Logger(Path(sys.argv[2]), 0, 50, True)\n"
-        "for step in (10, 20): log.train(step, 1, 5, dict.fromkeys(TRAIN_KEYS, 1.0))\n"
+        f"for step in (10, 20): log.train(step, 1, 5, dict.fromkeys({KEYS}, 1.0))\n"
         "log.print_line('bye')\n"
     )
     main, side = pty.openpty()
