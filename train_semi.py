@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main, start_program
@@ -28,15 +28,14 @@ from dataset.build import build_data, check_output_dirs, view_sides
 from dataset.findings import start_warnings
 from dataset.loader import BadImages, Data, EvalLoader, Stream, to_device
 from dataset.workers import PrefetchLoader, check_shared_memory
-from eval import OVERRIDES
-from eval import main as evaluate_checkpoint
+from eval import OVERRIDES, evaluate_checkpoint
 from models import (
     Batch,
     Method,
     build_method,
+    build_optimizer,
     configure_execution,
     diagnose,
-    parameter_groups,
     split_virtual_ranks,
     train_step,
 )
@@ -65,7 +64,7 @@ def main() -> None:
     last = last_checkpoint(config)
     if config.evaluate:
         preempt.restore_default_handlers()
-        evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
+        evaluate_checkpoint(last, overrides(config))
         return
     out = user_path(config.output_dir)
     check_output_dirs(config, out, last.parent)
@@ -124,12 +123,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    optimizer = torch.optim.SGD(
-        parameter_groups(method.student, config.wd, config.no_decay_bn),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+    optimizer = build_optimizer(config, method.student)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter, bad = Meter(), BadImages(config.on_bad_image)
     start, best, evaluation_due = 0, {"step": 0, "student_top1": -1.0}, False
@@ -202,7 +196,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         if scores is None:
             return False
         log.eval(done, done // stream.steps_per_epoch, scores)
-        log.bad_images(done, of_all_ranks(unreadable.take()), LEFT_OUT)
+        log.bad_images(done, dist_utils.concatenate_lists(unreadable.take()), LEFT_OUT)
         better = scores["student_top1"] > best["student_top1"]
         if better:
             best = {"step": done, **scores}
@@ -292,7 +286,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
             clock, clock_step = time.monotonic(), done
 
         if end_of_epoch and not bad.stop:
-            log.bad_images(done, of_all_ranks(bad.take()), "replaced by others in this epoch")
+            log.bad_images(done, dist_utils.concatenate_lists(bad.take()), "replaced by others in this epoch")
 
         # Once in a while: a checkpoint.
         overdue = (
@@ -319,7 +313,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
                 "best": best,
                 "evaluation_due": evaluate_now,
                 "meter": meter.state_dict(),
-                "bad_images": of_all_ranks(bad.seen),
+                "bad_images": dist_utils.concatenate_lists(bad.seen),
             }
             with log_stop_reason(log, done):
                 checkpoint.check_finite(method.state_dict(), done)
@@ -360,15 +354,9 @@ def stop_early(writer: checkpoint.Writer, log: Logger, step: int, last: Path) ->
     sys.exit(preempt.REQUEUE_EXIT_CODE)
 
 
-def overrides(config: Config) -> list[str]:
-    """Return the flags that pass the fields OVERRIDES to eval.py, if they differ from their defaults."""
-    changed = [name for name in OVERRIDES if getattr(config, name) != getattr(Config(), name)]
-    return [word for name in changed for word in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
-
-
-def of_all_ranks(bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Concatenate the ranks' lists of bad images."""
-    return sum(dist_utils.all_gather_object(bad), [])
+def overrides(config: Config) -> dict[str, Any]:
+    """Return the fields OVERRIDES that differ from their defaults: they replace those of the checkpoint."""
+    return {name: value for name in OVERRIDES if (value := getattr(config, name)) != getattr(Config(), name)}
 
 
 def accuracies(

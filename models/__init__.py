@@ -7,7 +7,8 @@ from torch import Tensor
 from models.diagnose import diagnose
 from models.fixmatch import FixMatch
 from models.method import Batch, Method, StepOutput
-from models.network import BACKBONES, Network, parameter_groups
+from models.network import BACKBONES, Network
+from models.optimizer import build_optimizer, parameter_groups
 from models.simmatch import SimMatch
 from models.simmatch_single import SimMatchSingle
 from models.step import configure_execution, split_virtual_ranks, train_step
@@ -21,6 +22,7 @@ __all__ = [
     "StepOutput",
     "build_method",
     "build_network",
+    "build_optimizer",
     "configure_execution",
     "diagnose",
     "parameter_groups",
