@@ -220,16 +220,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         dist_utils.begin_phase(f"step {step}: forward and backward")
         # The learning rate and the batch of this step.
         bad.add(host_batch.bad)
-        lr = learning_rate(
-            step,
-            lr=config.lr,
-            steps_per_epoch=stream.steps_per_epoch,
-            epochs=config.epochs,
-            warmup_epoch=config.warmup_epoch,
-            cos=config.cos,
-            schedule=config.schedule,
-            cos_7_16=config.cos_7_16,
-        )
+        lr = learning_rate(config, step, stream.steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = Batch(
