@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main, start_program
@@ -27,15 +28,14 @@ from dataset.build import build_data, check_output_dirs, view_sides
 from dataset.findings import start_warnings
 from dataset.loader import Data, EvalLoader, HostBatch, Stream, to_device
 from dataset.workers import PrefetchLoader, check_shared_memory
-from eval import OVERRIDES
-from eval import main as evaluate_checkpoint
+from eval import OVERRIDES, evaluate_checkpoint
 from models import (
     Batch,
     Method,
     build_method,
+    build_optimizer,
     configure_execution,
     diagnose,
-    parameter_groups,
     split_virtual_ranks,
     train_step,
 )
@@ -66,7 +66,7 @@ def main() -> None:
     out, last = user_path(config.output_dir), last_checkpoint(config)
     if config.evaluate:
         preempt.restore_default_handlers()
-        evaluate_checkpoint(["--checkpoint", str(last), *overrides(config)])
+        evaluate_checkpoint(last, overrides(config))
         return
     check_output_dirs(config, out, last.parent)
     locked = [out / "lock", *([last.with_name(f"{last.name}.lock")] * bool(config.checkpoint))]
@@ -174,7 +174,9 @@ def train_steps(
         # The learning rate, the images, and what is due after this step.
         dist_utils.begin_phase(f"step {step}: forward and backward")
         state.bad_images.add(host_batch.bad)
-        lr = set_learning_rate(state.optimizer, config, step, stream.steps_per_epoch)
+        lr = learning_rate(config, step, stream.steps_per_epoch)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
         batches = split_virtual_ranks(to_batch(host_batch, data, device), ranks.virtual_ranks_per_process)
         bank_ready = stream.bank_ready(step)
         due = due_after(step + 1, stream.steps_per_epoch, config)
@@ -256,12 +258,7 @@ def new_state(config: Config, data: Data, device: torch.device) -> TrainState:
         method.check_views(*view_sides(config))
     except ValueError as error:
         raise UserError(str(error)) from None
-    optimizer = torch.optim.SGD(
-        parameter_groups(method.student, config.wd, config.no_decay_bn),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+    optimizer = build_optimizer(config, method.student)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     return TrainState(method, optimizer, scaler, Meter(), BadImages(config.on_bad_image))
 
@@ -283,25 +280,6 @@ def to_batch(host_batch: HostBatch, data: Data, device: torch.device) -> Batch:
         to_device(data.weak_view, host_batch.u_weak, device),
         tuple(to_device(*view, device) for view in zip(data.strong_views, host_batch.u_strong, strict=True)),
     )
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: Config, step: int, steps_per_epoch: int
-) -> float:
-    """Set the learning rate of a step, which counts from 0, and return it."""
-    lr = learning_rate(
-        step,
-        lr=config.lr,
-        steps_per_epoch=steps_per_epoch,
-        epochs=config.epochs,
-        warmup_epoch=config.warmup_epoch,
-        cos=config.cos,
-        schedule=config.schedule,
-        cos_7_16=config.cos_7_16,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def log_diagnostics(
@@ -380,10 +358,9 @@ def last_checkpoint(config: Config) -> Path:
     return user_path(config.output_dir) / "last.pth"
 
 
-def overrides(config: Config) -> list[str]:
-    """Return the flags that pass the fields OVERRIDES to eval.py, if they differ from their defaults."""
-    changed = [name for name in OVERRIDES if getattr(config, name) != getattr(Config(), name)]
-    return [word for name in changed for word in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
+def overrides(config: Config) -> dict[str, Any]:
+    """Return the fields OVERRIDES that differ from their defaults: they replace those of the checkpoint."""
+    return {name: value for name in OVERRIDES if (value := getattr(config, name)) != getattr(Config(), name)}
 
 
 def accuracies(

@@ -33,7 +33,7 @@ from benchmark import marked_file  # noqa: E402
 from benchmark.digits import machine  # noqa: E402
 from benchmark.parity_steps import LABELS, SIDE, B, K, Step, settings, trajectory  # noqa: E402
 from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
-from models import Batch, build_method, configure_execution, parameter_groups, train_step  # noqa: E402
+from models import Batch, build_method, build_optimizer, configure_execution, train_step  # noqa: E402
 from util import dist_utils  # noqa: E402
 from util.config import Config  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
@@ -108,12 +108,7 @@ def replay(
     method = build_method(config, 3, LABELS).to(device, dtype)
     configure_execution(method, mode.precision.replace("fp64", "fp32"), mode.channels_last, mode.compiled)
     student = dist_utils.wrap_ddp(method.student)
-    optimizer = torch.optim.SGD(
-        parameter_groups(method.student, config.wd, config.no_decay_bn),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+    optimizer = build_optimizer(config, method.student)
     scaler = torch.amp.GradScaler(device.type, init_scale=SCALE, enabled=mode.precision == "fp16")
     names = dict(method.student.named_parameters())
     per_process = mode.ranks // mode.processes

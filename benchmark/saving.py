@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import torchvision  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
-from models import build_method, parameter_groups  # noqa: E402
+from models import build_method, build_optimizer  # noqa: E402
 from util.config import parse, to_dict  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.run import checkpoint  # noqa: E402
@@ -39,12 +39,7 @@ def recipe_state() -> dict[str, Any]:
     """The state of a checkpoint after the first step."""
     config = parse(["--config", str(ROOT / "configs" / "imagenet_1p.yaml")], "")
     method = build_method(config, 3, torch.arange(K) % config.cls)
-    optimizer = torch.optim.SGD(
-        parameter_groups(method.student, config.wd, config.no_decay_bn),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+    optimizer = build_optimizer(config, method.student)
     for p in method.student.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
-from models import Batch, Method, build_method, parameter_groups, train_step  # noqa: E402
+from models import Batch, Method, build_method, build_optimizer, train_step  # noqa: E402
 from util import dist_utils  # noqa: E402
 from util.config import Config, parse  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
@@ -148,12 +148,7 @@ def train(config: Config, bank: int, steps: int, ledger: Ledger) -> dict[str, An
     torch.manual_seed(config.seed)
     labels = torch.arange(bank) % config.cls  # [K]
     method = build_method(config, 3, labels).train()
-    optimizer = torch.optim.SGD(
-        parameter_groups(method.student, config.wd, config.no_decay_bn),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+    optimizer = build_optimizer(config, method.student)
     student, meter, sent = dist_utils.wrap_ddp(method.student), Meter(), []
     ledger.take()
     for step in range(steps):

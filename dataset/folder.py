@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import imagenet, listing, splits
-from dataset.imagenet import assemble, choose_split
+from dataset.assemble import assemble, choose_split
 from dataset.loader import Data
 from dataset.source import LabeledFiles
 from util.errors import UserError

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import listing, splits, views
-from dataset.loader import Data, SplitId, View
-from dataset.source import LabeledFiles
-from dataset.views import IMAGENET_NORM, photo_view, pipeline, strong_views
+from dataset import listing, views
+from dataset.assemble import assemble, choose_split
+from dataset.loader import Data, View
+from dataset.source import BadImage, LabeledFiles
+from dataset.views import IMAGENET_NORM, photo_view, pipeline
 from util.errors import UserError
 from util.files import user_path
 
@@ -57,7 +58,6 @@ SETTINGS = {
         {"choices": ("stop", "skip"), "may_change": True},
     ),
 }
-PUBLISHED_SHARES = {0.01: "1p", 0.1: "10p"}  # the published lists of --anno-percent: simmatch-1p, …
 
 
 class Imagenet(LabeledFiles):
@@ -75,7 +75,7 @@ class Imagenet(LabeledFiles):
                 f"ImageNet folder {root} does not exist: edit IMAGENET_ROOT at the top of "
                 "dataset/imagenet.py, set the environment variable of that name, or use --data"
             )
-        if not folder.is_dir():
+        if not folder.is_dir() and not file.exists():
             raise UserError(f"ImageNet folder {root} has no {part}/; it needs train/ and val/")
         if file.exists():
             images = listing.read_list(file, _base(file, folder))
@@ -87,33 +87,28 @@ class Imagenet(LabeledFiles):
                 "with lines of the form `path label`"
             )
         super().__init__(images.root, images.names, images.labels, images.classes)
+        if file.exists():
+            self._check_first(file)
+
+    def _check_first(self, file: Path) -> None:
+        """Raise UserError if the first image of the list is missing, which detects a wrong root."""
+        try:
+            first = self.encoded(0)
+        except BadImage as error:
+            raise UserError(f"the first image of {file}, {self.name(0)}: {error}") from None
+        if isinstance(first, Path) and not first.exists():
+            raise UserError(f"{file}: there is no {first}; paths are relative to {self.root}")
+
+
+class ImagenetPercentV2(Imagenet):
+    """The images of train/ or val/ as training, evaluation and dataset.check read them. If yours are not
+    files, override `read` here (docs/DATA.md).
+    """
 
 
 def find_root(data: str) -> Path:
     """Return `data` if it is given, else the environment variable, else the path at the top of this file."""
     return user_path(data or os.environ.get("IMAGENET_ROOT") or IMAGENET_ROOT)
-
-
-def choose_split(
-    train: LabeledFiles,
-    split: str,
-    labels_per_class: int,
-    anno_percent: float,
-    seed: int,
-    lists: str = "",
-) -> splits.Split:
-    """Return the split `split`, a name or path, if it is given; else draw `labels_per_class` images per
-    class, if it is not 0; else return the published split of the share `anno_percent` from `lists`, simmatch
-    or simclr, or draw that share if there is no such split.
-    """
-    if lists and not split and not labels_per_class and anno_percent in PUBLISHED_SHARES:
-        split = f"{lists}-{PUBLISHED_SHARES[anno_percent]}"
-    if split:
-        return splits.load(split)
-    names = splits.names_by_class(train)
-    if labels_per_class:
-        return splits.make(names, per_class=labels_per_class, seed=seed)
-    return splits.make(names, percent=anno_percent, seed=seed)
 
 
 def build(
@@ -133,7 +128,7 @@ def build(
     be used.
     """
     root = find_root(data)
-    train, val = Imagenet(root, "train"), Imagenet(root, "val")
+    train, val = ImagenetPercentV2(root, "train"), ImagenetPercentV2(root, "val")
     hint = "labels of a list are positions among the sorted class folders, from 0"
     if len(train.classes) != len(val.classes):
         raise UserError(
@@ -171,50 +166,8 @@ class Validation(NamedTuple):
 
 def validation(data: str, image_size: int, on_device: bool) -> Validation:
     """Return ImageNet's val/ without train/ and without a split. Raises UserError if it cannot be found."""
-    val = Imagenet(find_root(data), "val")
+    val = ImagenetPercentV2(find_root(data), "val")
     return Validation(val, val.labels, eval_view_for_files(image_size, on_device), val.classes)
-
-
-def assemble(
-    train: LabeledFiles,
-    test: LabeledFiles,
-    chosen: splits.Split,
-    weak: str,
-    strong: str,
-    image_size: int,
-    on_device: bool,
-) -> Data:
-    """Build a data set of these files with the labeled images of the split `chosen`; the other images of
-    `train` are unlabeled. Raises UserError if an image of the split has no label, or a class has no labeled
-    image.
-    """
-    labeled = splits.find_rows(chosen, train.names.array, str(train.root))  # [K]
-    unlabeled = splits.complement(labeled, len(train))  # [U]
-    if (train.labels[labeled] < 0).any():
-        name = train.name(int(labeled[np.argmax(train.labels[labeled] < 0)]))
-        raise UserError(f"split {chosen.id}: {name} is among the images without labels")
-    missing = np.setdiff1d(np.arange(len(train.classes)), train.labels[labeled])
-    if len(missing):
-        raise UserError(
-            f"split {chosen.id}: class {train.classes[missing[0]]} has no labeled image"
-            + (f", nor have {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
-    return Data(
-        images=train,
-        labels=train.labels,
-        labeled=labeled,
-        unlabeled=unlabeled,
-        test_images=test,
-        test_labels=test.labels,
-        weak_view=photo_view(pipeline(weak, image_size), IMAGENET_NORM, on_device),
-        strong_views=tuple(
-            photo_view(pipeline(name, image_size), IMAGENET_NORM, on_device) for name in strong_views(strong)
-        ),
-        eval_view=eval_view_for_files(image_size, on_device),
-        classes=train.classes,
-        channels=3,
-        split=SplitId(chosen.id, chosen.sha256),
-    )
 
 
 def _base(file: Path, folder: Path) -> Path:

@@ -67,7 +67,7 @@ class NumberedImages(Dataset):
                 image = source[row]
                 seconds += time.perf_counter() - start
                 pixels = np.asarray(image)  # [h, w] or [h, w, 3]
-                content = _read_file(Path(name), record) if isinstance(source, Files) else pixels.tobytes()
+                content = _read_file(source, row, record) if isinstance(source, Files) else pixels.tobytes()
             except (BadImage, OSError) as error:  # OSError: it was decoded, but cannot be read a second time
                 unreadable.append((name, str(error)))
             else:
@@ -80,16 +80,17 @@ class NumberedImages(Dataset):
         return records.tobytes(), unreadable, folders, seconds
 
 
-def _read_file(path: Path, record: np.void) -> bytes:
+def _read_file(source: Files, row: int, record: np.void) -> bytes:
     """Return the content of an image file, and fill in the fields `format` and `misnamed`."""
-    content = path.read_bytes()
+    encoded, suffix = source.encoded(row), Path(source.names[row]).suffix.lower()
+    content = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content)) as header:
             # MPO is JPEG with more images behind the first.
             file_format = "JPEG" if header.format == "MPO" else header.format
             record["format"] = f"{file_format} {header.mode}".encode()
-    record["misnamed"] = Image.registered_extensions().get(path.suffix.lower(), file_format) != file_format
+    record["misnamed"] = Image.registered_extensions().get(suffix, file_format) != file_format
     return content
 
 
@@ -238,7 +239,7 @@ def describe_files(
     [m] of those that were read.
     """
     size, rate = records["bytes"].mean(), len(records) / seconds
-    device_ids = {os.stat(folder).st_dev for folder in folders}
+    device_ids = {os.stat(folder).st_dev for folder in folders if os.path.isdir(folder)}
     devices = {f"{os.major(device)}:{os.minor(device)}" for device in device_ids}
     # Only Linux has this file.
     mounts = MOUNTS.read_text(errors="surrogateescape").splitlines() if MOUNTS.exists() else []

@@ -1,5 +1,6 @@
 """Sources of images: arrays in memory, or files, whose content is not trusted."""
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dataset.listing import Names
-from util.files import special_file
+from util.files import reason, special_file
 
 # Pillow refuses images of more than twice as many pixels: those above 17,000 × 17,000 may exhaust the memory.
 MAX_PIXELS = 300_000_000
@@ -51,7 +52,7 @@ class Arrays:
 
 
 class Files:
-    """Image files below `root`; [row] is a decoded RGB PIL image."""
+    """Image files below `root`, or wherever `read` finds them; [row] is a decoded RGB PIL image."""
 
     max_decoded = 8  # a decoded photograph of 12 megapixels takes 36 MB
 
@@ -63,10 +64,21 @@ class Files:
         return len(self.names)
 
     def __getitem__(self, row: int) -> Image.Image:
-        return decode(self.root / self.names[row])
+        return decode(self.encoded(row))
 
     def name(self, row: int) -> str:
         return str(self.root / self.names[row])
+
+    def encoded(self, row: int) -> Path | bytes:
+        """Return what `read` returns for an image. Raises BadImage if it cannot be found or read."""
+        try:
+            return self.read(self.names[row])
+        except (OSError, KeyError) as error:  # archives raise KeyError for a name that they do not have
+            raise BadImage(f"it cannot be read ({reason(error)})") from None
+
+    def read(self, name: str) -> Path | bytes:
+        """Return the path of the image file `name`, or its content. A subclass may read it from anywhere."""
+        return self.root / name
 
 
 class LabeledFiles(Files):
@@ -77,25 +89,27 @@ class LabeledFiles(Files):
         self.labels, self.classes = labels, classes
 
 
-def decode(path: Path) -> Image.Image:
-    """Read and decode an image file as RGB. Raises BadImage with the cause if this is not possible.
+def decode(file: Path | bytes) -> Image.Image:
+    """Decode an image file as RGB. Raises BadImage with the cause if this is not possible.
+
+    file: its path, or its content.
 
     The content decides the format, not the extension. Gray, palette, CMYK and 16-bit images are converted to
     RGB, transparent images are put on white, and of an animation the first frame is taken. EXIF orientation
     is not applied, as in torchvision's loader.
     """
-    if special := special_file(path):
+    if isinstance(file, Path) and (special := special_file(file)):
         raise BadImage(f"it is {special}, not an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of EXIF blocks and palettes; the pixels are right
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
                 return to_rgb(image)
     except FileNotFoundError:
         cause = "the file does not exist"
     except UnidentifiedImageError:
         cause = (
-            "the file is empty" if _is_empty(path) else "it is not an image, or its format is not supported"
+            "the file is empty" if _is_empty(file) else "it is not an image, or its format is not supported"
         )
     except PermissionError:
         cause = "no permission to read it"
@@ -110,9 +124,9 @@ def decode(path: Path) -> Image.Image:
     raise BadImage(cause)
 
 
-def _is_empty(path: Path) -> bool:
+def _is_empty(file: Path | bytes) -> bool:
     try:
-        return path.stat().st_size == 0
+        return (len(file) if isinstance(file, bytes) else file.stat().st_size) == 0
     except OSError:  # the file was removed in the meantime
         return False
 

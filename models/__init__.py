@@ -8,7 +8,8 @@ from torch import Tensor
 
 from models.diagnose import diagnose
 from models.method import Batch, Method, StepOutput
-from models.network import BACKBONES, Network, parameter_groups
+from models.network import BACKBONES, Network
+from models.optimizer import build_optimizer, parameter_groups
 from models.simmatch import SimMatch
 from models.step import configure_execution, split_virtual_ranks, train_step
 
@@ -20,6 +21,7 @@ __all__ = [
     "StepOutput",
     "build_method",
     "build_network",
+    "build_optimizer",
     "configure_execution",
     "diagnose",
     "parameter_groups",

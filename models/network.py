@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +11,29 @@ from models.small import small_encoder
 from models.wide_resnet import wide_resnet
 
 
-def _resnet(block: str, layers: list[int], widen: int, channels: int) -> tuple[nn.Module, int]:
-    from models.resnet import resnet_encoder  # here, because importing torchvision takes seconds
+def torchvision_encoder(name: str, channels: int) -> tuple[nn.Module, int]:
+    """Return torchvision's network `name` as an encoder, and the dimension of its feature."""
+    from models import resnet  # here, because importing torchvision takes seconds
 
-    return resnet_encoder(block, layers, widen, channels)
+    return resnet.torchvision_encoder(name, channels)
 
 
-# name -> function: number of image channels -> (encoder, dimension d of its feature)
+def _resnet50w2x(channels: int) -> tuple[nn.Module, int]:
+    from models import resnet
+
+    return resnet.resnet50w2x_encoder(channels)
+
+
+# name -> function: number of image channels -> (encoder, dimension d of its feature). Any network of
+# torchvision that ends in a linear classifier joins in a line, such as
+# "convnext_tiny": partial(torchvision_encoder, "convnext_tiny")
 BACKBONES: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
     "small_encoder": small_encoder,
-    "resnet18_encoder": partial(_resnet, "BasicBlock", [2, 2, 2, 2], 1),
-    "resnet34_encoder": partial(_resnet, "BasicBlock", [3, 4, 6, 3], 1),
-    "resnet50_encoder": partial(_resnet, "Bottleneck", [3, 4, 6, 3], 1),
-    "resnet101_encoder": partial(_resnet, "Bottleneck", [3, 4, 23, 3], 1),
-    "resnet50w2x_encoder": partial(_resnet, "Bottleneck", [3, 4, 6, 3], 2),
+    "resnet18_encoder": partial(torchvision_encoder, "resnet18"),
+    "resnet34_encoder": partial(torchvision_encoder, "resnet34"),
+    "resnet50_encoder": partial(torchvision_encoder, "resnet50"),
+    "resnet101_encoder": partial(torchvision_encoder, "resnet101"),
+    "resnet50w2x_encoder": _resnet50w2x,
     "wrn_28_2": partial(wide_resnet, 28, 2),
     "wrn_28_8": partial(wide_resnet, 28, 8),
 }
@@ -61,17 +69,3 @@ class Network(nn.Module):
             logits, z = self.fc(feature), self.head(feature)  # [n, C], [n, D]
         dtype = self.fc.weight.dtype
         return logits.to(dtype), F.normalize(z.to(dtype), dim=1)  # [n, C], [n, D]
-
-
-def parameter_groups(module: nn.Module, wd: float, no_decay_bn: bool) -> list[dict[str, Any]]:
-    """Return the parameter groups for the optimizer: weight decay `wd` acts on all parameters or, with
-    no_decay_bn, on all but biases and BN parameters.
-    """
-    parameters = list(module.parameters())
-    if not no_decay_bn:
-        return [{"params": parameters, "weight_decay": wd}]
-    # Biases and BN parameters are the vectors; all other parameters have two or more dimensions.
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": wd},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]

@@ -49,7 +49,7 @@ def waits(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_semi.py", *map(str, flags)])
         starts = []
 
-        def learning_rate(step, **schedule):  # the first that a step calls
+        def learning_rate(config, step, steps_per_epoch):  # the first that a step calls
             starts.append(len(gpu.waits))
             return 0.1
 

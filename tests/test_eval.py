@@ -10,7 +10,7 @@ import torch
 from conftest import one_line
 
 import eval as eval_script
-from models import build_method, parameter_groups
+from models import build_method, build_optimizer
 from util.config import Config
 from util.errors import UserError
 from util.run import checkpoint, resume
@@ -199,10 +199,9 @@ def test_no_change_of_a_checkpoint_is_more_than_a_user_error(finished, tmp_path,
         except RuntimeError:  # the checksum of a tensor that no memory can hold
             continue
         method = build_method(config, 1, whole["method"]["bank.labels"])
-        groups = parameter_groups(method.student, config.wd, config.no_decay_bn)
-        optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        optimizer = build_optimizer(config, method.student)
         try:
-            eval_script.open_checkpoint(path, dict.fromkeys(eval_script.OVERRIDES))
+            eval_script.open_checkpoint(path, {})
             found, _ = resume.load_last(path)
             resume.resume(path, found, config, whole["split"], whole["data"], method, optimizer)
         except UserError as error:

@@ -25,9 +25,9 @@ from util.run.metrics import Meter
 
 learning_rate, add = train_semi.learning_rate, Meter.add
 
-def start_of_step(step, **schedule):
+def start_of_step(config, step, steps_per_epoch):
     torch.cuda.set_sync_debug_mode("error" if step < 3 else "default")
-    return learning_rate(step, **schedule)
+    return learning_rate(config, step, steps_per_epoch)
 
 def end_of_step(meter, step, *values):
     add(meter, step, *values)

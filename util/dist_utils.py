@@ -269,6 +269,11 @@ def all_gather_object(x: Any) -> list[Any]:
     return out
 
 
+def concatenate_lists(own: list[T]) -> list[T]:
+    """Concatenate a short list of every rank, in rank order, on every rank."""
+    return [x for part in all_gather_object(own) for x in part]
+
+
 def any_rank(condition: bool) -> bool:
     """Return, on all ranks, whether `condition` holds on any. It does not synchronize with the GPU."""
     if not _begin_collective():

@@ -1,17 +1,21 @@
 """ImageNet in both layouts, CIFAR's files, and own folders, from small trees on disk."""
 
 import hashlib
+import re
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, one_line
 from trees import cifar10, imagenet, picture
 
 from dataset import cifar as cifar_module
 from dataset import imagenet as imagenet_module
 from dataset import splits
 from dataset.build import build_data
-from dataset.imagenet import Imagenet
+from dataset.imagenet import ImagenetPercentV2
 from dataset.loader import Stream, to_device
 from dataset.workers import PrefetchLoader
 from util.config import Config
@@ -79,7 +83,7 @@ def test_the_draw_does_not_depend_on_the_layout_of_the_disk(tmp_path):
 def test_the_path_comes_from_flag_environment_or_source(tmp_path, monkeypatch):
     a, b, c = (imagenet(tmp_path / name) for name in "abc")
     monkeypatch.setattr(imagenet_module, "IMAGENET_ROOT", str(a))
-    assert Imagenet(imagenet_module.find_root(""), "train").name(0).startswith(str(a))
+    assert ImagenetPercentV2(imagenet_module.find_root(""), "train").name(0).startswith(str(a))
     monkeypatch.setenv("IMAGENET_ROOT", str(b))
     assert imagenet_module.find_root("") == b
     assert imagenet_module.find_root(str(c)) == c
@@ -114,6 +118,73 @@ def test_a_published_share_is_a_published_list(tmp_path, monkeypatch):
     (folder / "simmatch-1p.txt").write_bytes(text + b"\n")
     with pytest.raises(UserError, match="not the published list"):
         build(root, labels_per_class=0, anno_percent=0.01)
+
+
+def test_a_list_whose_first_image_is_missing_is_refused(tmp_path):
+    root = imagenet(tmp_path / "in", flat_val=True)
+    (root / "val.txt").write_text("n03/1.png 0\n")
+    with pytest.raises(UserError, match="val.txt: there is no .*/in/val/n03/1.png; paths .* to .*/in/val$"):
+        build(root)
+    (root / "val").rename(root / "elsewhere")
+    with pytest.raises(UserError, match="val.txt: there is no .*/in/val/n03/1.png"):
+        build(root)
+
+
+# Images that are not files.
+
+
+@pytest.fixture
+def zipped(tmp_path):
+    """(checkout, data): a copy of the programs in which dataset/imagenet.py has the class of docs/DATA.md,
+    and an ImageNet of two archives and two lists.
+    """
+    checkout, data = tmp_path / "checkout", imagenet(tmp_path / "in")
+    for part in ("dataset", "models", "util", "configs"):
+        shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for program in ("train_semi.py", "eval.py"):
+        shutil.copy(ROOT / program, checkout)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "DATA.md").read_text(), re.S)
+    with open(checkout / "dataset" / "imagenet.py", "a") as file:
+        file.write(f"\n\n{block}")
+    for part in ("train", "val"):
+        paths = sorted((data / part).rglob("*.JPEG"))
+        with zipfile.ZipFile(data / f"{part}.zip", "w") as archive:
+            for path in paths:
+                archive.write(path, path.relative_to(data / part))
+        lines = [f"{path.parent.name}/{path.name} {int(path.parent.name[1:])}\n" for path in paths]
+        (data / f"{part}.txt").write_text("".join(lines))
+        (data / part).rename(tmp_path / f"unzipped {part}")
+    return checkout, data
+
+
+FEW = "--labels-per-class 2 --image-size 32 --cls 3 --backbone small_encoder --device cpu".split()
+
+
+@pytest.mark.slow(20)
+def test_images_in_an_archive_need_one_method(zipped, command):
+    """The class of docs/DATA.md is the one that training, evaluation and the check go through."""
+    checkout, data = zipped
+
+    def call(*args):
+        done = command(*args, cwd=checkout, new_process=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    config = ["configs/imagenet_1p.yaml", "--data", data, *FEW]
+    steps = "--batch-size 2 --mu 2 --steps-per-epoch 2 --epochs 1 --warmup-epoch 0 --workers 1".split()
+    assert "done: best student top-1" in call(
+        "train_semi.py", "--config", *config, *steps, "--output-dir", "run"
+    )
+    assert "6 test images" in call("eval.py", "--checkpoint", "run/best.pth", "--workers", "1")
+    assert "formats: JPEG RGB 30" in call("-m", "dataset.check", *config)
+
+
+def test_an_archive_without_an_image_makes_one_line(zipped, command):
+    checkout, data = zipped
+    config = ["configs/imagenet_1p.yaml", "--data", data, *FEW]
+    (data / "val.zip").unlink()
+    done = command("-m", "dataset.check", *config, cwd=checkout, new_process=True)
+    one_line(done.returncode, done.stderr, "the first image of", "val.txt", "No such file or directory")
 
 
 # CIFAR.

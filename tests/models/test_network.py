@@ -1,12 +1,17 @@
 """Shapes, names and sizes of the networks."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models.network import BACKBONES, Network, parameter_groups
+from models import build_network
+from models.network import BACKBONES, Network, torchvision_encoder
+from models.optimizer import parameter_groups
+from util.config import Config
 
 
 def test_published_parameter_names_and_unit_embeddings():
@@ -155,3 +160,26 @@ def test_parameter_groups(name):
     assert {id(p) for p in rest["params"]} == spared and len(rest["params"]) == len(spared) > 0
     assert {id(p) for p in decayed["params"]} == {id(p) for p in net.parameters()} - spared
     assert len(decayed["params"]) + len(rest["params"]) == len(list(net.parameters()))
+
+
+def test_weight_decay_spares_by_type_and_not_by_shape():
+    """A norm layer over images has parameters of three dimensions; a vector need not be a norm's."""
+    net = nn.Sequential(nn.LayerNorm((2, 4, 4)), nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.PReLU(3))
+    decayed, rest = parameter_groups(net, 0.5, no_decay_bn=True)
+    assert [*map(id, decayed["params"])] == [id(net[1].weight), id(net[3].weight)]
+    spared = [net[0].weight, net[0].bias, net[1].bias, net[2].weight, net[2].bias]
+    assert [*map(id, rest["params"])] == [*map(id, spared)]
+
+
+@pytest.mark.parametrize(
+    "name, d", [("convnext_tiny", 768), ("mobilenet_v3_small", 1024), ("regnet_y_400mf", 440)]
+)
+def test_a_torchvision_network_joins_in_a_line(name, d, monkeypatch):
+    monkeypatch.setitem(BACKBONES, name, partial(torchvision_encoder, name))
+    for channels in (3, 1):
+        net = build_network(Config(backbone=name, cls=5, dim=4), channels).eval()
+        logits, z = net(torch.randn(2, channels, 64, 64))
+        assert logits.shape == (2, 5) and z.shape == (2, 4) and net.fc.in_features == d
+    own, theirs = net.backbone.state_dict(), torchvision.models.get_model(name).state_dict()
+    (classifier,) = {key.rpartition(".")[0] for key in theirs.keys() - own.keys()}
+    assert own.keys() <= theirs.keys() and theirs[f"{classifier}.weight"].shape == (1000, d)

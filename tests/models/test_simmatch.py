@@ -6,7 +6,7 @@ import torch
 
 from models import build_method, split_virtual_ranks, train_step
 from models.method import StepOutput
-from models.network import parameter_groups
+from models.optimizer import parameter_groups
 from models.simmatch import aggregate, cross_entropy, unfold
 from tests.models import small
 from util.config import Config

@@ -1,23 +1,18 @@
-"""Export of networks: a plain ResNet that torchvision and timm can load, and ONNX."""
+"""Export of checkpoints: the published layout, a plain ResNet for torchvision and timm, and ONNX."""
 
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from util.errors import UserError
+from util.files import write_atomically
 from util.formats import published_checkpoints
+from util.formats.opening import Contents, image_channels
 from util.run import checkpoint
-
-# torchvision and timm have these, too.
-SHARED_RESNETS = (
-    "resnet18_encoder",
-    "resnet34_encoder",
-    "resnet50_encoder",
-    "resnet101_encoder",
-)
 
 
 def is_export(form: str) -> Callable[[Path], bool]:
@@ -39,14 +34,51 @@ def is_export(form: str) -> Callable[[Path], bool]:
     return recognizes
 
 
+def write(file: Path, form: str, contents: Contents, network: nn.Module) -> str:
+    """Write the checkpoint, or one network of it, to `file` in a layout. Return one line about it."""
+    where, values, description = f"checkpoint {contents.path}", network.state_dict(), contents.config.backbone
+    if form == "onnx":
+        content, check = onnx(network, image_channels(values, "backbone."), contents.config.image_size)
+        write_atomically(file, lambda out: out.write(content))
+        return f"{file}: {form}, {description}; {check}"
+    published = form == "published"
+    value = published_state(contents, where) if published else plain_resnet(values, description, where)
+    write_atomically(file, lambda out: checkpoint.write_torch(value, out))
+    return f"{file}: {form}, {description}" + (f"; {value['epoch']} whole epochs" if published else "")
+
+
+def published_state(contents: Contents, where: str) -> dict[str, Any]:
+    """Convert the checkpoint to the layout of the published SimMatch, which counts finished epochs."""
+    state, config = contents.state, contents.config
+    if contents.kind != "native":
+        method, optimizer, epoch, _ = published_checkpoints.to_training_state(state, 0, where)
+    elif config.method != "simmatch":
+        raise UserError(
+            f"{where} was trained with the method {config.method}, but the published layout is for simmatch"
+        )
+    else:
+        method, optimizer = state["method"], state["optimizer"]
+        epoch = state["step"] // state["steps_per_epoch"]
+    return published_checkpoints.from_method_state(method, optimizer, epoch, where)
+
+
 def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[str, Tensor]:
     """Return the backbone and classifier of a network's state_dict with torchvision's names, which are also
     timm's. The projection head is left out. Raises UserError if torchvision has no such network.
     """
-    if backbone not in SHARED_RESNETS:
+    from torchvision.models import ResNet, get_model, list_models  # takes seconds
+
+    plain = {
+        key.removeprefix("backbone."): value
+        for key, value in values.items()
+        if key.startswith(("backbone.", "fc."))
+    }
+    name = backbone.removesuffix("_encoder")
+    with torch.device("meta"):
+        shared = get_model(name, num_classes=len(values["fc.weight"])) if name in list_models() else None
+    if not isinstance(shared, ResNet) or shared.state_dict().keys() != plain.keys():
         raise UserError(
-            f"{where} has a {backbone}, which torchvision and timm do not have; they have "
-            f"{', '.join(SHARED_RESNETS)}"
+            f"{where} has a {backbone}, which torchvision and timm do not have: use --format onnx"
         )
     channels = values["backbone.conv1.weight"].shape[1]
     if channels != 3:
@@ -57,11 +89,7 @@ def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[s
         raise UserError(
             f"{where} has a LayerNorm before its classifier, which torchvision and timm do not have"
         )
-    return {
-        key.removeprefix("backbone."): value
-        for key, value in values.items()
-        if key.startswith(("backbone.", "fc."))
-    }
+    return plain
 
 
 @torch.no_grad()

@@ -1,14 +1,42 @@
 """The CSV file of predictions that eval.py writes (docs/DATA.md)."""
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from util.files import starts_with
+from util.files import starts_with, write_atomically
 
 DEFAULT = Path("predictions.csv")
 COLUMNS = ["path", "class", "probability", "top5"]
 is_predictions = starts_with(",".join(COLUMNS).encode())
+
+
+def write(
+    output: Path, classes: Sequence[str], images: Iterable[tuple[str, Sequence[float], Sequence[int]]]
+) -> int:
+    """Write the file and return the number of images.
+
+    images: path, probabilities and labels of the most probable classes, in this order.
+    """
+    count = 0
+
+    def write_lines(out: BinaryIO) -> None:
+        nonlocal count
+        file = io.TextIOWrapper(
+            out, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
+        )
+        lines = csv.writer(file)
+        lines.writerow(COLUMNS)
+        for path, probabilities, labels in images:
+            lines.writerow(row(path, [classes[c] for c in labels], probabilities))
+            count += 1
+        file.detach()  # otherwise it would close `out`
+
+    write_atomically(output, write_lines)
+    return count
 
 
 def row(path: str, names: Sequence[str], probabilities: Sequence[float]) -> list[str]:

@@ -6,11 +6,11 @@ MoCo v2; docs/CHECKPOINTS.md lists the keys. Keys are written here without `modu
 either on all of its keys or on none. "Native" means this repository's own layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.errors import UserError
 from util.run.checkpoint_schema import KEYS, check_sgd_state, first_not_finite, first_three, is_sgd_state
@@ -57,14 +57,6 @@ KIND_BY_KEY = {
     "l_bank": "simmatchv2",
     "main.fc.weight": "fixmatch",
     "encoder_q.conv1.weight": "moco",
-}
-# (bottleneck blocks, blocks of each layer, channels of the stem) -> name in models/network.py
-RESNETS = {
-    (False, (2, 2, 2, 2), 64): "resnet18_encoder",
-    (False, (3, 4, 6, 3), 64): "resnet34_encoder",
-    (True, (3, 4, 6, 3), 64): "resnet50_encoder",
-    (True, (3, 4, 23, 3), 64): "resnet101_encoder",
-    (True, (3, 4, 6, 3), 128): "resnet50w2x_encoder",
 }
 # published key or prefix -> native one
 PREFIXES = {"main.": "student.", "ema.": "teacher.net."}
@@ -123,10 +115,25 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {str(key): value for key, value in values.items()}
 
 
+class ResNetShape(NamedTuple):
+    """What tells one ResNet from another."""
+
+    bottleneck: bool
+    blocks: tuple[int, ...]  # of each of the four layers
+    stem: int  # channels of the first convolution
+
+    def __str__(self) -> str:
+        return f"layers of {'+'.join(map(str, self.blocks))} blocks, a stem of {self.stem} channels"
+
+
+# name -> function: number of image channels -> (encoder, d), as in models/network.py
+Backbones = Mapping[str, Callable[[int], tuple[nn.Module, int]]]
+
+
 class NetworkSpec(NamedTuple):
     """The architecture of the student and the teacher in a published file."""
 
-    backbone: str
+    resnet: ResNetShape
     channels: int  # of the images
     num_classes: int  # C
     dim: int  # D; 0 without a head
@@ -136,13 +143,13 @@ class NetworkSpec(NamedTuple):
 
 def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> NetworkSpec:
     """Find the architecture from the shapes of the tensors, because `arch` in these files is the name of the
-    method. `moco` files have no classifier and are not accepted. Raises UserError if the backbone is unknown.
+    method. `moco` files have no classifier and are not accepted. Raises UserError if the backbone is not a
+    ResNet.
     """
     values = tensors(state)
-    main = {key.removeprefix("main."): value for key, value in values.items() if key.startswith("main.")}
-    backbone = {
-        key.removeprefix("backbone."): value for key, value in main.items() if key.startswith("backbone.")
-    }
+    main = _below("main.", values)
+    backbone = _below("backbone.", main)
+    resnet = _check_resnet(backbone, where)
     dim = len(main["head.2.weight"]) if "head.2.weight" in main else 0
     labeled = (
         values["bank"].shape[-1]
@@ -152,7 +159,7 @@ def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> Networ
         else None
     )
     return NetworkSpec(
-        _resnet(backbone, where),
+        resnet,
         backbone["conv1.weight"].shape[1],
         len(main["fc.weight"]),
         dim,
@@ -161,27 +168,46 @@ def network_spec(state: dict[str, Any], where: str = "the checkpoint") -> Networ
     )
 
 
-def _resnet(backbone: dict[str, Tensor], where: str) -> str:
-    """Return the name of a ResNet in models/network.py, from the tensors of its state_dict."""
+def find_backbone(spec: NetworkSpec, backbones: Backbones, where: str) -> str:
+    """Return the name of a published file's backbone. Raises UserError if it is not one of `backbones`."""
+    resnets = {}
+    for name, build in backbones.items():
+        with torch.device("meta"):
+            resnets[name] = _resnet_shape(build(3)[0].state_dict())
+        if resnets[name] == spec.resnet:
+            return name
+    known = ", ".join(name for name, shape in resnets.items() if 0 not in shape.blocks)
+    raise UserError(f"{where} has a backbone that is none of {known}: {spec.resnet}")
+
+
+def _below(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+def _check_resnet(backbone: Mapping[str, Tensor], where: str) -> ResNetShape:
+    """Return the shape of a ResNet with these tensors. Raises UserError if they are not those of a ResNet."""
+    resnet = _resnet_shape(backbone)
+    if 0 in resnet.blocks:
+        raise UserError(f"{where} has a backbone that is not a ResNet: {resnet}")
+    return resnet
+
+
+def _resnet_shape(backbone: Mapping[str, Tensor]) -> ResNetShape:
+    """Return the shape of a backbone with these tensors; a number of blocks is 0 if it is not a ResNet."""
     blocks = tuple(
         len({key.split(".")[1] for key in backbone if key.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4)
     )
-    found = ("layer1.0.conv3.weight" in backbone, blocks, len(backbone.get("conv1.weight", ())))
-    if found not in RESNETS:
-        raise UserError(
-            f"{where} has a backbone that is none of {', '.join(RESNETS.values())}: "
-            f"layers of {'+'.join(map(str, blocks))} blocks, a stem of {found[2]} channels"
-        )
-    return RESNETS[found]
+    stem = len(backbone.get("conv1.weight", ()))
+    return ResNetShape("layer1.0.conv3.weight" in backbone, blocks, stem)
 
 
-def describe(state: dict[str, Any], kind: str, spec: NetworkSpec) -> str:
-    """Return one line that describes a published file."""
-    labeled = f", {spec.labeled} labeled images" if spec.labeled else ""
-    if spec.labeled in SPLITS:
-        labeled += f" (as many as {SPLITS[spec.labeled]})"
+def describe(state: dict[str, Any], kind: str, backbone: str, labels: int | None) -> str:
+    """Return one line that describes a published file. labels: K, if it has a bank."""
+    labeled = f", {labels} labeled images" if labels else ""
+    if labels in SPLITS:
+        labeled += f" (as many as {SPLITS[labels]})"
     epoch = state.get("epoch") if type(state.get("epoch")) is int else "unknown"
-    return f"{PROGRAMS[kind]} as published, {spec.backbone}; epoch {epoch}{labeled}"
+    return f"{PROGRAMS[kind]} as published, {backbone}; epoch {epoch}{labeled}"
 
 
 def to_method_state(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
@@ -352,7 +378,7 @@ def moco_backbone(state: dict[str, Any], where: str = "the checkpoint") -> dict[
     ]
     if wrong:
         raise UserError(f"{where} does not have the head of MoCo v2: {first_three(wrong)}")
-    _resnet(query, where)
+    _check_resnet(query, where)
     out = {key if key.startswith("fc.") else f"backbone.{key}": value for key, value in query.items()}
     return {_renamed(key, names): value for key, value in out.items() if key not in ("fc.weight", "fc.bias")}
 

@@ -285,18 +285,9 @@ def _q_w_entropy(run: RunLog, bad: Callable[[float], bool], rest: str) -> Findin
 def lr_off_schedule(run: RunLog) -> Finding | None:
     if not run.steps_per_epoch:
         return None
-    c, bad = run.config, []
+    bad = []
     for e in run.train_events:
-        lr = learning_rate(
-            e["step"] - 1,
-            lr=c.lr,
-            steps_per_epoch=run.steps_per_epoch,
-            epochs=c.epochs,
-            warmup_epoch=c.warmup_epoch,
-            cos=c.cos,
-            schedule=c.schedule,
-            cos_7_16=c.cos_7_16,
-        )
+        lr = learning_rate(run.config, e["step"] - 1, run.steps_per_epoch)
         if not math.isclose(e["lr"], lr, rel_tol=1e-6, abs_tol=1e-12):
             bad.append((e, lr))
     if not bad:

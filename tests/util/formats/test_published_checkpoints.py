@@ -338,7 +338,7 @@ def test_a_file_from_which_training_cannot_resume_is_a_user_error(published, cha
     [
         (dict(da_len=32), "align.ring has 32 rows, not 256"),
         (dict(no_decay_bn=True), "this run has 2"),
-        (dict(backbone="small_encoder"), "a backbone that is none of resnet18_encoder"),
+        (dict(backbone="small_encoder"), "a backbone that is not a ResNet"),
         (dict(backbone="wrn_28_2"), "layers of 4+4+4+0 blocks, a stem of 16 channels"),
         (dict(channels=1), "images of 1 channels"),
         (dict(method="fixmatch"), "bank.z is missing; bank.labels is missing"),
@@ -365,41 +365,27 @@ def test_a_state_that_is_not_finite_is_not_exported():
 def test_the_backbone_is_detected_from_the_shapes(name):
     with torch.device("meta"):
         main = Network(name, 3, 5, 4, norm=True).state_dict()
-    found = published_checkpoints.network_spec(
+    spec = published_checkpoints.network_spec(
         {"state_dict": {f"main.{key}": value for key, value in main.items()}}
     )
-    assert found == (name, 3, 5, 4, True, None)
+    assert spec[1:] == (3, 5, 4, True, None)
+    assert published_checkpoints.find_backbone(spec, BACKBONES, "it") == name
 
 
 def test_the_architecture_is_detected_in_every_layout():
-    assert published_checkpoints.network_spec(contents(simmatch(), "SimMatch")) == (
-        "resnet18_encoder",
-        3,
-        3,
-        16,
-        False,
-        7,
-    )
-    assert published_checkpoints.network_spec(contents(simmatchv2(labeled=9), "x")) == (
-        "resnet18_encoder",
-        3,
-        3,
-        16,
-        True,
-        9,
-    )
-    assert published_checkpoints.network_spec(contents(fixmatch(), "resnet50")) == (
-        "resnet18_encoder",
-        3,
-        3,
-        0,
-        False,
-        None,
-    )
+    for state, expected in (
+        (contents(simmatch(), "SimMatch"), (3, 3, 16, False, 7)),
+        (contents(simmatchv2(labeled=9), "x"), (3, 3, 16, True, 9)),
+        (contents(fixmatch(), "resnet50"), (3, 3, 0, False, None)),
+    ):
+        spec = published_checkpoints.network_spec(state)
+        assert spec == ((False, (2, 2, 2, 2), 64), *expected)
+        assert published_checkpoints.find_backbone(spec, BACKBONES, "it") == "resnet18_encoder"
     cut = contents(fixmatch(), "x")
     cut["state_dict"] = {key: value for key, value in cut["state_dict"].items() if "layer3.1" not in key}
-    with pytest.raises(UserError, match=r"layers of 2\+2\+1\+2 blocks"):
-        published_checkpoints.network_spec(cut)
+    spec = published_checkpoints.network_spec(cut)
+    with pytest.raises(UserError, match=r"none of resnet18_encoder, .*: layers of 2\+2\+1\+2 blocks"):
+        published_checkpoints.find_backbone(spec, BACKBONES, "it")
 
 
 @pytest.mark.parametrize("prefix", [True, False])
