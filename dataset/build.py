@@ -44,8 +44,8 @@ def check_output_dirs(config: Any, *outputs: Path) -> None:
     """Raise UserError if a directory that a run writes to lies in one that is searched for images: the next
     start would take it for a class, or its pictures for images.
     """
-    searched_dirs = getattr(import_module(DATASETS[config.dataset]), "searched_dirs", lambda: [])
-    for images in _call(searched_dirs, config):
+    searched_dirs = getattr(import_module(DATASETS[config.dataset]), "searched_dirs", None)
+    for images in _call(searched_dirs, config) if searched_dirs else []:
         for output in outputs:
             if output.resolve().is_relative_to(images.resolve()):
                 raise UserError(
