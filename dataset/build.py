@@ -52,7 +52,7 @@ def check_output_dirs(config: Any, *outputs: Path) -> None:
     """Raise UserError if a directory that a run writes to lies in one that is searched for images: the next
     start would take it for a class, or its pictures for images.
     """
-    searched_dirs: Callable[[], list[Path]] = getattr(_module(config), "searched_dirs", lambda: [])
+    searched_dirs: Callable[..., list[Path]] = getattr(_module(config), "searched_dirs", lambda: [])
     for images in _call(searched_dirs, config):
         for output in outputs:
             if output.resolve().is_relative_to(images.resolve()):

@@ -18,17 +18,17 @@ from util.files import user_path
 SETTINGS = {
     "unlabelled": (
         "",
-        "dataset folder: directory of additional unlabeled images, at any depth",
+        "directory of additional unlabeled images, at any depth",
         {"aliases": ("--unlabeled",), "may_change": True},
     ),
     "val": (
         "",
-        "dataset folder: test images, one folder per class; empty: val/ in --data, or --val-share",
+        "test images, one folder per class; empty: val/ in --data, or --val-share",
         {"may_change": True},
     ),
     "val_share": (
         0.0,
-        "dataset folder without test images: share of each class to hold out for testing",
+        "without test images: share of each class to hold out for testing",
         {"at_least": 0, "at_most": 1, "replaced_by": ("val",)},
     ),
 }

@@ -31,7 +31,11 @@ def _literals(file: str) -> dict[str, Any]:
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name):
             if target.id in ("METHODS", "DATASETS", "SETTINGS", "USES", "DEFAULTS"):
-                values[target.id] = ast.literal_eval(node.value)
+                try:
+                    values[target.id] = ast.literal_eval(node.value)
+                except ValueError:
+                    where = f"{file}, line {node.lineno}"
+                    raise ValueError(f"{where}: {target.id} must hold only literals") from None
     return values
 
 

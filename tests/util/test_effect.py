@@ -31,6 +31,13 @@ def test_every_setting_is_declared_once():
     assert set(names.values()) == {1} and not names.keys() & _Shared.__dataclass_fields__.keys()
 
 
+def test_a_declaration_that_is_no_literal_is_named(tmp_path):
+    file = tmp_path / "toy.py"
+    file.write_text('SETTINGS = {\n    "steps": (10**6, "number of steps")\n}\n')
+    with pytest.raises(ValueError, match=f"{file}, line 1: SETTINGS must hold only literals"):
+        declarations._literals(str(file))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_takes_the_settings_that_it_declares(name):
     config = Config(method=name, backbone="small_encoder", cls=3, dim=4, DA=True)
