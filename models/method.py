@@ -27,8 +27,9 @@ class StepOutput(NamedTuple):
     """What `losses` returns. Only the losses have a gradient.
 
     losses: the weighted terms, whose sum is the loss. Their names are "loss_NAME", the same in every step;
-    the setting of the weight, if there is one, is lambda_NAME. for_update: what the method's own `update` needs,
-    each tensor with a row for each image, or with a single row. Those of virtual ranks are concatenated.
+    the setting of the weight, if there is one, is lambda_NAME. for_update: what the method's own `update`
+    needs, each tensor with a row for each image, or with a single row. Those of virtual ranks are
+    concatenated.
     """
 
     # fmt: off
