@@ -8,6 +8,7 @@ needs a real GPU. DDP, compilation and channels-last are left out.
 
 import traceback
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -36,6 +37,7 @@ def fake_gpu(processes=1):
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.cuda.is_bf16_supported": lambda: True,
             "torch.cuda.get_device_capability": lambda device: (8, 0),
+            "torch.cuda.get_device_properties": lambda device: SimpleNamespace(total_memory=2**36),
             "torch.accelerator.is_available": lambda: True,  # DataLoader pins memory
             "torch.load": without_fakes(torch.load),
             "torch.Tensor.backward": backward,
