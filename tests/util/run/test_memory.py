@@ -15,6 +15,8 @@ def needs(sides=(224, 224), channels=3, n_x=8, n_u=40, labeled=13_000, **setting
 def test_images_bank_and_prior_of_a_step():
     assert needs() == {"images": 88 * 3 * 224**2 * 4, "bank": 13_000 * 128 * 4}
     assert needs(sides=(16, 8), channels=1, n_x=2, n_u=6)["images"] == 4 * (8 * 16**2 + 6 * 8**2)
+    three = needs(sides=(16, 16, 4), channels=1, n_x=2, n_u=6)["images"]
+    assert three == 4 * (14 * 16**2 + 6 * 4**2)
     assert needs(DA=True, da_len=32, cls=10)["prior"] == 32 * 10 * 4
     assert needs(dim=4, labeled=7)["bank"] == 112
     for method in ("fixmatch", "supervised"):
