@@ -39,6 +39,7 @@ from util import dist_utils  # noqa: E402
 from util.config import Config, parse  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.run.metrics import Meter  # noqa: E402
+from util.shuffle import Shuffle  # noqa: E402
 
 CAUSES = ("gradients", "features", "shuffle-BN out", "shuffle-BN home", "other", "unassigned")
 # Offsets in linux/tcp.h: tcpi_notsent_bytes; tcpi_bytes_sent and tcpi_bytes_retrans; the end of these.
@@ -119,7 +120,7 @@ def wrap_communication() -> Ledger:
     """A ledger of what the communication functions send that models/ and train_semi.py call."""
     ledger = Ledger()
     for name, cause in (("scatter", "shuffle-BN out"), ("gather", "shuffle-BN home")):
-        ledger.wrap(dist_utils.Shuffle, name, cause)
+        ledger.wrap(Shuffle, name, cause)
     for name, cause in (
         ("all_gather", "features"),
         ("all_mean", "other"),

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401
 from torch import Tensor, nn
 
-from util.device import copy_async
 from util.errors import UserError
 from util.heartbeat import Heartbeat
 from util.rendezvous import Rendezvous, find_rendezvous
@@ -337,61 +336,12 @@ def broadcast_buffers(module: nn.Module) -> None:
             buffer.copy_(values.view_as(buffer))
 
 
-class Shuffle:
-    """A random permutation of the global batch for shuffle-BN (MoCo, arXiv 1911.05722, section 3.3).
-
-    `scatter` sends every row to the virtual rank that the permutation assigns it to, each row once; `gather`
-    returns the results to the rows' own ranks, in their original order. With a single rank in all, both are
-    the identity, because BN's batch statistics do not depend on the order of the rows.
+def exchange(x: Tensor, received: list[int], sent: list[int]) -> Tensor:
+    """Send the first sent[0] rows of `x` to rank 0, the next sent[1] to rank 1, and so on, and return the
+    received[r] rows of each rank r, in rank order: as many rows in all.
     """
-
-    def __init__(self, rows: int, virtual_ranks: int, seed: int, device: torch.device):
-        """rows: per virtual rank, the same on all. virtual_ranks: of this process.
-
-        seed: the same on all processes, and another one in every step. device: of the rows.
-        """
-        self.rows, self.is_identity = rows, world_size() * virtual_ranks == 1
-        if self.is_identity:
-            return
-        # Row i of the global batch moves to slot[i]; a process holds n = virtual_ranks · rows rows and slots.
-        n = virtual_ranks * rows
-        generator = torch.Generator().manual_seed(seed)
-        slot = torch.randperm(world_size() * n, generator=generator)  # [world·n]
-        own = slice(rank() * n, (rank() + 1) * n)
-        source = torch.argsort(slot)[own] // n  # the process that each own slot's row comes from [n]
-        send_order = torch.argsort(slot[own])  # own rows in the order of their slots [n]
-        receive_order = torch.argsort(source, stable=True)  # own slots in the order of arrival [n]
-        self.send_order, self.receive_order = copy_async(torch.stack([send_order, receive_order]), device)
-        self.sent = torch.bincount(slot[own] // n, minlength=world_size()).tolist()  # rows to each process
-        self.received = torch.bincount(source, minlength=world_size()).tolist()  # rows from each process
-
-    def scatter(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        """[rows, ...] of each virtual rank of this process -> [rows, ...] of each after the permutation."""
-        if self.is_identity:
-            return batches
-        x = torch.cat(list(batches))  # [n, ...]
-        x = self._exchange(x[self.send_order], self.received, self.sent)  # [n, ...]
-        return _undo_order(x, self.receive_order).split(self.rows)
-
-    def gather(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Undo `scatter`: [rows, ...] of each virtual rank -> [rows, ...] of each, in the original order."""
-        if self.is_identity:
-            return batches
-        x = torch.cat(list(batches))  # [n, ...]
-        x = self._exchange(x[self.receive_order], self.sent, self.received)  # [n, ...]
-        return _undo_order(x, self.send_order).split(self.rows)
-
-    @staticmethod
-    def _exchange(x: Tensor, received: list[int], sent: list[int]) -> Tensor:
-        if world_size() == 1:
-            return x
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, received, sent)
-        return out
-
-
-def _undo_order(x: Tensor, order: Tensor) -> Tensor:
-    """Return y with y[order] = x, row by row."""
+    if world_size() == 1:
+        return x
     out = torch.empty_like(x)
-    out[order] = x
+    dist.all_to_all_single(out, x, received, sent)
     return out
