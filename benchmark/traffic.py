@@ -35,7 +35,7 @@ import torch.multiprocessing as mp  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
 from models import Batch, Method, build_method, build_optimizer, train_step  # noqa: E402
-from util import dist_utils  # noqa: E402
+from util import dist_utils, process_groups  # noqa: E402
 from util.config import Config, parse  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.run.metrics import Meter  # noqa: E402
@@ -187,8 +187,8 @@ def one_rank(
         MASTER_PORT=str(port),
     )
     dist_utils.dist_init("cpu", config.timeout_minutes, config.port)
-    if dist_utils.HEARTBEAT:
-        dist_utils.HEARTBEAT.stop()  # its bytes would count
+    if process_groups.HEARTBEAT:
+        process_groups.HEARTBEAT.stop()  # its bytes would count
     ledger, results = wrap_communication(), []
     for bank in banks:
         results.append(train(config, bank, steps, ledger))
