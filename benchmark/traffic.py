@@ -35,10 +35,11 @@ import torch.multiprocessing as mp  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
 from models import Batch, Method, build_method, build_optimizer, train_step  # noqa: E402
-from util import dist_utils  # noqa: E402
+from util import dist_utils, process_groups  # noqa: E402
 from util.config import Config, parse  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.run.metrics import Meter  # noqa: E402
+from util.shuffle import Shuffle  # noqa: E402
 
 CAUSES = ("gradients", "features", "shuffle-BN out", "shuffle-BN home", "other", "unassigned")
 # Offsets in linux/tcp.h: tcpi_notsent_bytes; tcpi_bytes_sent and tcpi_bytes_retrans; the end of these.
@@ -119,7 +120,7 @@ def wrap_communication() -> Ledger:
     """A ledger of what the communication functions send that models/ and train_semi.py call."""
     ledger = Ledger()
     for name, cause in (("scatter", "shuffle-BN out"), ("gather", "shuffle-BN home")):
-        ledger.wrap(dist_utils.Shuffle, name, cause)
+        ledger.wrap(Shuffle, name, cause)
     for name, cause in (
         ("all_gather", "features"),
         ("all_mean", "other"),
@@ -186,8 +187,8 @@ def one_rank(
         MASTER_PORT=str(port),
     )
     dist_utils.dist_init("cpu", config.timeout_minutes, config.port)
-    if dist_utils.HEARTBEAT:
-        dist_utils.HEARTBEAT.stop()  # its bytes would count
+    if process_groups.HEARTBEAT:
+        process_groups.HEARTBEAT.stop()  # its bytes would count
     ledger, results = wrap_communication(), []
     for bank in banks:
         results.append(train(config, bank, steps, ledger))

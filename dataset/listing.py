@@ -1,14 +1,10 @@
 """The names of a data set's images, from a tree of class folders or from a list file.
 
-The result of a scan is kept in a cache file, so that the next start only compares the folders' time stamps.
+dataset/listing_cache.py keeps the result of a scan.
 """
 
-import functools
-import hashlib
-import io
 import os
 import re
-import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -18,8 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataset import listing_cache
+from dataset.listing_cache import Tree, time_stamps
 from util.errors import UserError, printable
-from util.files import reason, special_file, user_path, write_atomically
+from util.files import special_file, user_path
 
 # Upper case is accepted, too.
 EXTENSIONS = tuple(b".jpg .jpeg .jfif .jpe .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())
@@ -54,16 +52,6 @@ class Listing(NamedTuple):
     labels: np.ndarray  #                                       [N] int64
 
 
-class _Tree(NamedTuple):
-    """What a scan reads and the cache file stores."""
-
-    classes: np.ndarray  # [C] bytes
-    counts: np.ndarray  # numbers of their images    [C] int64
-    names: np.ndarray  # [N] bytes
-    folders: np.ndarray  # all that were read         [F] bytes
-    mtimes: np.ndarray  # their time stamps          [F, 2] int64
-
-
 def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool = False) -> Listing:
     """List the tree root/<class>/<image> (root/<class>/…/<image> if `recursive`), sorted by class, then by
     name, as bytes.
@@ -75,14 +63,14 @@ def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool 
     start_ns = time.time_ns()
     root = _folder(root)
     top = os.fsencode(root)
-    cache = _cache_file(top, recursive, cache_dir)
+    cache = listing_cache.cache_file(top, recursive, cache_dir)
     with ThreadPoolExecutor(THREADS) as pool:
-        tree = _load_cache(cache, top, pool) if cache else None
+        tree = listing_cache.load(cache, top, pool) if cache else None
         if tree is None:
             tree = _walk_tree(top, recursive, pool)
             # A folder that changed this recently may change again without getting a new time stamp.
             if cache and tree.mtimes.max() < start_ns - TIMESTAMP_NS:
-                _save_cache(cache, tree)
+                listing_cache.save(cache, tree)
     labels = np.repeat(np.arange(len(tree.classes), dtype=np.int64), tree.counts)  # [N]
     return Listing(root, [os.fsdecode(c) for c in tree.classes], Names(tree.names), labels)
 
@@ -189,11 +177,11 @@ def _check_class_names(classes: Iterable[str], where: str) -> None:
             )
 
 
-def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> _Tree:
+def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> Tree:
     names: list[bytes] = []
     counts: list[int] = []
     # Time stamps are taken before a folder is read, so that the next start notices a change in between.
-    visited = [(b"", _mtimes(root))]
+    visited = [(b"", time_stamps(root))]
     try:
         with os.scandir(root) as found:
             classes = sorted(e.name for e in found if not e.name.startswith(b".") and e.is_dir())
@@ -213,7 +201,7 @@ def _walk_tree(root: bytes, recursive: bool, pool: ThreadPoolExecutor) -> _Tree:
         counts.append(len(images))
         visited += below
     folders, mtimes = zip(*visited)
-    return _Tree(
+    return Tree(
         classes=np.array(classes),
         counts=np.array(counts, np.int64),
         names=np.array(names),
@@ -231,7 +219,7 @@ def _walk(
     parents: the real paths of the folders above, by which a cycle of links is detected.
     """
     path = os.path.join(root, folder)
-    images, visited, real = [], [(folder, _mtimes(path))], os.path.realpath(path)
+    images, visited, real = [], [(folder, time_stamps(path))], os.path.realpath(path)
     if real in parents:
         raise UserError(f"{os.fsdecode(path)} is a link to a folder above it; remove it")
     try:
@@ -260,57 +248,3 @@ def _walk(
 
 def _unreadable(folder: bytes, error: OSError) -> UserError:
     return UserError(f"cannot read folder {os.fsdecode(folder)}: {error.strerror}; check its permissions")
-
-
-def _mtimes(folder: bytes) -> tuple[int, int]:
-    """Return mtime and ctime in ns, or −1, −1 if there is no such folder. An archiver may set back the mtime,
-    but not the ctime.
-    """
-    try:
-        status = os.stat(folder)
-    except OSError:
-        return -1, -1
-    return status.st_mtime_ns, status.st_ctime_ns
-
-
-def _cache_file(root: bytes, recursive: bool, cache_dir: str | Path | None) -> Path | None:
-    key = hashlib.sha256(b"format 2\0%d\0%s" % (recursive, root)).hexdigest()[:32]
-    if chosen := cache_dir or os.environ.get("SIMMATCH_CACHE"):
-        return user_path(chosen) / f"listing-{key}.npz"
-    try:
-        return Path("~/.cache/simmatch").expanduser() / f"listing-{key}.npz"
-    except RuntimeError:  # the user has no home folder
-        return None
-
-
-def _save_cache(cache: Path, tree: _Tree) -> None:
-    """Write an npz file followed by its SHA-256."""
-    stream = io.BytesIO()
-    np.savez(stream, **tree._asdict())
-    content = stream.getvalue()
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, lambda file: file.writelines((content, hashlib.sha256(content).digest())))
-    except (OSError, UserError) as error:
-        _warn_once(
-            f"listing: cannot write to {cache.parent} ({reason(error)}), so every start reads the whole "
-            "tree; SIMMATCH_CACHE=DIR chooses another folder"
-        )
-
-
-def _load_cache(cache: Path, root: bytes, pool: ThreadPoolExecutor) -> _Tree | None:
-    """Read what `_save_cache` wrote. None if it is damaged, or if a folder has changed since."""
-    try:
-        data = cache.read_bytes()
-    except OSError:
-        return None
-    if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
-        return None
-    tree = _Tree(**np.load(io.BytesIO(data), allow_pickle=False))
-    mtimes = pool.map(lambda folder: _mtimes(os.path.join(root, folder)), tree.folders)
-    return tree if np.array_equal(tree.mtimes, list(mtimes)) else None
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

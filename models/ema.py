@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.network import Network
 from util import dist_utils
+from util.shuffle import Shuffle
 
 BNMode = Literal["shuffle", "average", "copy"]
 
@@ -49,7 +50,7 @@ class Teacher(nn.Module):
         """
         if not self.training:
             return [self.net(x) for x in batches]
-        shuffle = dist_utils.Shuffle(len(batches[0]), len(batches), seed=step, device=batches[0].device)
+        shuffle = Shuffle(len(batches[0]), len(batches), seed=step, device=batches[0].device)
         outputs = []
         for i, x in enumerate(shuffle.scatter(batches)):
             # BN's running statistics come from the first virtual rank, as they do in the student.

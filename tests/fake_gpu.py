@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dataset import device_views
-from util import dist_utils
+from util import process_groups
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ def fake_gpu(processes=1):
             stack.enter_context(mock.patch(name, replacement))
         if processes > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-            stack.callback(dist_utils._close_groups)
+            stack.callback(process_groups._close_groups)
         device_views.constant.cache_clear()
         stack.callback(device_views.constant.cache_clear)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

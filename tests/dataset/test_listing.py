@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from dataset import listing
+from dataset import listing, listing_cache
 from dataset.listing import Names, list_images, read_list, scan
 from util.errors import UserError
 
@@ -253,7 +253,7 @@ def test_the_cache_folder_can_be_chosen(tree, tmp_path, looked, monkeypatch, cap
         2,
         1,
     ]
-    listing._warn_once.cache_clear()
+    listing_cache._warn_once.cache_clear()
     for _ in range(2):  # where it cannot be
         assert content(scan(tree, tree / "a" / "x.jpg" / "below")) == TREE
     said = capsys.readouterr().err

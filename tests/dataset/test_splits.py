@@ -16,16 +16,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, one_line
 
-from dataset import splits
+from dataset import split_command
 from dataset.listing import Listing, Names
+from dataset.split_command import class_of, describe
 from dataset.splits import (
     PUBLISHED,
     Published,
     Split,
     basenames,
-    class_of,
     complement,
-    describe,
     find_rows,
     load,
     make,
@@ -58,7 +57,7 @@ def said(monkeypatch, capsys):
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["splits", *map(str, flags)])
-        splits.main()
+        split_command.main()
         return capsys.readouterr().out
 
     return call
@@ -341,7 +340,7 @@ def test_the_command_line_makes_and_describes_splits(tmp_path, said, mistake, mo
         (f"{names} --per-class 1 --out {odd}/x", "cannot write"),
         (f"{odd} --per-class 1", "has neither"),
     ):
-        mistake(splits.main, ["make", *flags.split()], words)
+        mistake(split_command.main, ["make", *flags.split()], words)
     call = [sys.executable, "-m", "dataset.splits", "describe", "none"]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     one_line(done.returncode, done.stderr, "none is neither a list file nor a published split")
@@ -354,12 +353,14 @@ def test_make_replaces_only_lists_of_images(tmp_path, said, mistake):
     assert f"replaces {out}, a list of images" in said(*flags, out) and len(load(out).names) == 2
     for content in (b"my notes\n", b"\xff\0"):
         other = a_file(tmp_path / "other", content)
-        mistake(splits.main, [*flags, other], "is not a list of images, so it is not replaced", "--out")
+        mistake(
+            split_command.main, [*flags, other], "is not a list of images, so it is not replaced", "--out"
+        )
         assert other.read_bytes() == content
-    mistake(splits.main, [*flags, names], "it is the file that is read")
-    mistake(splits.main, [*flags, tmp_path], "it is a directory")
-    mistake(splits.main, [*flags, "x" * 300], "File name too long")
-    mistake(splits.main, ["describe", "~no-such-user"], "is not the home folder of a user")
+    mistake(split_command.main, [*flags, names], "it is the file that is read")
+    mistake(split_command.main, [*flags, tmp_path], "it is a directory")
+    mistake(split_command.main, [*flags, "x" * 300], "File name too long")
+    mistake(split_command.main, ["describe", "~no-such-user"], "is not the home folder of a user")
 
 
 @pytest.mark.parametrize(

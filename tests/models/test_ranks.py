@@ -15,6 +15,7 @@ from models import train_step
 from tests.models import small
 from util import dist_utils
 from util.run.metrics import Meter
+from util.shuffle import Shuffle
 
 SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 STEPS = 4
@@ -157,7 +158,7 @@ def compare(form, results, ranks):
 
 def test_alone_every_collective_is_the_identity():
     x = torch.randn(4, 2)
-    shuffle = dist_utils.Shuffle(4, 1, seed=0, device=x.device)
+    shuffle = Shuffle(4, 1, seed=0, device=x.device)
     for f in (dist_utils.all_gather, dist_utils.all_mean, dist_utils.all_sum):
         assert torch.equal(f(x), x)
     assert shuffle.scatter([x])[0] is x and shuffle.gather([x])[0] is x
@@ -165,7 +166,7 @@ def test_alone_every_collective_is_the_identity():
 
 def test_virtual_ranks_exchange_rows_and_get_them_back():
     groups = list(torch.arange(24.0).view(3, 4, 2))
-    shuffle = dist_utils.Shuffle(4, 3, seed=0, device=groups[0].device)
+    shuffle = Shuffle(4, 3, seed=0, device=groups[0].device)
     mixed = shuffle.scatter(groups)
     assert not torch.equal(torch.cat(list(mixed)), torch.cat(groups))
     assert sorted(torch.cat(list(mixed))[:, 0].tolist()) == torch.cat(groups)[:, 0].tolist()

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow(9)
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from util import dist_utils, heartbeat
+from util import dist_utils, heartbeat, process_groups
 from util.errors import cli_main
 
 folder, where, victim = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -26,7 +26,7 @@ def wait_for_test():
 
 def main():
     dist_utils.dist_init("cpu", 10, 0)
-    dist_utils.HEARTBEAT.timeout = 4
+    process_groups.HEARTBEAT.timeout = 4
     is_victim = dist_utils.rank() == victim
     for step in range(5):
         dist_utils.begin_phase(f"step {step}: data")

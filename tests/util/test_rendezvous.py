@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, free_port, one_line, one_thread
 
-from util import dist_utils
+from util import dist_utils, process_groups
 from util.errors import UserError
 from util.rendezvous import NUM_PORTS, Rendezvous, find_rendezvous
 
@@ -185,7 +185,7 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize("count, local_rank, index", [(1, 3, 0), (4, 3, 3)])
 def test_a_rank_chooses_the_gpu_of_its_local_rank_or_the_only_one(count, local_rank, index, gpus):
     chosen = gpus(count)
-    assert dist_utils._choose_gpu(Rendezvous(7, local_rank, 8, "a", 5)) == f"GPU-{index}"
+    assert process_groups._choose_gpu(Rendezvous(7, local_rank, 8, "a", 5)) == f"GPU-{index}"
     assert chosen == [index]
 
 
@@ -202,10 +202,10 @@ def test_more_processes_than_gpus_are_a_user_error(gpus, monkeypatch):
 
 def test_two_ranks_on_one_gpu_are_a_user_error():
     """Not if the scheduler shows each task only its own GPU: the names are the same, but not the UUIDs."""
-    dist_utils._refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-3")])
-    dist_utils._refuse_shared_gpus([("a", ""), ("a", "")])
+    process_groups._refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-3")])
+    process_groups._refuse_shared_gpus([("a", ""), ("a", "")])
     with pytest.raises(UserError, match="rank 0 and rank 2 on a use the same GPU: start at most one process"):
-        dist_utils._refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("a", "GPU-1")])
+        process_groups._refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("a", "GPU-1")])
 
 
 NCCL = """NCCL error in: /torch/csrc/distributed/c10d/NCCLUtils.cpp:77, invalid usage, NCCL version 2.21.5
@@ -226,7 +226,7 @@ Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000
 )
 def test_an_error_of_nccl_keeps_its_last_line(error, lost, line, monkeypatch):
     heartbeat = types.SimpleNamespace(explain=lambda timed_out: lost)
-    monkeypatch.setattr(dist_utils, "HEARTBEAT", heartbeat)
-    monkeypatch.setattr(dist_utils, "HOSTNAMES", ["a"])
+    monkeypatch.setattr(process_groups, "HEARTBEAT", heartbeat)
+    monkeypatch.setattr(process_groups, "HOSTNAMES", ["a"])
     found = dist_utils.describe_lost_ranks(RuntimeError(error))
     assert found == line or re.fullmatch(line, found)
