@@ -38,7 +38,6 @@ def fake_gpu(processes=1):
             "torch.cuda.is_bf16_supported": lambda: True,
             "torch.cuda.get_device_properties": lambda device: SimpleNamespace(total_memory=2**40),
             "torch.cuda.get_device_capability": lambda device: (8, 0),
-            "torch.cuda.get_device_properties": lambda device: SimpleNamespace(total_memory=2**36),
             "torch.accelerator.is_available": lambda: True,  # DataLoader pins memory
             "torch.load": without_fakes(torch.load),
             "torch.Tensor.backward": backward,
