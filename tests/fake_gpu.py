@@ -45,6 +45,7 @@ def fake_gpu(processes=1):
             "util.dist_utils.dist_init": lambda *settings: GPU,
             "util.dist_utils.wrap_ddp": lambda module: module,  # DDP needs a real GPU
             "util.dist_utils.all_gather_object": lambda x: [x] * processes,
+            "util.process_groups.all_gather_object": lambda x: [x] * processes,
         }.items():
             stack.enter_context(mock.patch(name, replacement))
         if processes > 1:
