@@ -13,6 +13,8 @@ import train_semi
 from benchmark.same_run import difference
 from models import METHODS
 from models.method import Method, StepOutput, forward_views
+from util import declarations
+from util.declarations import Declared
 from util.effect import METHOD_FIELDS
 from util.inspect import doctor, report
 from util.inspect.diagnostics import event_keys
@@ -43,7 +45,8 @@ class Toy(Method):
 @pytest.fixture
 def toy(monkeypatch, capsys):
     """Register Toy; toy(main, *flags) calls a script's main and returns its exit code and output."""
-    monkeypatch.setitem(METHODS, "toy", lambda c, network, labels: Toy(network))
+    monkeypatch.setitem(METHODS, "toy", f"{__name__}:Toy")
+    monkeypatch.setitem(declarations.METHODS, "toy", Declared({}, set(), declarations.DEFAULTS))
     monkeypatch.setitem(METHOD_FIELDS, "toy", set())
 
     def call(main, *flags):
