@@ -1,5 +1,7 @@
-"""A new method is one file and one line, and so is a new data set: a copy of the repository gets both."""
+"""docs/EXTEND.md word for word, in a copy of the repository: a method, a data set, a view and a backbone."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,34 +10,16 @@ import pytest
 import yaml
 from conftest import ROOT, one_line
 
-METHOD = """
-from models.supervised import Supervised
+from benchmark.same_run import difference
 
-SETTINGS = {"toy_weight": (2.0, "factor of the initial classifier", {"above": 0, "at_most": 9})}
-USES = ("ema_m",)
-
-
-class Toy(Supervised):
-    def __init__(self, network, *, toy_weight, ema_m):
-        network.fc.weight.data.mul_(toy_weight)
-        super().__init__(network, ema_m=ema_m)
-"""
-DATASET = """
-from dataset import digits
-from dataset.loader import SplitId
-
-SETTINGS = {"toy_classes": ([0], "classes whose digits are labeled", {"at_least": 0, "at_most": 9})}
-USES = ("labels_per_class",)
-side = digits.side
-
-
-def build(labels_per_class, seed, toy_classes):
-    data = digits.build(labels_per_class, seed)
-    split = SplitId(f"{data.split.id}-{toy_classes}", data.split.sha256)
-    return data._replace(split=split)
-"""
+PAGE = (ROOT / "docs" / "EXTEND.md").read_text(encoding="utf-8")
+NEW_FILE = re.compile(r"^`(?P<file>[^`]+)`:\n\n```python\n(?P<code>.*?)```", re.M | re.S)
+NEW_LINE = re.compile(
+    r"^A line of `(?P<table>\w+)` in `(?P<file>[^`]+)`[^\n]*:\n\n```python\n(?P<line>.*?)```", re.M | re.S
+)
+COMMAND = re.compile(r"```bash\npython (?P<command>.*?)```", re.S)
 DIGITS = "--config configs/digits.yaml --epochs 2 --steps-per-epoch 3 --batch-size 4 --mu 1".split()
-TOY = [*DIGITS, "--method", "toy", "--dataset", "toys"]
+TOY = [*DIGITS, "--method", "toy", "--dataset", "squares"]
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +31,14 @@ def repository(tmp_path_factory):
         )
     for name in ("train_semi.py", "eval.py"):
         shutil.copy(ROOT / name, folder)
-    (folder / "models" / "toy.py").write_text(METHOD)
-    (folder / "dataset" / "toys.py").write_text(DATASET)
-    for file, table, line in (
-        ("models/__init__.py", "METHODS = {", '"toy": "models.toy:Toy",'),
-        ("dataset/build.py", "DATASETS = {", '"toys": "dataset.toys",'),
-    ):
+    for file, code in NEW_FILE.findall(PAGE):
+        (folder / file).write_text(code)
+    for table, file, line in NEW_LINE.findall(PAGE):
         text = (folder / file).read_text()
-        assert text.count(table) == 1
-        (folder / file).write_text(text.replace(table, f"{table}\n    {line}"))
+        head = re.search(rf"^{table}\b.*= {{\n", text, flags=re.M)
+        assert head and line.count("\n") == 1, table
+        text = text[: head.end()] + line + text[head.end() :]
+        (folder / file).write_text(text)
     return folder
 
 
@@ -68,25 +51,35 @@ def start(repository):
     return call
 
 
-def test_help_lists_the_settings_of_a_new_method_and_a_new_data_set(start):
+def test_the_page_adds_two_files_and_four_lines():
+    assert [file for file, _ in NEW_FILE.findall(PAGE)] == ["models/toy.py", "dataset/squares.py"]
+    assert [table for table, _, _ in NEW_LINE.findall(PAGE)] == [
+        "METHODS",
+        "DATASETS",
+        "PIPELINES",
+        "BACKBONES",
+    ]
+    for _, code in NEW_FILE.findall(PAGE):
+        assert code.count("\n") <= 40
+
+
+def test_help_lists_the_settings_of_a_new_method(start):
     text = " ".join(start("train_semi.py", "--help").stdout.split())
-    assert "factor of the initial classifier (for toy; default: 2.0)" in text
-    assert "classes whose digits are labeled (for toys; default: [0])" in text
-    assert "name of a method: toy, simmatch" in text and "name of a data set: toys, digits" in text
+    assert "weight of loss_toy (for toy; default: 0.1)" in text
+    assert "name of a method: toy, simmatch" in text and "name of a data set: squares, digits" in text
 
 
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ([*TOY, "--toy-weight", "0"], "--toy-weight must be greater than 0, got 0.0"),
-        ([*TOY, "--toy_weight", "9.5"], "--toy-weight must be 9 or less, got 9.5"),
-        ([*TOY, "--toy-weight", "x"], "--toy-weight: expected float"),
-        ([*TOY, "--toy-classes", "10"], "--toy-classes must be 9 or less"),
-        ([*TOY, "--toy-wieght", "2"], "the nearest known one is '--toy-weight'"),
+        ([*TOY, "--lambda-toy", "-1"], "--lambda-toy must be 0 or more, got -1.0"),
+        ([*TOY, "--lambda_toy", "101"], "--lambda-toy must be 100 or less, got 101.0"),
+        ([*TOY, "--lambda-toy", "x"], "--lambda-toy: expected float"),
+        ([*TOY, "--lamda-toy", "2"], "the nearest known one is '--lambda-toy'"),
         ([*TOY, "--st", "0.2"], "--st has no effect with method toy: it is for simmatch and simmatch_single"),
-        ([*TOY, "--strong", "rand"], "--strong has no effect with dataset toys: it is for imagenet"),
-        ([*DIGITS, "--toy-weight", "3"], "--toy-weight has no effect with method simmatch: it is for toy"),
-        ([*DIGITS, "--toy-classes", "3"], "--toy-classes has no effect with dataset digits: it is for toys"),
+        ([*TOY, "--image-size", "64"], "--image-size has no effect with dataset squares: it is for imagenet"),
+        ([*DIGITS, "--lambda-toy", "3"], "--lambda-toy has no effect with method simmatch: it is for toy"),
+        ([*DIGITS, "--strong", "rand"], "--strong has no effect with dataset digits: it is for squares"),
     ],
 )
 def test_the_settings_are_checked_and_refused_for_others_by_name(start, flags, line):
@@ -94,16 +87,31 @@ def test_the_settings_are_checked_and_refused_for_others_by_name(start, flags, l
     one_line(done.returncode, done.stderr, line)
 
 
-@pytest.mark.slow(15)
-def test_a_new_method_on_a_new_data_set_trains_is_evaluated_and_resumes(start, repository):
-    run = [*TOY, "--output-dir", "run", "--device", "cpu"]
-    done = start("train_semi.py", *run, "--toy-weight", "3", "--toy-classes", "1", "2")
+@pytest.mark.slow(20)
+def test_the_command_trains_is_logged_evaluated_and_reported_and_resumes(start, repository):
+    command = COMMAND.search(PAGE)["command"].replace("\\\n", " ").split()
+    command += ["--workers", "0", "--device", "cpu"]
+    done = start(*command)
     assert done.returncode == 0, done.stderr
-    assert "toy on digits-1-seed0-[1, 2]" in done.stdout
-    settings = yaml.safe_load((repository / "run" / "config.yaml").read_text())
-    assert (settings["method"], settings["toy_weight"], settings["toy_classes"]) == ("toy", 3.0, [1, 2])
-    assert not settings.keys() & {"lambda_u", "strong"}
-    done = start("eval.py", "--checkpoint", "run/last.pth", "--workers", "0")
+    assert "toy on squares-4-seed0" in done.stdout and " toy " in done.stdout
+    run = repository / "checkpoints" / "toy"
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for kind, keys in (("train", {"loss_x", "loss_toy"}), ("diagnostics", {"toy_norm", "grad_toy"})):
+        events = [event for event in log if event["event"] == kind]
+        assert len(events) == 2 and all(keys <= event.keys() and event["step"] in (2, 4) for event in events)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["lambda_toy"] == 0.1 and not settings.keys() & {"lambda_u", "image_size"}
+
+    shutil.copytree(run, run.with_name("resumed"))
+    (run.with_name("resumed") / "last.pth").unlink()  # so that it resumes from the first epoch
+    resumed = start(*[word.replace("checkpoints/toy", "checkpoints/resumed") for word in command])
+    assert resumed.returncode == 0 and "at step 2: 2 steps to go" in resumed.stdout, resumed.stderr
+    assert difference(run, run.with_name("resumed")) == ""
+
+    done = start("eval.py", "--checkpoint", "checkpoints/toy/last.pth", "--workers", "0")
     assert done.returncode == 0 and "* Acc@1" in done.stdout, done.stderr
-    done = start("train_semi.py", *run, "--toy-classes", "1", "2")
-    one_line(done.returncode, done.stderr, "toy_weight was 3.0 and is now 2.0")
+    done = start("-m", "util.report", "checkpoints/toy")
+    assert done.returncode == 0 and "| toy | 4 |" in done.stdout, done.stderr
+    assert start("-m", "util.doctor", "checkpoints/toy").returncode in (0, 1)
+    done = start(*command, "--lambda-toy", "3")
+    one_line(done.returncode, done.stderr, "lambda_toy was 0.1 and is now 3.0")
