@@ -27,9 +27,12 @@ import torchvision  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
 from models import build_method, build_optimizer  # noqa: E402
-from util.config import parse, to_dict  # noqa: E402
+from util.config import parse  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.run import checkpoint  # noqa: E402
+from util.run.metrics import Meter  # noqa: E402
+from util.run.ranks import RankLayout  # noqa: E402
+from util.run.train_state import BadImages, RunIdentity, TrainState  # noqa: E402
 
 PIECE = 64 * 2**20  # bytes of the array that rates are measured with
 K = 13_000  # labeled images
@@ -43,25 +46,12 @@ def recipe_state() -> dict[str, Any]:
     for p in method.student.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    state = {
-        "config": to_dict(config),
-        "step": 1,
-        "world": 8,
-        "processes": 8,
-        "batch_size": config.batch_size,
-        "steps_per_epoch": 3963,
-        "best": {"step": 0, "student_top1": -1.0},
-        "split": ("simmatch-1p", "0"),
-        "data": "",
-        "classes": [str(c) for c in range(config.cls)],
-        "method": method.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": {},
-        "meter": {},
-        "bad_images": [],
-    }
-    assert state.keys() == checkpoint.KEYS.keys()
-    return state
+    scaler = torch.amp.GradScaler(enabled=False)
+    state = TrainState(method, optimizer, scaler, Meter(), BadImages(config.on_bad_image), step=1)
+    classes = [str(c) for c in range(config.cls)]
+    ranks = RankLayout(8, 8, config.batch_size)
+    identity = RunIdentity(config, ranks, 3963, ("simmatch-1p", "0"), classes, "")
+    return {**identity.state_dict(), **state.state_dict()}
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
