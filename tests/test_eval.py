@@ -8,12 +8,16 @@ from random import Random
 import pytest
 import torch
 from conftest import one_line
+from torch.amp import GradScaler
 
 import eval as eval_script
 from models import build_method, build_optimizer
 from util.config import Config
 from util.errors import UserError
 from util.run import checkpoint, resume
+from util.run.metrics import Meter
+from util.run.ranks import RankLayout
+from util.run.train_state import BadImages, RunIdentity, TrainState
 
 
 def test_it_needs_only_the_checkpoint_and_ends_with_the_published_line(finished, command):
@@ -191,19 +195,23 @@ def test_no_change_of_a_checkpoint_is_more_than_a_user_error(finished, tmp_path,
     config, random = Config(**whole["config"]), Random(0)
     for key in ("format", "sha256"):
         del whole[key]
+    identity = RunIdentity(
+        config, RankLayout(1, 1, 10), 20, tuple(whole["split"]), whole["classes"], whole["data"]
+    )
     for _ in range(60):
-        state = copy.deepcopy(whole)
-        mutated(state, random)
+        spoiled = copy.deepcopy(whole)
+        mutated(spoiled, random)
         try:
-            checkpoint.save(path, state)
+            checkpoint.save(path, spoiled)
         except RuntimeError:  # the checksum of a tensor that no memory can hold
             continue
         method = build_method(config, 1, whole["method"]["bank.labels"])
         optimizer = build_optimizer(config, method.student)
+        state = TrainState(method, optimizer, GradScaler(enabled=False), Meter(), BadImages("stop"))
         try:
             eval_script.open_checkpoint(path, {})
             found, _ = resume.load_last(path)
-            resume.resume(path, found, config, whole["split"], whole["data"], method, optimizer)
+            resume.resume(path, found, identity, state)
         except UserError as error:
             refused += "a.pth" in str(error)
     assert refused > 20

@@ -123,8 +123,8 @@ class Writer:
         self.last_step = resumed["step"] if resumed and last_is_whole else None  # of the file at `last`
         self.thread: threading.Thread | None = None
         self.best: dict[str, Any] | None = None  # the state for best.pth until it is written
-        # The state whose evaluation is due.
-        self.unscored = resumed if resumed and resumed.get("evaluation_due") else None
+        # The state whose evaluation is due. Copied, because an optimizer may share a loaded state's tensors.
+        self.unscored = copy_to_cpu(resumed) if resumed and resumed.get("evaluation_due") else None
         self.error: Exception | None = None
 
     def save(self, state: dict[str, Any], best: bool = False) -> None:

@@ -240,6 +240,24 @@ def test_the_writer_writes_the_state_as_it_was_at_save(state, tmp_path):
         ).all()
 
 
+def test_the_writer_adds_the_score_to_the_state_as_it_was_at_save_or_resume(state, tmp_path):
+    paths = tmp_path / "last.pth", tmp_path / "best.pth"
+    state |= {"evaluation_due": True, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(10**6)}}}}
+    for resumed in (None, state):
+        writer = checkpoint.Writer(*paths, "stop", print, resumed=resumed)
+        if resumed is None:
+            writer.save(state)
+        state["optimizer"]["state"][0]["momentum_buffer"].fill_(-1)  # an optimizer may share loaded tensors
+        writer.add_score({"step": 3}, best=True)
+        writer.close()
+        for path in paths:
+            saved = checkpoint.load(path)
+            assert (saved["optimizer"]["state"][0]["momentum_buffer"] == 1).all()
+            assert saved["best"] == {"step": 3} and not saved["evaluation_due"]
+            path.unlink()
+        state["optimizer"]["state"][0]["momentum_buffer"].fill_(1)
+
+
 def test_a_tensor_that_is_not_finite_is_named():
     checkpoint.check_finite({"a": torch.ones(2), "n": torch.tensor(3)}, step=7)
     with pytest.raises(UserError, match="b is not finite after step 7"):
