@@ -49,6 +49,15 @@ def test_a_new_run_archives_the_files_of_an_earlier_run(tmp_path):
     assert (tmp_path / "best.pth.old1").read_text() == "model 1"
 
 
+def test_a_config_of_the_user_is_renamed(tmp_path):
+    (tmp_path / "config.yaml").write_text("# mine\na: 1\n")
+    renamed = init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True)
+    assert renamed.endswith(" were renamed: config.yaml.old1")
+    assert (tmp_path / "config.yaml.old1").read_text() == "# mine\na: 1\n"
+    assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == ""
+    assert init_output_dir(tmp_path, tmp_path, "b: 1\n", new_run=False) == ""  # a resumed run
+
+
 def test_bad_images_are_listed(tmp_path, capsys):
     log = Logger(tmp_path, start=0, total=50, active=True)
     log.bad_images(5, [], "x")
