@@ -1,5 +1,6 @@
 """A run loses nothing to a closed terminal, lost output, Ctrl-C or a failed evaluation."""
 
+import io
 import os
 import signal
 import subprocess
@@ -171,6 +172,13 @@ def test_an_error_is_one_line(error, code, line, capsys, monkeypatch):
     assert end.value.code == code and err.startswith(line) and err.count("\n") == 1
     if code == 1:
         assert "(tests/test_interruptions.py, line " in err
+
+
+def test_a_name_that_is_not_utf8_can_be_printed(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    errors.cli_main(lambda: print("a\udcff"))
+    assert out.buffer.getvalue() == b"a\\udcff\n"
 
 
 def test_debug_shows_the_traceback_of_a_bug(capsys, monkeypatch):

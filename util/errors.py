@@ -61,6 +61,8 @@ def cli_main(
     """
     error: BaseException
     _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may have bytes that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     _on_interrupt(signal.default_int_handler)
     try:
         try:
