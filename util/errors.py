@@ -112,7 +112,7 @@ def _describe(error: Exception) -> tuple[str, int]:
     ]
     place = f" ({os.path.relpath(frames[-1].filename, ROOT)}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        return f"the operating system refused something: {last_line[:300]}{place}", 2
+        return f"the operating system refused an operation: {last_line[:300]}{place}", 2
     advice = "it is printed above" if "--debug" in sys.argv else "--debug shows it"
     return f"this is a bug, please report it with its traceback ({advice}): {last_line[:300]}{place}", 1
 

@@ -150,8 +150,8 @@ class Heartbeat:
             if self.parent and os.getppid() != self.parent:
                 exit_at_once(f"{self._name(self.rank)} ends because the process that started it has ended")
             waits = self.clock - self.progress_at >= self.timeout
-            told = any(seen.lost for seen in self.seen)
-            if (waits or told) and (line := self._verdict(self.timeout, self.timeout)):
+            given_up = any(seen.lost for seen in self.seen)
+            if (waits or given_up) and (line := self._verdict(self.timeout, self.timeout)):
                 time.sleep(3 * PERIOD)  # as in `explain`
                 exit_at_once(line)
             self.decision.release()

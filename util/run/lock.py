@@ -71,11 +71,12 @@ class RunLock:
 class _LockFile:
     def __init__(self, path: Path, say: Callable[[str], None]):
         self.path, self.say = path, say
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "")
         self.own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": os.environ.get("SLURM_JOB_ID"),
-            "start": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            "start": int(restarts) if restarts.isdecimal() else 0,
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self.made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
@@ -99,12 +100,17 @@ class _LockFile:
                 os.close(descriptor)
                 continue
             owner = _read(descriptor)
+            if not owner and os.fstat(descriptor).st_size:
+                os.close(descriptor)
+                raise UserError(
+                    f"{self.path} is not the lock of a run: move it away, or choose another --output-dir"
+                )
             earlier_start = _is_earlier_start(owner, self.own)
             if locked is False and earlier_start:
                 os.close(descriptor)
                 if deadline is None:
                     deadline = time.monotonic() + EARLIER_START_SECONDS
-                    self.say(f"waits for start {owner['start']} of this job, on {owner['host']}, to end")
+                    self.say(f"waits for start {owner['start']} of this job, on {owner.get('host')}, to end")
                 if time.monotonic() > deadline:
                     self.path.unlink()
                 time.sleep(1)
@@ -131,9 +137,8 @@ class _LockFile:
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             time.sleep(1)
-            with open(
-                self.path, "rb"
-            ) as file:  # a network file system looks at the server when a file is opened
+            # A network file system asks the server when a file is opened.
+            with open(self.path, "rb") as file:
                 if os.fstat(file.fileno()).st_mtime_ns != before:
                     return False
         return True
@@ -188,7 +193,7 @@ def _read(descriptor: int) -> dict[str, Any]:
     """Return what a lock file says of its owner; nothing if it says nothing that can be read."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -139,6 +139,16 @@ def test_two_steps_of_one_job_are_two_runs(path, monkeypatch):
         RunLock([path], print)
 
 
+@pytest.mark.parametrize("content", ["notes of the user", "[" * 4096])
+def test_a_file_of_the_user_is_neither_replaced_nor_removed(content, path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "x")
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(UserError, match="is not the lock of a run: move it away"):
+        RunLock([path], print)
+    assert path.read_text() == content
+
+
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to output directory .*file/run"):
