@@ -86,6 +86,7 @@ class PrefetchLoader:
             with preempt.interrupt_deferred():
                 iter(self.loader)  # an empty pass, which starts the workers
             self.processes = [p for p in multiprocessing.active_children() if p not in earlier]
+            weakref.finalize(self, _end_workers, self.loader._iterator).atexit = False
 
     def __iter__(self) -> Iterator[Any]:
         """Raises UserError when a worker has ended, or when an item cannot be sent or received."""
@@ -127,6 +128,18 @@ class ResettableSampler:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.order)
+
+
+def _end_workers(iterator: Any) -> None:
+    """End the workers, and the threads that send them the numbers of the items.
+
+    A thread that ends late frees the locks of its queue itself. If Python exits in between, the resource
+    tracker prints warnings about locks that are gone.
+    """
+    threads = [queue._thread for queue in iterator._index_queues if queue._thread is not None]
+    iterator._shutdown_workers()
+    for thread in threads:
+        thread.join(timeout=5)
 
 
 def check_shared_memory() -> str:

@@ -396,6 +396,37 @@ def test_a_process_ends_at_once_with_its_workers(end, code, lines, tmp_path):
     assert gone(worker, helper) and list(tmp_path.iterdir()) == []
 
 
+# The threads of the queues end 0.1 s late, as on a busy machine, and take 0.3 s to free a lock.
+LATE_THREADS = """
+import threading, time
+from multiprocessing import queues, resource_tracker, synchronize
+import _multiprocessing
+from dataset.workers import PrefetchLoader
+
+feed = queues.Queue._feed
+
+def feed_and_wait(*arguments):
+    feed(*arguments)
+    time.sleep(0.1)
+
+def free_slowly(name):
+    _multiprocessing.sem_unlink(name)
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(0.3)
+    resource_tracker.unregister(name, "semaphore")
+
+queues.Queue._feed = staticmethod(feed_and_wait)
+synchronize.SemLock._cleanup = staticmethod(free_slowly)
+list(PrefetchLoader([1, 2], [0, 1], 1, False))
+time.sleep(0.2)
+"""
+
+
+def test_a_thread_that_ends_late_leaves_no_lock_behind():
+    run = subprocess.run([sys.executable, "-c", LATE_THREADS], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+
+
 def start(end, folder):
     code = (
         "from tests.dataset.test_workers import main\nfrom util.errors import cli_main\n"
