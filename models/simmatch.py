@@ -251,5 +251,5 @@ def aggregate(log_q: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
-    """H(p_i, q_i) of two distributions, in nats: p [n, C], log q [n, C], finite -> [n]."""
-    return -(p * log_q).sum(dim=1)
+    """H(p_i, q_i) of two distributions, in nats: p [..., C], log q [..., C], finite -> [...]."""
+    return -(p * log_q).sum(dim=-1)
