@@ -205,7 +205,7 @@ class SimMatchV2Reference(SimMatchReference):
         return self.terms, self.pseudo_label, self.mask
 
     def _predict(self, logits_uw):
-        """All ranks align with the prior as it was before the step; the mean of the unaligned p then enters it."""
+        """All ranks align with the prior of before the step, into which the mean of the unaligned p then goes."""
         self.p = [floats(softmax(row) for row in logits) for logits in logits_uw]
         self.p_aligned = self.p
         if self.h["DA"]:
