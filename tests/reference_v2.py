@@ -205,7 +205,7 @@ class SimMatchV2Reference(SimMatchReference):
         return self.terms, self.pseudo_label, self.mask
 
     def _predict(self, logits_uw):
-        """All ranks align with the prior of before the step, into which the mean of the unaligned p then goes."""
+        """Align with the prior of before the step; then the mean of the unaligned p enters the prior."""
         self.p = [floats(softmax(row) for row in logits) for logits in logits_uw]
         self.p_aligned = self.p
         if self.h["DA"]:
