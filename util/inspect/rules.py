@@ -11,15 +11,17 @@ from util.inspect import detectors
 from util.inspect.detectors import Check, Finding, first
 from util.inspect.run_log import RunLog
 
+Find = Callable[[RunLog], Finding | None]
+
 
 class Rule(NamedTuple):
     name: str
     description: str
     advice: str
-    find: Callable[[RunLog], Finding | None]
+    find: Find
 
 
-def either(*checks: Callable[[RunLog], Finding | None]) -> Callable[[RunLog], Finding | None]:
+def either(*checks: Find) -> Find:
     return lambda run: first(check(run) for check in checks)
 
 
@@ -27,6 +29,8 @@ train = partial(Check, "train", 5)
 evaluation = partial(Check, "eval", 2)
 diagnostics = partial(Check, "diagnostics", 2)
 ENOUGH = "pseudo_labels >= 20 * C"  # for a distribution over the classes
+STARVED = "{value} of {C} classes are starved"
+SKEWED = "pseudo-labels fall on few classes (KL {value:.2f} nats)"
 EXTREMES = ": least {shares(least)}; most {shares(most)}"
 APART = "student_top1 - teacher_top1 is {value - teacher_top1:.1f} points"
 
@@ -116,13 +120,8 @@ RULES = (
         "ln(C)/4",
         "--DA, a lower --lr, or more labels of these classes",
         either(
-            diagnostics("starved", "value > C / 20", "{value} of {C} classes are starved" + EXTREMES, ENOUGH),
-            diagnostics(
-                "marginal_kl",
-                "value > ln(C) / 4",
-                "pseudo-labels fall on few classes (KL {value:.2f} nats)" + EXTREMES,
-                ENOUGH,
-            ),
+            diagnostics("starved", "value > C / 20", STARVED + EXTREMES, ENOUGH),
+            diagnostics("marginal_kl", "value > ln(C) / 4", SKEWED + EXTREMES, ENOUGH),
         ),
     ),
     Rule(
