@@ -45,6 +45,8 @@ def main() -> None:
         raise UserError(
             f"{args.run / 'log.jsonl'} is damaged or of another version: an event lacks a value ({error})"
         ) from None
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(f"{args.run}: config.yaml or log.jsonl has an impossible value ({error})") from None
     step, total = max((e["step"] for e in run.events), default=0), run.total_steps
     counts = {"rules": len(rules_of(run.config.method)), "events": len(run.events)}
     if args.json:

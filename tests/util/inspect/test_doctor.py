@@ -363,6 +363,13 @@ def test_a_folder_that_is_no_run_is_a_user_error(healthy, mistake, tmp_path):
         mistake(doctor.main, [tmp_path], "damaged", words)
 
 
+def test_an_impossible_value_is_a_user_error(healthy, mistake, tmp_path):
+    shutil.copytree(healthy[0], tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("cls: 10\n", "cls: 0\n"))
+    mistake(doctor.main, [tmp_path / "run"], "config.yaml or log.jsonl", "impossible value")
+
+
 def test_a_run_without_events_is_not_judged(mistake, tmp_path, monkeypatch, capsys):
     (tmp_path / "log.jsonl").write_text("")
     (tmp_path / "config.yaml").write_text(to_yaml(Config()))
