@@ -8,6 +8,10 @@ declares a setting.
 USES: names of settings that another file declares and that this one uses too.
 DEFAULTS: what published command lines of a method leave open, where it is another choice than that of
 SimMatch, which is the `DEFAULTS` below.
+RULES: of a method, for the doctor: (name, description, advice, checks…), each check (number of diagnostics
+events, key, condition, message), as util.inspect.detectors.Check says. LATE_TERMS: its loss terms that are
+0 until they are in use -> (name of the note, diagnostic that is null until then, description). A method
+with another one's rules names it: RULES = "simmatch".
 """
 
 import ast
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DEFAULTS = {"split": "simmatch"}  # whose lists --anno-percent 0.01 and 0.1 mean for ImageNet
+NAMES = {"METHODS", "DATASETS", "SETTINGS", "USES", "DEFAULTS", "RULES", "LATE_TERMS"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,6 +28,8 @@ class Declared(NamedTuple):
     settings: dict[str, tuple[Any, ...]]  # those that are declared in this file
     uses: set[str]  # all that have an effect
     defaults: dict[str, str]
+    rules: tuple[Any, ...] = ()
+    late_terms: dict[str, tuple[str, ...]] = {}
 
 
 @cache
@@ -30,7 +37,7 @@ def _literals(file: str) -> dict[str, Any]:
     values = {}
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name):
-            if target.id in ("METHODS", "DATASETS", "SETTINGS", "USES", "DEFAULTS"):
+            if target.id in NAMES:
                 try:
                     values[target.id] = ast.literal_eval(node.value)
                 except ValueError:
@@ -41,12 +48,15 @@ def _literals(file: str) -> dict[str, Any]:
 
 def _read(file: str, table: str) -> dict[str, Declared]:
     """Return what each entry of a table declares: name -> module, or module:class."""
-    declared = {}
+    declared: dict[str, Declared] = {}
     for name, target in _literals(file)[table].items():
         found = _literals(target.partition(":")[0].replace(".", "/") + ".py")
         settings = found.get("SETTINGS", {})
         uses, defaults = {*settings, *found.get("USES", ())}, DEFAULTS | found.get("DEFAULTS", {})
-        declared[name] = Declared(settings, uses, defaults)
+        rules, late_terms = found.get("RULES", ()), found.get("LATE_TERMS", {})
+        if isinstance(rules, str):
+            *_, rules, late_terms = declared[rules]
+        declared[name] = Declared(settings, uses, defaults, rules, late_terms)
     return declared
 
 
