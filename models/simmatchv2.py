@@ -178,16 +178,17 @@ class SimMatchV2(Method):
     @torch.no_grad()
     def diagnostics(self, batch: Batch, targets: Targets, *, bank_ready: bool) -> dict[str, Tensor]:
         """Return, with DA, the `prior` [C]; `queue_filled`, the share of the queue's rows that are written;
-        `edge_entropy`, the mean entropy of e_w in nats; `node_change`, the share of a pseudo-label that
-        propagation moves to other classes, in the mean; and, if the queue has rows, `edge_agreement`, the
-        share of images for whose first strong view n_s and p have the same class.
+        `edge_entropy`, the mean entropy of e_w, as a share of its maximum ln R; `node_change`, the share of a
+        pseudo-label that propagation moves to other classes, in the mean and divided by alpha; and, if the
+        queue has rows, `edge_agreement`, the share of images for whose first strong view n_s and p have the
+        same class.
         """
         p = targets.p  # [muB, C]
-        log_e_w = self.log_edges(targets.z_uw)  # [muB, R]
+        log_e_w, R = self.log_edges(targets.z_uw), len(self.queue.z)  # [muB, R]
         out = {
-            "queue_filled": p.new_tensor(self.queue.filled / len(self.queue.z)),
-            "edge_entropy": cross_entropy(log_e_w.exp(), log_e_w).mean(),
-            "node_change": (self.propagate(targets) - p).abs().sum(dim=1).mean() / 2,
+            "queue_filled": p.new_tensor(self.queue.filled / R),
+            "edge_entropy": cross_entropy(log_e_w.exp(), log_e_w).mean() / math.log(max(R, 2)),
+            "node_change": (self.propagate(targets) - p).abs().sum(dim=1).mean() / (2 * self.alpha or 1),
         }
         if self.queue.filled:
             e_s = self.log_edges(at_least_fp32(self.student(batch.u_strong[0])[1])).exp()  # [muB, R]
@@ -236,3 +237,52 @@ def propagate(
 def series_length(alpha: float, dtype: torch.dtype) -> int:
     """Return after how many terms the rest of Σ alphaⁿ is less than a tenth of the rounding error."""
     return math.ceil(math.log(torch.finfo(dtype).eps / 10) / math.log(alpha)) if alpha else 0
+
+
+# What the doctor (docs/DOCTOR.md) says about the diagnostics of this method; literals too.
+RULES = (
+    (
+        "queue not full",
+        "less than half of the queue is written in the last 2 diagnostics events after warm-up",
+        "a smaller --k",
+        (2, "queue_filled", "value < 0.5", "{100 * value:.0f} % of the queue is written"),
+    ),
+    (
+        "e_w too certain",
+        "edge_entropy is below 0.01 in the last 3 diagnostics events after warm-up, while the accuracy of the "
+        "teacher is below 90 %",
+        "a higher --t",
+        (
+            3,
+            "edge_entropy",
+            "value < 0.01 and accuracy < 90",
+            "the entropy of e_w is {value:.4f} of its maximum while the teacher's accuracy is {accuracy:.1f} %",
+        ),
+    ),
+    (
+        "e_w flat",
+        "edge_entropy is above 0.999 in the last 3 diagnostics events after warm-up: all unlabeled images look "
+        "alike",
+        "a lower --t, a larger --dim, or a pretrained backbone (--moco-path)",
+        (3, "edge_entropy", "value > 0.999", "the entropy of e_w is {value:.4f} of its maximum"),
+    ),
+    (
+        "neighbors disagree",
+        "node_change is above 0.9 in the last 3 diagnostics events after warm-up: the nearest labeled images "
+        "have other classes than the prediction",
+        "a smaller --topn or --alpha",
+        (3, "node_change", "value > 0.9", "{100 * value:.0f} % of the neighbors' labels are other classes"),
+    ),
+    (
+        "edges at chance",
+        "edge_agreement is less than 2 % of the way from chance (1/C) to 1 in the last 3 diagnostics events "
+        "after warm-up",
+        "a lower --t; --method supervised shows whether the labels can be learned at all",
+        (
+            3,
+            "edge_agreement",
+            "value - 1 / C < 0.02 * (1 - 1 / C)",
+            "n_s and p have the same class for {100 * value:.1f} % of the images; chance is {100 / C:.1f} %",
+        ),
+    ),
+)
