@@ -249,20 +249,21 @@ RULES = (
     ),
     (
         "e_w too certain",
-        "edge_entropy is below 0.01 in the last 3 diagnostics events after warm-up, while the accuracy of the "
-        "teacher is below 90 %",
+        "edge_entropy is below 0.01 in the last 3 diagnostics events after warm-up, while the accuracy of "
+        "the teacher is below 90 %",
         "a higher --t",
         (
             3,
             "edge_entropy",
             "value < 0.01 and accuracy < 90",
-            "the entropy of e_w is {value:.4f} of its maximum while the teacher's accuracy is {accuracy:.1f} %",
+            "the entropy of e_w is {value:.4f} of its maximum while the teacher's accuracy is "
+            "{accuracy:.1f} %",
         ),
     ),
     (
         "e_w flat",
-        "edge_entropy is above 0.999 in the last 3 diagnostics events after warm-up: all unlabeled images look "
-        "alike",
+        "edge_entropy is above 0.999 in the last 3 diagnostics events after warm-up: all unlabeled images "
+        "look alike",
         "a lower --t, a larger --dim, or a pretrained backbone (--moco-path)",
         (3, "edge_entropy", "value > 0.999", "the entropy of e_w is {value:.4f} of its maximum"),
     ),
