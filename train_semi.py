@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
+from util.config import MAY_CHANGE_ON_RESUME, Config, defaults_of, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main, start_program
 from util.files import user_path
 from util.run import preempt
@@ -360,7 +360,8 @@ def last_checkpoint(config: Config) -> Path:
 
 def overrides(config: Config) -> dict[str, Any]:
     """Return the fields OVERRIDES that differ from their defaults: they replace those of the checkpoint."""
-    return {name: value for name in OVERRIDES if (value := getattr(config, name)) != getattr(Config(), name)}
+    defaults = defaults_of(config.method)
+    return {name: value for name in OVERRIDES if (value := getattr(config, name)) != defaults[name]}
 
 
 def accuracies(

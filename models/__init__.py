@@ -29,7 +29,7 @@ __all__ = [
     "train_step",
 ]
 
-# name -> module:class. A new method is a file and a line of this table, which util/declarations.py reads.
+# name -> module:class. A new method is a file and a line of this table, which util/fields.py reads.
 METHODS = {
     "simmatch": "models.simmatch:SimMatch",
     "simmatch_single": "models.simmatch_single:SimMatchSingle",

@@ -121,9 +121,11 @@ def _value(key: str, events: Iterator[yaml.Event]) -> Any:
 
 
 def _scalar(event: yaml.ScalarEvent) -> Any:
-    text = event.value
-    if not event.implicit[0]:  # it is quoted
-        return text
+    return plain_value(event.value) if event.implicit[0] else event.value  # else it is quoted
+
+
+def plain_value(text: str) -> Any:
+    """Return the value of a plain text: int, float, bool, None, or else the text itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() in ("", "~", "null"):
