@@ -17,13 +17,11 @@ from util.files import user_path
 # util/fields.py reads these literals from the source.
 # fmt: off
 SETTINGS = {
-    "unlabelled": (
-        "", "directory of additional unlabeled images, at any depth",
+    "unlabelled": ("", "directory of additional unlabeled images, at any depth",
         {"aliases": ("--unlabeled",), "may_change": True}),
-    "val": (
-        "", "test images, one folder per class; empty: val/ in --data, or --val-share", {"may_change": True}),
-    "val_share": (
-        0.0, "without test images: share of each class to hold out for testing",
+    "val": ("", "test images, one folder per class; empty: val/ in --data, or --val-share",
+        {"may_change": True}),
+    "val_share": (0.0, "without test images: share of each class to hold out for testing",
         "[0, 1]", {"replaced_by": ("val",)}),
 }
 USES = ("data", "split", "labels_per_class", "anno_percent",

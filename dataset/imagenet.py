@@ -22,24 +22,19 @@ IMAGENET_ROOT = "/path/to/imagenet"
 # util/fields.py reads these literals from the source.
 # fmt: off
 SETTINGS = {
-    "data": (
-        "", "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR",
+    "data": ("", "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR",
         {"may_change": True}),
     "split": ("", "labeled split: a published list (see python -m dataset.splits list) or a list file"),
-    "labels_per_class": (
-        0, "without --split: number of labeled images per class, drawn with --seed",
+    "labels_per_class": (0, "without --split: number of labeled images per class, drawn with --seed",
         "[0, 10_000_000]", {"replaced_by": ("split",)}),
     "anno_percent": (
         0.1, "without --split and --labels-per-class: labeled share; ImageNet 0.01, 0.1: published lists",
         "[0, 1]", {"replaced_by": ("split", "labels_per_class", "unlabelled")}),
-    "lists": (
-        "simmatch", "whose published lists --anno-percent 0.01 and 0.1 choose: simmatch or simclr",
+    "lists": ("simmatch", "whose published lists --anno-percent 0.01 and 0.1 choose: simmatch or simclr",
         ("simmatch", "simclr"), {"replaced_by": ("split", "labels_per_class")}),
     "weak": ("weak", "weak view, of labeled and unlabeled images: a name in dataset/views.py"),
-    "strong": (
-        "moco", "strong views, with commas between them: names in dataset/views.py (moco, rand, stack, ...)"),
-    "image_size": (
-        224, "side length in pixels of the views of image files; the recipes use 224", "(0, 8192]"),
+    "strong": ("moco", "strong views, with commas between them: names in dataset/views.py (moco, rand, ...)"),
+    "image_size": (224, "side length in pixels of the views of image files; 224 in the recipes", "(0, 8192]"),
     "device_views": (
         "auto", "do flips, color, blur, normalization on the training device: on, off (PIL), auto (if GPU)",
         ("auto", "on", "off")),

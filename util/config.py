@@ -14,15 +14,7 @@ from typing import Any
 from util.config_file import plain_value, read_mapping, to_text
 from util.effect import ALWAYS_ACCEPTED, without_effect
 from util.errors import Parser, UserError
-from util.fields import (
-    DATASETS,
-    FIELDS,
-    MAY_CHANGE_ON_RESUME,
-    METHODS,
-    SHORTHANDS,
-    Config,
-    defaults_of,
-)
+from util.fields import DATASETS, FIELDS, MAY_CHANGE_ON_RESUME, METHODS, SHORTHANDS, Config, defaults_of
 
 TYPE_NAMES: dict[Any, str] = {
     bool: "bool (true or false)",

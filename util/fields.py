@@ -107,40 +107,33 @@ SETTINGS: dict[str, tuple] = {
     # what to run, and where results go
     "method": ("simmatch", f"name of a method: {', '.join(METHODS)}"),
     "output_dir": (
-        "", "directory for all output; empty: checkpoints/<name of the config file or of --checkpoint>",
+        "", "directory for all output; empty: checkpoints/<name of the config file or --checkpoint>",
         {"may_change": True}),
-    "checkpoint": (
-        "", "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint",
+    "checkpoint": ("", "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint",
         {"may_change": True}),
-    "evaluate": (
-        False, "evaluate --checkpoint instead of training", {"may_change": True, "aliases": ("-e",)}),
-    "seed": (
-        0, "random seed of labeled subset, initial weights, image order and views",
+    "evaluate": (False, "evaluate --checkpoint instead of training",
+        {"may_change": True, "aliases": ("-e",)}),
+    "seed": (0, "random seed of labeled subset, initial weights, image order and views",
         "[0, 9223372036854775807]"),
-    "device": (
-        "auto", "auto (a GPU if there is one), cpu or cuda", ("auto", "cpu", "cuda"), {"may_change": True}),
+    "device": ("auto", "auto (a GPU if there is one), cpu or cuda",
+        ("auto", "cpu", "cuda"), {"may_change": True}),
     "precision": (
-        "fp32", "autocast of the networks: fp32 (none), bf16 or fp16; losses and weights stay in fp32",
+        "fp32", "autocast of the networks: fp32 (none), bf16, fp16; losses and weights stay in fp32",
         ("fp32", "bf16", "fp16")),
     "channels_last": (False, "use the channels_last memory format, which is faster on GPUs"),
     "compile": (False, "use torch.compile for the networks; the first steps then take minutes"),
     # ranks
-    "port": (
-        23456, "port where ranks started by srun meet; an offset that depends on the job ID is added",
+    "port": (23456, "port where ranks started by srun meet; an offset that depends on the job ID is added",
         "(0, 65535]", {"may_change": True}),
-    "virtual_ranks": (
-        0, "ranks of a step; processes share them evenly and run theirs in turn; 0: one per process",
+    "virtual_ranks": (0, "ranks of a step; a process runs its share of them in turn; 0: one per process",
         "[0, 65536]", {"may_change": True}),
-    "other_ranks": (
-        "refuse", "when resuming with another number of ranks: refuse, or continue at the same step",
+    "other_ranks": ("refuse", "if resumed with another number of ranks: refuse, or continue at the same step",
         ("refuse", "continue"), {"may_change": True}),
-    "timeout_minutes": (
-        10.0, "minutes that a rank waits for another one before the run ends, naming that rank",
+    "timeout_minutes": (10.0, "minutes that a rank waits for another before the run ends, naming that rank",
         "(0, 10_000]", {"may_change": True}),
     # data
     "dataset": ("imagenet", f"name of a data set: {', '.join(DATASETS)}"),
-    "workers": (
-        6, "worker processes that load training images, and again as many for test images",
+    "workers": (6, "worker processes that load training images, and again as many for test images",
         "[0, 1024]", {"may_change": True, "aliases": ("-j",)}),
     "batch_size": (8, "labeled images per rank and step (B)", "(0, 100_000]", {"aliases": ("-b",)}),
     "mu": (5, "unlabeled images per labeled image", "(0, 1000]"),
@@ -148,51 +141,41 @@ SETTINGS: dict[str, tuple] = {
     "backbone": ("resnet50_encoder", "name of a backbone in models/network.py"),
     "cls": (1000, "number of classes (C); must match the data; 0: taken from the data", "[0, 10_000_000]"),
     "dim": (128, "dimension of the embedding z (D)", "(0, 65536]"),
-    "norm": (
-        "None", "normalization of the backbone: None or BN, which both mean batch norm per rank",
+    "norm": ("None", "normalization of the backbone: None or BN, which both mean batch norm per rank",
         ("None", "BN")),
-    "moco_path": (
-        "", "MoCo checkpoint that initializes the backbone and projection head of a new run",
+    "moco_path": ("", "MoCo checkpoint that initializes the backbone and projection head of a new run",
         {"may_change": True}),
     # optimization: SGD
-    "epochs": (
-        200, "number of epochs: passes over the unlabeled images, or --steps-per-epoch steps each",
+    "epochs": (200, "number of epochs: passes over the unlabeled images, or --steps-per-epoch steps each",
         "(0, 1_000_000]"),
-    "start_epoch": (
-        0, "for published commands: a new run needs 0, a resumed one starts at its own step",
+    "start_epoch": (0, "for published commands: a new run needs 0, a resumed one starts at its own step",
         "[0, 1_000_000]", {"may_change": True}),
-    "steps_per_epoch": (
-        0, "number of steps in an epoch; 0: one pass over the unlabeled images", "[0, 1_000_000_000]"),
+    "steps_per_epoch": (0, "number of steps in an epoch; 0: one pass over the unlabeled images",
+        "[0, 1_000_000_000]"),
     "lr": (0.1, "learning rate after warm-up", "(0, 1000]", {"aliases": ("--learning-rate",)}),
     "warmup_epoch": (0, "epochs of linear learning-rate warm-up", "[0, 1_000_000]"),
     "cos": (False, "cosine decay of the learning rate to 0, updated once per epoch; otherwise --schedule"),
     "cos_7_16": (False, "FixMatch's decay, at every step: lr * cos(7 pi / 16 * share of the steps done)"),
-    "schedule": (
-        [120, 160], "without --cos and --cos-7-16: epochs at which the learning rate is divided by 10",
+    "schedule": ([120, 160], "without --cos and --cos-7-16: epochs at which the rate is divided by 10",
         "[0, 1_000_000]", {"replaced_by": ("cos", "cos_7_16")}),
     "momentum": (0.9, "momentum of SGD", "[0, 1]"),
     "nesterov": (False, "use Nesterov momentum"),
-    "wd": (
-        1e-4, "weight decay of all parameters, including biases and BN", "[0, 1000]",
-        {"aliases": ("--weight-decay",)}),
+    "wd": (1e-4, "weight decay of all parameters, including biases and BN",
+        "[0, 1000]", {"aliases": ("--weight-decay",)}),
     "no_decay_bn": (False, "no weight decay of biases and BN parameters, as for CIFAR"),
     # logging, evaluation and checkpoints
-    "print_freq": (
-        20, "steps between two train events in the log", "(0, 1_000_000_000]",
-        {"may_change": True, "aliases": ("-p",)}),
-    "eval_freq": (
-        1, "epochs between two evaluations, each of which also saves a checkpoint", "(0, 1_000_000_000]",
-        {"may_change": True}),
+    "print_freq": (20, "steps between two train events in the log",
+        "(0, 1_000_000_000]", {"may_change": True, "aliases": ("-p",)}),
+    "eval_freq": (1, "epochs between two evaluations, each of which also saves a checkpoint",
+        "(0, 1_000_000_000]", {"may_change": True}),
     "diagnose_freq": (
-        0, "steps between diagnostics events (they take three steps' time); 0: with every evaluation",
+        0, "steps between diagnostics events (three steps' time each); 0: with every evaluation",
         "[0, 1_000_000_000]", {"may_change": True}),
-    "save_freq": (
-        0, "steps between two additional checkpoints; 0: none", "[0, 1_000_000_000]", {"may_change": True}),
-    "on_save_error": (
-        "stop", "if a checkpoint or the log cannot be written (disk full): stop, or continue and try again",
+    "save_freq": (0, "steps between two additional checkpoints; 0: none",
+        "[0, 1_000_000_000]", {"may_change": True}),
+    "on_save_error": ("stop", "if a checkpoint or the log cannot be written: stop, or continue and try again",
         ("stop", "continue"), {"may_change": True}),
-    "save_minutes": (
-        0.0, "minutes between additional checkpoints, checked every --print-freq steps; 0: none",
+    "save_minutes": (0.0, "minutes between additional checkpoints, checked every --print-freq steps; 0: none",
         "[0, 1_000_000]", {"may_change": True}),
 }
 # fmt: on
