@@ -9,7 +9,7 @@ from torch import Tensor
 from models.diagnose import diagnose
 from models.method import Batch, Method, StepOutput
 from models.network import BACKBONES, Network
-from models.optimizer import build_optimizer, parameter_groups
+from models.optimizer import build_optimizer
 from models.simmatch import SimMatch
 from models.step import configure_execution, split_virtual_ranks, train_step
 
@@ -24,7 +24,6 @@ __all__ = [
     "build_optimizer",
     "configure_execution",
     "diagnose",
-    "parameter_groups",
     "split_virtual_ranks",
     "train_step",
 ]
