@@ -208,7 +208,7 @@ def train_steps(
         stop = (due.log or ranks.processes == 1) and dist_utils.any_rank(preempt.stop_requested())
         save_seconds = 60 * config.save_minutes
         overdue = (
-            due.log and save_seconds and dist_utils.from_rank_0(time.monotonic() - last_save > save_seconds)
+            due.log and save_seconds and dist_utils.any_rank(time.monotonic() - last_save > save_seconds)
         )
         if due.save or stop or overdue:
             save(identity, state, log, writer)

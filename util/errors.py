@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from util.run import preempt
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOST_OUTPUT_EXIT_CODE = 128 + signal.SIGPIPE  # as a shell reports it for other programs
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator: can't allocate memory")
@@ -45,7 +47,7 @@ def start_program(parse: Callable[[], object], output_may_be_lost: bool = False)
     if output_may_be_lost:
         sys.stdout, sys.stderr = _without_write_errors(sys.stdout), _without_write_errors(sys.stderr)
     cli_main(parse)
-    _on_interrupt(lambda number, frame: _end_at_once("interrupted", 130))
+    preempt.handle([signal.SIGINT], _end_at_once)
 
 
 def cli_main(
@@ -63,7 +65,7 @@ def cli_main(
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may have bytes that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    _on_interrupt(signal.default_int_handler)
+    preempt.handle([signal.SIGINT], signal.default_int_handler)
     try:
         try:
             main()
@@ -131,12 +133,6 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
-def _on_interrupt(handler: Callable[[int, Any], object]) -> None:
-    """Handle Ctrl-C, unless the process was started with it ignored, as in the background of a script."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, handler)
-
-
 def _flush_output() -> None:
     try:
         sys.stdout.flush()
@@ -153,9 +149,9 @@ def _output_is_lost() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
 
 
-def _end_at_once(line: str, code: int) -> NoReturn:
-    _print_last_line(line)
-    os._exit(code)
+def _end_at_once(number: int, frame: Any) -> NoReturn:
+    _print_last_line("interrupted")
+    os._exit(130)
 
 
 class _WithoutWriteErrors(io.FileIO):
@@ -171,14 +167,9 @@ class _WithoutWriteErrors(io.FileIO):
 def _without_write_errors(stream: Any) -> io.TextIOWrapper:
     """Return a text file for the descriptor of `stream` that drops what cannot be written."""
     stream.flush()
-    raw = _WithoutWriteErrors(os.dup(stream.fileno()), "w")
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
+    raw = io.BufferedWriter(_WithoutWriteErrors(os.dup(stream.fileno()), "w"))
+    newline, buffering = None, (stream.line_buffering, stream.write_through)
+    return io.TextIOWrapper(raw, stream.encoding, stream.errors, newline, *buffering)
 
 
 def exit_at_once(line: str) -> NoReturn:
