@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from models.diagnose import diagnose
-from models.method import Batch, Method, StepOutput
+from models.method import Batch, Method
 from models.network import BACKBONES, Network
 from models.optimizer import build_optimizer
 from models.simmatch import SimMatch
@@ -18,7 +18,6 @@ __all__ = [
     "Batch",
     "Method",
     "SimMatch",
-    "StepOutput",
     "build_method",
     "build_network",
     "build_optimizer",

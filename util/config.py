@@ -82,7 +82,7 @@ def _parser(description: str) -> Parser:
             *dict.fromkeys([*f.aliases, _flag(name), f"--{name}"]),
             dest=name,
             metavar=TYPE_NAMES[f.type].partition(" (")[0].upper(),
-            help=f"{f.help} ({_users(name)}default: {_defaults(name)})",
+            help=f"{f.help} ({_notes(name)})",
             **nargs.get(f.type, {}),
         )
     for flag, (name, value) in SHORTHANDS.items():
@@ -90,21 +90,16 @@ def _parser(description: str) -> Parser:
     return parser
 
 
-def _users(name: str) -> str:
-    """Return for which methods or data sets a setting is, for --help; nothing if all of them use it."""
+def _notes(name: str) -> str:
+    """Return for --help which methods or data sets use a setting, unless all do, and its defaults."""
+    notes = []
     for table in (METHODS, DATASETS):
         users = [user for user, declared in table.items() if name in declared.uses]
         if 0 < len(users) < len(table):
-            return f"for {', '.join(users)}; "
-    return ""
-
-
-def _defaults(name: str) -> str:
-    """Return the default of a setting for --help, with those of the methods that have another one."""
-    default = FIELDS[name].default
-    others = {method: declared.defaults.get(name, default) for method, declared in METHODS.items()}
-    differing = [f"; with {method}: {other!r}" for method, other in others.items() if other != default]
-    return f"{default!r}{''.join(differing)}"
+            notes.append(f"for {', '.join(users)}")
+    notes.append(f"default: {FIELDS[name].default!r}")
+    own = {method: declared.defaults for method, declared in METHODS.items() if name in declared.defaults}
+    return "; ".join([*notes, *(f"with {method}: {defaults[name]!r}" for method, defaults in own.items())])
 
 
 def read_yaml(path: str) -> dict[str, Any]:

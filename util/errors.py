@@ -76,23 +76,19 @@ def cli_main(
         return
     except UserError as e:
         # PyTorch re-raises the UserError of a worker process with the worker's traceback before its message.
-        message = str(e).rpartition("util.errors.UserError: ")[2].strip()
-        _print_last_line(f"error: {message}")
-        error, code = e, 2
+        line, code = f"error: {str(e).rpartition('util.errors.UserError: ')[2].strip()}", 2
+        error = e
     except KeyboardInterrupt as e:
-        _print_last_line(interrupted())
-        error, code = e, 130
+        line, code, error = interrupted(), 130, e
     except Exception as e:  # not swallowed: described in a line, and printed with its traceback on request
         if isinstance(e, BrokenPipeError) and _output_is_lost():
             os._exit(LOST_OUTPUT_EXIT_CODE)  # not sys.exit, which writes the rest of the output once more
-        line = describe_error(e) if isinstance(e, RuntimeError) else None
-        if line is not None:
-            exit_at_once(line)
+        if isinstance(e, RuntimeError) and (lost := describe_error(e)) is not None:
+            exit_at_once(lost)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        line, code = _describe(e)
-        _print_last_line(f"error: {line}")
-        error = e
+        (line, code), error = _describe(e), e
+    _print_last_line(line)
     # The frames hold the data loader: freeing it now ends its workers at once, while at Python's exit it
     # takes long.
     traceback.clear_frames(error.__traceback__)
@@ -106,7 +102,7 @@ def _describe(error: Exception) -> tuple[str, int]:
     last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
     if any(name in last_line for name in OUT_OF_MEMORY):
         advice = "lower --batch-size, --mu, --image-size or --workers"
-        return f"out of memory ({last_line[:200]}): {advice}", 2
+        return f"error: out of memory ({last_line[:200]}): {advice}", 2
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -114,9 +110,12 @@ def _describe(error: Exception) -> tuple[str, int]:
     ]
     place = f" ({os.path.relpath(frames[-1].filename, ROOT)}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        return f"the operating system refused an operation: {last_line[:300]}{place}", 2
+        return f"error: the operating system refused an operation: {last_line[:300]}{place}", 2
     advice = "it is printed above" if "--debug" in sys.argv else "--debug shows it"
-    return f"this is a bug, please report it with its traceback ({advice}): {last_line[:300]}{place}", 1
+    return (
+        f"error: this is a bug, please report it with its traceback ({advice}): {last_line[:300]}{place}",
+        1,
+    )
 
 
 def _open_closed_streams() -> None:
