@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from util.config import MAY_CHANGE_ON_RESUME, Config, defaults_of, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main, start_program
@@ -60,6 +60,21 @@ from util.run.schedule import learning_rate
 from util.run.train_state import BadImages, RunIdentity, TrainState
 
 
+class Run(NamedTuple):
+    """What stays the same during a run."""
+
+    identity: RunIdentity
+    data: Data
+    stream: Stream
+    device: torch.device
+    last: Path  # the checkpoint from which the run resumes
+    total: int  # steps
+
+    @property
+    def config(self) -> Config:
+        return self.identity.config
+
+
 def main() -> None:
     config = parse(sys.argv[1:], __doc__)
     device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
@@ -92,11 +107,11 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         ranks, ranks_warning = plan_ranks_on_resume(ranks, config.virtual_ranks, config.other_ranks, saved)
     # 2. The data decide the number of classes, of steps and of bank rows.
     data, stream = open_data(config, ranks, device)
-    identity = RunIdentity(
-        config, ranks, stream.steps_per_epoch, data.split, data.classes, data.fingerprint()
-    )
+    fingerprint = data.fingerprint()
+    identity = RunIdentity(config, ranks, stream.steps_per_epoch, data.split, data.classes, fingerprint)
+    run = Run(identity, data, stream, device, last, config.epochs * stream.steps_per_epoch)
     # 3. Every run is built as a new one, so that a resumed run has the same random numbers ...
-    state = new_state(config, data, device)
+    state = new_state(run)
     # 4. ... and is then given the state of this run's checkpoint, else of a published one, else of MoCo's.
     if saved:
         resume(last, saved, identity, state)
@@ -109,8 +124,8 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
             f"there is no checkpoint {last} to start epoch {config.start_epoch} from: "
             "a new run starts at epoch 0"
         )
-    total, start = config.epochs * stream.steps_per_epoch, state.step
-    if start > total:
+    start = state.step
+    if start > run.total:
         finished = start // stream.steps_per_epoch
         raise UserError(f"{config.epochs} epochs are fewer than the {finished} that are done: raise --epochs")
     check_same_start(identity, start)
@@ -123,14 +138,14 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     if dist_utils.rank() == 0:
         warnings.append(init_output_dir(out, last.parent, to_yaml(config), new_run=found is None))
         warnings += start_warnings(config, data, stream.steps_per_epoch) if start == 0 else []
-    log = Logger(out, start, total, dist_utils.rank() == 0, config.on_save_error, state.evaluation_due)
-    describe_run(log, identity, stream, state, total, device, last, warnings)
+    log = Logger(out, start, run.total, dist_utils.rank() == 0, config.on_save_error, state.evaluation_due)
+    describe_run(run, state, log, warnings)
     writer = checkpoint.Writer(
         last, out / "best.pth", config.on_save_error, log.print_line, not load_warning, saved, may_write
     )
 
     # The steps.
-    stopped = train_steps(identity, data, stream, state, total, device, log, writer)
+    stopped = train_steps(run, state, log, writer)
     writer.close()
     if stopped:
         log.print_line(f"asked to stop: saved step {state.step} in {last}; the same command continues")
@@ -143,28 +158,20 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         sys.exit(preempt.REQUEUE_EXIT_CODE)
 
 
-def train_steps(
-    identity: RunIdentity,
-    data: Data,
-    stream: Stream,
-    state: TrainState,
-    total: int,
-    device: torch.device,
-    log: Logger,
-    writer: checkpoint.Writer,
-) -> bool:
-    """Take the steps up to `total`. Return True if a signal has asked the run to stop before: its state is
+def train_steps(run: Run, state: TrainState, log: Logger, writer: checkpoint.Writer) -> bool:
+    """Take the steps that are left. Return True if a signal has asked the run to stop before: its state is
     saved then.
     """
-    config, ranks, method = identity.config, identity.ranks, state.method
+    config, ranks, stream, method = run.config, run.identity.ranks, run.stream, state.method
     configure_execution(method, config.precision, config.channels_last, config.compile)
     student = dist_utils.wrap_ddp(method.student)
-    workers, gpu = config.workers if state.step < total or state.evaluation_due else 0, device.type == "cuda"
-    loader = PrefetchLoader(stream, range(state.step, total), workers, gpu, stream.item_bytes())
-    eval_loader = EvalLoader(data, dist_utils.rank(), ranks.processes, workers, device)
+    workers = config.workers if state.step < run.total or state.evaluation_due else 0
+    steps, pin_memory = range(state.step, run.total), run.device.type == "cuda"
+    loader = PrefetchLoader(stream, steps, workers, pin_memory, stream.item_bytes())
+    eval_loader = EvalLoader(run.data, dist_utils.rank(), ranks.processes, workers, run.device)
     if warning := check_shared_memory():
         log.print_line(warning)
-    if state.evaluation_due and not evaluate_state(identity, state, eval_loader, device, log, writer):
+    if state.evaluation_due and not evaluate_state(run, state, eval_loader, log, writer):
         return True
     throughput = Throughput((stream.n_x + stream.n_u) * ranks.processes, state.step)
     last_save = time.monotonic()
@@ -177,7 +184,7 @@ def train_steps(
         lr = learning_rate(config, step, stream.steps_per_epoch)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        batches = split_virtual_ranks(to_batch(host_batch, data, device), ranks.virtual_ranks_per_process)
+        batches = split_virtual_ranks(to_batch(host_batch, run), ranks.virtual_ranks_per_process)
         bank_ready = stream.bank_ready(step)
         due = due_after(step + 1, stream.steps_per_epoch, config)
 
@@ -197,9 +204,9 @@ def train_steps(
 
         # Once in a while: the log. A loss that is not finite ends the run here, before it is saved.
         if due.diagnose:
-            log_diagnostics(log, state, data, stream, diagnostics)
+            log_diagnostics(run, state, log, diagnostics)
         if due.log:
-            log_losses(log, state, stream.steps_per_epoch, config.epochs, lr, throughput)
+            log_losses(run, state, log, lr, throughput)
         if due.end_of_epoch and not state.bad_images.stop:
             log.bad_images(state.step, state.bad_images.take(), REPLACED)
 
@@ -211,12 +218,12 @@ def train_steps(
             due.log and save_seconds and dist_utils.any_rank(time.monotonic() - last_save > save_seconds)
         )
         if due.save or stop or overdue:
-            save(identity, state, log, writer)
+            save(run, state, log, writer)
             last_save = time.monotonic()
 
         # Once in a while: an evaluation. The step is saved before, so that one that fails loses nothing.
         if due.evaluate and not stop:
-            stop = not evaluate_state(identity, state, eval_loader, device, log, writer)
+            stop = not evaluate_state(run, state, eval_loader, log, writer)
             throughput.restart(state.step)
         if stop:
             return True
@@ -250,16 +257,18 @@ def open_data(config: Config, ranks: RankLayout, device: torch.device) -> tuple[
     return data, stream
 
 
-def new_state(config: Config, data: Data, device: torch.device) -> TrainState:
+def new_state(run: Run) -> TrainState:
     """Return the state in which a new run starts: networks, bank and optimizer."""
+    config, data, unlabeled_per_step = run.config, run.data, run.stream.n_u * dist_utils.world_size()
     torch.manual_seed(config.seed)
     try:
-        method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
+        labels = torch.from_numpy(data.labels[data.labeled])  # [K]
+        method = build_method(config, data.channels, labels, unlabeled_per_step).to(run.device)
         method.check_views(*view_sides(config))
     except ValueError as error:
         raise UserError(str(error)) from None
     optimizer = build_optimizer(config, method.student)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    scaler = torch.amp.GradScaler(run.device.type, enabled=config.precision == "fp16")
     return TrainState(method, optimizer, scaler, Meter(), BadImages(config.on_bad_image))
 
 
@@ -271,8 +280,9 @@ def check_same_start(identity: RunIdentity, start: int) -> None:
     dist_utils.check_same_on_all_ranks(facts)
 
 
-def to_batch(host_batch: HostBatch, data: Data, device: torch.device) -> Batch:
+def to_batch(host_batch: HostBatch, run: Run) -> Batch:
     """Copy the images of a step to the device, and finish their views there."""
+    data, device = run.data, run.device
     return Batch(
         to_device(data.weak_view, host_batch.x, device),
         host_batch.y.to(device, non_blocking=True),
@@ -282,11 +292,10 @@ def to_batch(host_batch: HostBatch, data: Data, device: torch.device) -> Batch:
     )
 
 
-def log_diagnostics(
-    log: Logger, state: TrainState, data: Data, stream: Stream, diagnostics: dict[str, Tensor]
-) -> None:
+def log_diagnostics(run: Run, state: TrainState, log: Logger, diagnostics: dict[str, Tensor]) -> None:
     """Write the diagnostics event. diagnostics: what `diagnose` returned for the last step."""
-    method, labels_per_step = state.method, stream.n_x * dist_utils.world_size()
+    method, data, stream = state.method, run.data, run.stream
+    labels_per_step = stream.n_x * dist_utils.world_size()
     ages = method.age_diagnostics(bank_row_ages(stream, state.step), labels_per_step)
     values = diagnostics_event(
         (state.step - 1) // stream.steps_per_epoch + 1,
@@ -301,22 +310,20 @@ def log_diagnostics(
     log.write("diagnostics", state.step, values)
 
 
-def log_losses(
-    log: Logger, state: TrainState, steps_per_epoch: int, epochs: int, lr: float, throughput: Throughput
-) -> None:
+def log_losses(run: Run, state: TrainState, log: Logger, lr: float, throughput: Throughput) -> None:
     """Write the train event. Raises UserError if a loss was not finite."""
     with log_stop_reason(log, state.step):
         means = state.meter.take_means()
-    epoch = (state.step - 1) // steps_per_epoch + 1
+    epoch = (state.step - 1) // run.stream.steps_per_epoch + 1
     values: dict[str, float | None] = {**dict.fromkeys(state.method.loss_names), **means, "lr": lr}
     values["images_per_s"] = throughput.take(state.step)
-    log.train(state.step, epoch, epochs, values)
+    log.train(state.step, epoch, run.config.epochs, values)
 
 
-def save(identity: RunIdentity, state: TrainState, log: Logger, writer: checkpoint.Writer) -> None:
+def save(run: Run, state: TrainState, log: Logger, writer: checkpoint.Writer) -> None:
     """Start to write a checkpoint. Raises UserError if a value of the state is not finite."""
     dist_utils.begin_phase(f"step {state.step - 1}: checkpoint")
-    content = {**identity.state_dict(), **state.state_dict()}
+    content = {**run.identity.state_dict(), **state.state_dict()}
     with log_stop_reason(log, state.step):
         checkpoint.check_finite(content["method"], state.step)
     if dist_utils.rank() == 0:
@@ -324,23 +331,17 @@ def save(identity: RunIdentity, state: TrainState, log: Logger, writer: checkpoi
 
 
 def evaluate_state(
-    identity: RunIdentity,
-    state: TrainState,
-    eval_loader: EvalLoader,
-    device: torch.device,
-    log: Logger,
-    writer: checkpoint.Writer,
+    run: Run, state: TrainState, eval_loader: EvalLoader, log: Logger, writer: checkpoint.Writer
 ) -> bool:
     """Evaluate the state, and add the score to its checkpoint. Return False if the run was asked to stop
     meanwhile: the checkpoint says that the evaluation is due, and the run resumes with it.
     """
     dist_utils.begin_phase(f"step {state.step}: evaluation")
-    config = identity.config
-    unreadable = BadImages(config.on_bad_image)
-    scores = accuracies(state.method, eval_loader.batches(unreadable), config.cls, device)
+    unreadable = BadImages(run.config.on_bad_image)
+    scores = accuracies(state.method, eval_loader.batches(unreadable), run.config.cls, run.device)
     if scores is None:
         return False
-    log.eval(state.step, state.step // identity.steps_per_epoch, scores)
+    log.eval(state.step, state.step // run.stream.steps_per_epoch, scores)
     log.bad_images(state.step, unreadable.take(), LEFT_OUT)
     better = scores["student_top1"] > state.best["student_top1"]
     if better:
@@ -388,35 +389,26 @@ def accuracies(
     return scores
 
 
-def describe_run(
-    log: Logger,
-    identity: RunIdentity,
-    stream: Stream,
-    state: TrainState,
-    total: int,
-    device: torch.device,
-    last: Path,
-    warnings: list[str],
-) -> None:
+def describe_run(run: Run, state: TrainState, log: Logger, warnings: list[str]) -> None:
     """Print what follows from the settings, and write the start event."""
-    config, ranks, start = identity.config, identity.ranks, state.step
+    config, ranks, stream, start = run.config, run.identity.ranks, run.stream, state.step
     millions = sum(p.numel() for p in state.method.student.parameters()) / 1e6
     log.print_line(
-        f"{config.backbone}, {millions:.2f} M parameters, on {ranks.processes} x {device.type}; {ranks}"
+        f"{config.backbone}, {millions:.2f} M parameters, on {ranks.processes} x {run.device.type}; {ranks}"
     )
     log.print_line(
         f"{stream.n_x * ranks.processes} + {stream.n_u * ranks.processes} images a step, "
-        f"{stream.steps_per_epoch} steps an epoch, {config.epochs} epochs = {total} steps; "
+        f"{stream.steps_per_epoch} steps an epoch, {config.epochs} epochs = {run.total} steps; "
         f"lr {config.lr} after {config.warmup_epoch} epochs of warm-up"
     )
     for warning in filter(None, warnings):
         log.print_line(warning)
     if start:
-        remaining = "it is finished" if start == total else f"{total - start} steps to go"
-        log.print_line(f"continues from {last} at step {start}: {remaining}")
+        remaining = "it is finished" if start == run.total else f"{run.total - start} steps to go"
+        log.print_line(f"continues from {run.last} at step {start}: {remaining}")
     else:
-        log.print_line(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, best.pth; and {last}")
-    log.log_start(start, *identity.split)
+        log.print_line(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, best.pth; and {run.last}")
+    log.log_start(start, *run.identity.split)
 
 
 def describe_interrupt() -> str:

@@ -30,6 +30,7 @@ __all__ = [
 # name -> module:class. A new method is a file and a line of this table, which util/fields.py reads.
 METHODS = {
     "simmatch": "models.simmatch:SimMatch",
+    "simmatchv2": "models.simmatchv2:SimMatchV2",
     "simmatch_single": "models.simmatch_single:SimMatchSingle",
     "fixmatch": "models.fixmatch:FixMatch",
     "supervised": "models.supervised:Supervised",
@@ -43,12 +44,13 @@ def build_network(config: Any, channels: int) -> Network:
     return Network(config.backbone, channels, config.cls, config.dim)
 
 
-def build_method(config: Any, channels: int, labels: Tensor) -> Method:
+def build_method(config: Any, channels: int, labels: Tensor, unlabeled_per_step: int = 0) -> Method:
     """Build the method of a config: any object with the fields of util.config.Config.
 
     A method gets the network, the settings that its file declares or uses and, if its constructor names them,
-    `labels`, `num_classes` and `dim`.
-    channels: of the images. labels [K]: of the labeled list, in its order.
+    `labels`, `num_classes`, `dim` and `unlabeled_per_step`.
+    channels: of the images. labels [K]: of the labeled list, in its order. unlabeled_per_step: the number of
+    unlabeled images in a step of all ranks; 0: those of a single rank.
     Raises ValueError if the method or the backbone is unknown; the message lists the known ones.
     """
     if config.method not in METHODS:
@@ -58,6 +60,11 @@ def build_method(config: Any, channels: int, labels: Tensor) -> Method:
     kind = getattr(module, class_name)
     names = {*getattr(module, "SETTINGS", ()), *getattr(module, "USES", ())}
     arguments = {name: getattr(config, name) for name in names}
-    problem = {"labels": labels, "num_classes": config.cls, "dim": config.dim}
+    problem = {
+        "labels": labels,
+        "num_classes": config.cls,
+        "dim": config.dim,
+        "unlabeled_per_step": unlabeled_per_step or config.batch_size * config.mu,
+    }
     arguments |= {name: value for name, value in problem.items() if name in signature(kind).parameters}
     return kind(build_network(config, channels), **arguments)

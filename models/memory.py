@@ -1,4 +1,6 @@
-"""What SimMatch keeps between steps, in buffers: the labeled bank and the prior of distribution alignment."""
+"""What the methods keep between steps, in buffers: bank, queue, and the priors of distribution alignment."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,3 +81,58 @@ class DistributionAlignment(nn.Module):
     def _ring_with(self, mean: Tensor) -> Tensor:
         is_current = torch.arange(len(self.ring), device=self.ptr.device) == self.ptr  # [da_len]
         return torch.where(is_current[:, None], mean.to(self.ring.dtype), self.ring)  # [da_len, C]
+
+
+class Queue(nn.Module):
+    """The newest unlabeled images, first in, first out: the nodes that the edges lead to (SimMatchV2).
+
+    z [R, D]: unit vectors, random until a row is written. p [R, C]: class distributions, zeros until then.
+    ptr [1]: the row that is written next. filled: the number of written rows; it is not a buffer, so that no
+    step waits for the device to know it.
+    """
+
+    def __init__(self, rows: int, dim: int, num_classes: int):
+        super().__init__()
+        self.z: Tensor
+        self.p: Tensor
+        self.ptr: Tensor
+        self.register_buffer("z", F.normalize(torch.randn(rows, dim), dim=1))  # [R, D]
+        self.register_buffer("p", torch.zeros(rows, num_classes))  # [R, C]
+        self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))  # [1]
+        self.filled = 0
+
+    @torch.no_grad()
+    def write(self, z: Tensor, p: Tensor) -> None:
+        """Replace the oldest rows. z [n, D], p [n, C]: of all ranks, n ≤ R."""
+        rows = (self.ptr + torch.arange(len(z), device=self.ptr.device)) % len(self.z)  # [n]
+        self.z[rows] = z.to(self.z.dtype)
+        self.p[rows] = p.to(self.p.dtype)
+        self.ptr.copy_((self.ptr + len(z)) % len(self.z))
+        self.filled = min(self.filled + len(z), len(self.z))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.filled = int((self.p.sum(dim=1) > 0).sum())
+
+
+class EMAPrior(nn.Module):
+    """Distribution alignment by a moving average of the mean predictions (SimMatchV2).
+
+    da [C]: the prior; it starts as the uniform distribution.
+    """
+
+    def __init__(self, num_classes: int, m: float):
+        super().__init__()
+        self.da: Tensor
+        self.register_buffer("da", torch.full((num_classes,), 1 / num_classes))  # [C]
+        self.m = m
+
+    def forward(self, log_p: Tensor) -> Tensor:
+        """log p [n, C] -> log of the renormalized p / da [n, C]."""
+        tiny = torch.finfo(self.da.dtype).tiny
+        return torch.log_softmax(log_p - self.da.clamp_min(tiny).log(), dim=1)  # [n, C]
+
+    @torch.no_grad()
+    def write(self, mean: Tensor) -> None:
+        """Average this step's mean of p over the global batch, [C], into the prior."""
+        self.da.lerp_(mean.to(self.da.dtype), 1 - self.m)

@@ -88,6 +88,12 @@ class Method(nn.Module):
                 "a strong view of the weak view's size first in --strong"
             )
 
+    def fit_state(self, values: dict[str, Tensor]) -> str:
+        """Change a saved state_dict so that it can be loaded, where a buffer has a shape that depends on more
+        than the network and the labeled list. Return a line that says what is lost, or "".
+        """
+        return ""
+
     def targets(self, batches: Sequence[Batch], student: nn.Module, *, step: int) -> list[Any]:
         """Compute the targets of each batch, which `losses` compares the student with. Ranks may communicate.
 

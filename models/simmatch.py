@@ -29,6 +29,57 @@ SETTINGS = {
     "eman": (False, "simmatch: EMAN teacher, with averaged BN, not shuffle-BN; fixmatch: the teacher labels"),
     "ema_m": (0.999, "momentum of the teacher (m)", "[0, 1]"),
 }
+RULES = (
+    (
+        "q_w too certain",
+        "q_entropy is below 0.01 ln K in the last 3 diagnostics events after warm-up, while the accuracy "
+        "of the teacher is below 90 %",
+        "a higher --tt",
+        (
+            3,
+            "q_entropy",
+            "bank_rows > 1 and value < 0.01 * ln(bank_rows) and accuracy < 90",
+            "the entropy of q_w is {value / ln(bank_rows):.4f} of log K while the teacher's accuracy is "
+            "{accuracy:.1f} %",
+        ),
+    ),
+    (
+        "q_w flat",
+        "q_entropy is above 0.999 ln K in the last 3 diagnostics events after warm-up: all labeled images "
+        "look alike",
+        "a lower --tt, a larger --dim, or a pretrained backbone (--moco-path)",
+        (
+            3,
+            "q_entropy",
+            "bank_rows > 1 and value > 0.999 * ln(bank_rows)",
+            "the entropy of q_w is {value / ln(bank_rows):.4f} of log K in {n} diagnostics",
+        ),
+    ),
+    (
+        "stale bank",
+        "a bank row is older than two passes over the labeled images, a row in use was never written, or "
+        "bank_drift is above 0.5 in the last 3 diagnostics events after warm-up",
+        "a larger --batch-size or a lower --lr",
+        (
+            0,
+            "bank_age_max",
+            "value > 2 * bank_pass",
+            "the oldest bank row is {value} steps old; a pass over the labeled images takes {bank_pass} "
+            "steps",
+        ),
+        (0, "bank_unwritten", "value > 0 and q_entropy >= 0", "{value} bank rows in use were never written"),
+        (3, "bank_drift", "value > 0.5", "bank_drift is {value:.2f} in {n} diagnostics"),
+    ),
+)
+LATE_TERMS = {
+    "loss_in": (
+        "bank in use",
+        "q_entropy",
+        "this is expected: the bank is used from the first epoch that begins after every labeled image was "
+        "seen. Before, loss_in is 0. It starts near lambda_in ln K, its value if all labeled images look "
+        "alike, and cannot fall below lambda_in times the entropy of its targets",
+    )
+}
 
 
 class StudentOutput(NamedTuple):
@@ -228,5 +279,5 @@ def aggregate(log_q: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
-    """H(p_i, q_i) of two distributions, in nats: p [n, C], log q [n, C], finite -> [n]."""
-    return -(p * log_q).sum(dim=1)
+    """H(p_i, q_i) of two distributions, in nats: p [..., C], log q [..., C], finite -> [...]."""
+    return -(p * log_q).sum(dim=-1)

@@ -13,6 +13,7 @@ from models.simmatch import SimMatch, StudentOutput, TeacherOutput
 
 # util/fields.py reads these literals from the source.
 USES = ("lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth", "DA", "da_len", "bank_m", "ema_m")
+RULES = "simmatch"
 
 
 class SimMatchSingle(SimMatch):

@@ -9,6 +9,10 @@ SETTINGS: name -> (default, help text, valid values, further fields of Setting);
 One file declares a setting.
 USES: names of settings that another file declares and that this one uses too.
 DEFAULTS: name -> default with this method, of shared settings and of those of data sets.
+RULES: of a method, for the doctor: (name, description, advice, checks…), each check (number of diagnostics
+events, key, condition, message), as util.inspect.detectors.Check says. LATE_TERMS: its loss terms that are
+0 until they are in use -> (name of the note, diagnostic that is null until then, description). A method
+with another one's rules names it: RULES = "simmatch".
 
 Flags of the published code keep their names, defaults and meanings, so that a published command without
 --config runs the published recipe.
@@ -20,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+LITERALS = {"METHODS", "DATASETS", "SETTINGS", "USES", "DEFAULTS", "RULES", "LATE_TERMS"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -65,13 +70,15 @@ class Declared(NamedTuple):
     settings: dict[str, Setting]
     uses: set[str]  # all that have an effect, those of other files too
     defaults: dict[str, Any]
+    rules: tuple[Any, ...] = ()
+    late_terms: dict[str, tuple[str, ...]] = {}
 
 
 def _literals(file: str) -> dict[str, Any]:
     values = {}
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name):
-            if target.id in ("METHODS", "DATASETS", "SETTINGS", "USES", "DEFAULTS"):
+            if target.id in LITERALS:
                 try:
                     values[target.id] = ast.literal_eval(node.value)
                 except ValueError:
@@ -90,12 +97,15 @@ def _settings(literal: dict[str, tuple]) -> dict[str, Setting]:
 
 def _read(file: str, table: str) -> dict[str, Declared]:
     """Return what each entry of a table declares: name -> module, or module:class."""
-    declared = {}
+    declared: dict[str, Declared] = {}
     for name, target in _literals(file)[table].items():
         found = _literals(target.partition(":")[0].replace(".", "/") + ".py")
         settings = _settings(found.get("SETTINGS", {}))
         uses = {*settings, *found.get("USES", ())}
-        declared[name] = Declared(settings, uses, found.get("DEFAULTS", {}))
+        rules, late_terms = found.get("RULES", ()), found.get("LATE_TERMS", {})
+        if isinstance(rules, str):
+            *_, rules, late_terms = declared[rules]
+        declared[name] = Declared(settings, uses, found.get("DEFAULTS", {}), rules, late_terms)
     return declared
 
 
@@ -137,6 +147,10 @@ SETTINGS: dict[str, tuple] = {
         "[0, 1024]", {"may_change": True, "aliases": ("-j",)}),
     "batch_size": (8, "labeled images per rank and step (B)", "(0, 100_000]", {"aliases": ("-b",)}),
     "mu": (5, "unlabeled images per labeled image", "(0, 1000]"),
+    "labeled_sampler": ("infinite",
+        "order of the labeled images: infinite (permutations follow one another, across epochs) or exact "
+        "(each epoch has its own permutations, cut to its length, and shows every labeled image)",
+        ("infinite", "exact")),
     # network
     "backbone": ("resnet50_encoder", "name of a backbone in models/network.py"),
     "cls": (1000, "number of classes (C); must match the data; 0: taken from the data", "[0, 10_000_000]"),

@@ -1,6 +1,7 @@
 """A tiny problem for the models' tests: networks, batches and settings in float64."""
 
 import reference
+import reference_v2
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +10,7 @@ from models import Batch
 from models.network import Network
 from models.simmatch import SimMatch
 from models.simmatch_single import SimMatchSingle
+from models.simmatchv2 import SimMatchV2
 
 C, D, K, B, MU = 4, 6, 10, 3, 2
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 0])
@@ -34,6 +36,19 @@ FORMS = {
         {**SETTINGS, "bank_m": 0.7, "threshold": 0.8},
     ),
 }
+V2 = dict(
+    lambda_nn=10.0,
+    lambda_ee=5.0,
+    lambda_ne=3.0,
+    threshold=0.4,
+    t=0.1,
+    alpha=0.3,
+    topn=4,
+    k=2,
+    DA=True,
+    da_m=0.9,
+    ema_m=0.9,
+)
 
 
 def method(form="ema", net=None, **changes):
@@ -41,6 +56,48 @@ def method(form="ema", net=None, **changes):
     kind, _, settings = FORMS[form]
     net = network() if net is None else net
     return kind(net, LABELS, C, D, **{**settings, **changes}).to(next(net.parameters()).dtype).train()
+
+
+def method_v2(net=None, ranks=1, **changes):
+    """SimMatchV2 on `net`, in train mode."""
+    net = network_v2() if net is None else net
+    settings = {**V2, "eman": False, **changes}
+    method = SimMatchV2(net, LABELS, C, D, B * MU * ranks, **settings)
+    return method.to(next(net.parameters()).dtype).train()
+
+
+def reference_of_v2(net, method, eman=False, **changes):
+    """The reference in the state of a new `method`, which was built from `net`."""
+    settings = {**V2, "bn_mode": "average" if eman else "shuffle", **changes}
+    bank, queue = method.bank.z, method.queue.z
+    return reference_v2.SimMatchV2Reference(net, bank, LABELS, C, queue=queue, **settings)
+
+
+def compare_v2(method, state, slow, rtol=1e-10, atol=1e-12):
+    """Whether the state_dict of `method` is the state of the reference."""
+    rows = [row.tolist() for row in slow.queue]
+    expected = {
+        "bank.z": torch.stack(slow.bank),
+        "bank.labels": torch.tensor(slow.labels),
+        "queue.z": torch.tensor(rows, dtype=torch.float64),
+        "queue.p": torch.tensor(reference_v2.floats(slow.queue_labels), dtype=torch.float64),
+        "queue.ptr": torch.tensor([slow.ptr]),
+    }
+    if method.prior is not None:
+        expected["prior.da"] = torch.tensor([float(v) for v in slow.da], dtype=torch.float64)
+    for name, net in (("student", slow.student), ("teacher.net", slow.teacher)):
+        expected |= {f"{name}.{key}": value for key, value in net.state_dict().items()}
+    assert expected.keys() == state.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, rtol=rtol, atol=atol, msg=key)
+
+
+def network_v2(seed=0):
+    """A network with a LayerNorm, which makes the features so large that fc need not be."""
+    net = network(seed)
+    net.norm = nn.LayerNorm(5).double()
+    net.fc.weight.data /= 12
+    return net
 
 
 def network(seed=0, dtype=torch.float64):

@@ -19,6 +19,7 @@ from util.shuffle import Shuffle
 
 SGD = dict(lr=0.05, momentum=0.9, wd=1e-4, nesterov=True)
 STEPS = 4
+FORMS = (*small.FORMS, "v2", "v2 eman")
 
 
 def run_rank(rank, world, port, ranks, folder):
@@ -33,16 +34,21 @@ def run_rank(rank, world, port, ranks, folder):
     )
     dist_utils.dist_init("cpu", 2, 0)
     own = range(rank * ranks // world, (rank + 1) * ranks // world)  # this process's virtual ranks
-    results = {form: steps(form, own) for form in small.FORMS}
+    results = {form: steps(form, own, ranks) for form in FORMS}
     torch.save({**results, "meter": meters(rank)}, f"{folder}/{rank}.pt")
     dist_utils.dist_end()
 
 
-def steps(form, own):
-    """[(terms, pseudo-label, mask) of each step], state_dict."""
-    net = small.network()
+def method_of(form, net, ranks):
     torch.manual_seed(5)
-    method = small.method(form, net)
+    if form.startswith("v2"):
+        return small.method_v2(net, ranks, eman="eman" in form)
+    return small.method(form, net)
+
+
+def steps(form, own, ranks):
+    """[(terms, pseudo-label, mask) of each step], state_dict."""
+    method = method_of(form, small.network_v2() if form.startswith("v2") else small.network(), ranks)
     student = dist_utils.wrap_ddp(method.student)
     optimizer = torch.optim.SGD(
         method.student.parameters(),
@@ -108,7 +114,7 @@ def test_ranks_equal_the_loops(processes, ranks, tmp_path):
     """A rank for each process; several in each; all in one. Every rank has BN of its own batch."""
     spawn(run_rank, processes, ranks, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
-    for form in small.FORMS:
+    for form in FORMS:
         compare(form, [result[form] for result in results], ranks)
     for whole, restored in (result["meter"] for result in results):
         assert first_difference(whole, restored, "meter") == ""
@@ -116,10 +122,13 @@ def test_ranks_equal_the_loops(processes, ranks, tmp_path):
 
 
 def compare(form, results, ranks):
-    net = small.network()
-    torch.manual_seed(5)
-    bank, (_, slow, settings) = small.method(form, net).bank.z, small.FORMS[form]
-    slow = slow(net, bank, small.LABELS, small.C, **settings, **SGD)
+    net = small.network_v2() if form.startswith("v2") else small.network()
+    method = method_of(form, net, ranks)
+    if form.startswith("v2"):
+        slow = small.reference_of_v2(net, method, "eman" in form, **SGD)
+    else:
+        _, slow, settings = small.FORMS[form]
+        slow = slow(net, method.bank.z, small.LABELS, small.C, **settings, **SGD)
     for step in range(STEPS):
         expected, pseudo, mask = slow.step(
             [batch(step, rank) for rank in range(ranks)], step, first_epoch=step == 0
@@ -128,7 +137,9 @@ def compare(form, results, ranks):
             [row for result in results for row in result[0][step][i].tolist()] for i in (1, 2)
         )
         for result in results:
-            assert result[0][step][0] == pytest.approx(expected, rel=1e-10)
+            terms = result[0][step][0]
+            assert terms == pytest.approx({name: expected[name] for name in terms}, rel=1e-10)
+            assert all(expected[name] == 0 for name in expected.keys() - terms.keys())
         torch.testing.assert_close(
             torch.tensor(got_pseudo, dtype=torch.float64),
             torch.tensor(pseudo, dtype=torch.float64).flatten(0, 1),
@@ -140,8 +151,10 @@ def compare(form, results, ranks):
     first = results[0][1]
     for _, state in results[1:]:  # processes agree on everything but the statistics that BN collects on each
         for key in first:
-            if "teacher" not in key or "running" not in key or form == "eman":
+            if "teacher" not in key or "running" not in key or form.endswith("eman"):
                 assert torch.equal(state[key], first[key]), key
+    if form.startswith("v2"):
+        return small.compare_v2(method, first, slow)
     torch.testing.assert_close(first["bank.z"], torch.stack(slow.bank), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(
         first["align.ring"],

@@ -181,7 +181,7 @@ DIGITS = "dataset: digits\nlabels_per_class: 1\n"
         ("", "--val-share 0.1", ["--val-share", "dataset imagenet"]),
         # the method does not use it
         ("method: supervised", "--threshold 0.5", ["--threshold", "method supervised", "fixmatch"]),
-        ("method: supervised", "--eman", ["--eman", "simmatch and fixmatch"]),
+        ("method: supervised", "--eman", ["--eman", "simmatch, simmatchv2 and fixmatch"]),
         ("method: simmatch_single", "--eman", ["--eman", "method simmatch_single"]),
         ("method: fixmatch\nlambda_in: 5", "", ["lambda_in in ", "method fixmatch", "simmatch_single"]),
         ("method: fixmatch\nDA: true", "", ["DA in ", "method fixmatch"]),
@@ -291,7 +291,7 @@ def test_the_nearest_flag_is_suggested_among_all_spellings(flag, near):
 
 
 @pytest.mark.parametrize(
-    "flag", "--wandb --amp --k --gpu --resume --dist-url --arch --xyz --temperature".split()
+    "flag", "--wandb --amp --gpu --resume --dist-url --arch --xyz --temperature".split()
 )
 def test_no_flag_is_suggested_if_none_is_near(flag):
     with pytest.raises(

@@ -14,16 +14,8 @@ from util.run.log import Logger
 
 # Of every method; a value that there is not is null.
 PSEUDO_LABEL_KEYS = (
-    "pseudo_labels",
-    "mask",
-    "pseudo_acc",
-    "confident_acc",
-    "marginal_kl",
-    "marginal_min",
-    "marginal_max",
-    "starved",
-    "most",
-    "least",
+    *("pseudo_labels", "mask", "pseudo_acc", "confident_acc", "marginal_kl"),
+    *("marginal_min", "marginal_max", "starved", "most", "least"),
 )
 NUM_EXTREMES = 5  # classes named in `most` and in `least`
 

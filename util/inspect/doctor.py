@@ -10,24 +10,26 @@ from typing import Any
 
 from util.errors import Parser, UserError
 from util.files import user_path
-from util.inspect.rules import NOTES, RULES
+from util.inspect.detectors import first_use, late_terms
+from util.inspect.rules import rules_of
 from util.inspect.run_log import RunLog, read_run_log
 
 
 def examine(run: RunLog) -> list[dict[str, Any]]:
-    """Return what the rules find in a run, in the order of RULES."""
-    found = [(rule, rule.find(run)) for rule in RULES]
+    """Return what the rules find in a run, in their order."""
     return [
-        {
-            "rule": rule.name,
-            "what": finding.what,
-            "first_step": finding.first_step,
-            "last_step": finding.last_step,
-            "description": rule.description,
-            "advice": rule.advice,
-        }
-        for rule, finding in found
-        if finding
+        {"rule": rule.name, **found._asdict(), "description": rule.description, "advice": rule.advice}
+        for rule in rules_of(run.config.method)
+        if (found := rule.find(run))
+    ]
+
+
+def notes_of(run: RunLog) -> list[dict[str, Any]]:
+    """Return what looks wrong in a log, but is expected: the first use of each late term."""
+    return [
+        {"note": late.note, "what": found.what, "step": found.first_step, "description": late.description}
+        for term, late in late_terms(run).items()
+        if (found := first_use(run, term))
     ]
 
 
@@ -38,36 +40,18 @@ def main() -> None:
     args = parser.parse_args(sys.argv[1:])
     try:
         run = read_run_log(args.run)
-        findings = examine(run)
-        notes = [(note, finding) for note in NOTES if (finding := note.find(run))]
+        findings, notes = examine(run), notes_of(run)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{args.run / 'log.jsonl'} is damaged or of another version: an event lacks a value ({error})"
         ) from None
-    step = max((e["step"] for e in run.events), default=0)
-    total = run.total_steps
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(f"{args.run}: config.yaml or log.jsonl has an impossible value ({error})") from None
+    step, total = max((e["step"] for e in run.events), default=0), run.total_steps
+    counts = {"rules": len(rules_of(run.config.method)), "events": len(run.events)}
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "run": str(args.run),
-                    "step": step,
-                    "total": total,
-                    "rules": len(RULES),
-                    "events": len(run.events),
-                    "findings": findings,
-                    "notes": [
-                        {
-                            "note": note.name,
-                            "what": what,
-                            "step": first_step,
-                            "description": note.description,
-                        }
-                        for note, (what, first_step, _) in notes
-                    ],
-                }
-            )
-        )
+        position = {"run": str(args.run), "step": step, "total": total}
+        print(json.dumps(position | counts | {"findings": findings, "notes": notes}))
         sys.exit(1 if findings else 0)
     for f in findings:
         steps = f"step {f['first_step']}"
@@ -75,11 +59,11 @@ def main() -> None:
             steps += f" to {f['last_step']}"
         print(f"{f['rule']}: {f['what']} ({steps})\n  rule: {f['description']}\n  try: {f['advice']}")
     if not findings and run.train_events:
-        print(f"nothing looks wrong ({len(RULES)} rules, {len(run.events)} events)")
+        print("nothing looks wrong ({rules} rules, {events} events)".format(**counts))
     elif not findings:
         print("nothing to judge: the log has no train event yet")
-    for note, (what, first_step, _) in notes:
-        print(f"note: {note.name}: {what} (step {first_step}); {note.description}")
+    for note in notes:
+        print("note: {note}: {what} (step {step}); {description}".format(**note))
     if total is None or step < total:
         print(f"unfinished at step {step} of {total or 'an unknown number (no evaluation yet)'}")
     if run.events and not run.diagnostic_events:

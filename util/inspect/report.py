@@ -11,6 +11,7 @@ from util.inspect.run_log import RunLog, read_run_log
 
 # The colors of the curves are the Okabe-Ito palette, which color-blind readers can tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+SCALE = 2  # drawn at twice the size and scaled down, which makes the lines smooth
 
 
 def read_evaluated_run(folder: Path) -> RunLog:
@@ -54,85 +55,63 @@ def draw(runs: list[RunLog], path: Path) -> None:
     """Write a PNG with the test accuracy and the pseudo-label accuracy over the steps. Raises UserError if
     that is not possible.
     """
-    scale = 2  # drawn at twice the size and scaled down, which makes the lines smooth
-    image = Image.new("RGB", (1100 * scale, 420 * scale), "white")
+    image = Image.new("RGB", (1100 * SCALE, 420 * SCALE), "white")
     pen = ImageDraw.Draw(image)
-    panels = (
-        (
-            "student top-1 on the test images (%)",
-            [[(e["step"], e["student_top1"]) for e in run.eval_events] for run in runs],
-        ),
-        (
-            "pseudo-label accuracy (%)",
-            [
-                [(e["step"], 100 * e["pseudo_acc"]) for e in run.train_events if e["pseudo_acc"] is not None]
-                for run in runs
-            ],
-        ),
-    )
-    for i, (title, curves) in enumerate(panels):
-        _draw_panel(pen, scale, (60 + 550 * i, 50, 530 + 550 * i, 340), title, curves)
+    top1 = [[(e["step"], e["student_top1"]) for e in run.eval_events] for run in runs]
+    pseudo_acc = [
+        [(e["step"], 100 * e["pseudo_acc"]) for e in run.train_events if e["pseudo_acc"] is not None]
+        for run in runs
+    ]
+    _draw_panel(pen, 60, "student top-1 on the test images (%)", top1)
+    _draw_panel(pen, 610, "pseudo-label accuracy (%)", pseudo_acc)
     for i, run in enumerate(runs):
-        x, y = (60 + 180 * i) * scale, 390 * scale
-        pen.line((x, y, x + 24 * scale, y), fill=COLORS[i % len(COLORS)], width=3 * scale)
-        pen.text((x + 32 * scale, y), run.name, fill="black", font=_font(14 * scale), anchor="lm")
+        x, y = (60 + 180 * i) * SCALE, 390 * SCALE
+        pen.line((x, y, x + 24 * SCALE, y), fill=COLORS[i % len(COLORS)], width=3 * SCALE)
+        _write(pen, x + 32 * SCALE, y, run.name, "lm", 14, "black")
     small = image.resize((1100, 420), Image.Resampling.LANCZOS)
     write_atomically(path, lambda file: small.save(file, format="PNG"))
 
 
 def _draw_panel(
-    pen: ImageDraw.ImageDraw,
-    scale: int,
-    box: tuple[int, int, int, int],
-    title: str,
-    curves: list[list[tuple[float, float]]],
+    pen: ImageDraw.ImageDraw, x: int, title: str, curves: list[list[tuple[float, float]]]
 ) -> None:
-    """Draw axes, grid and one curve per run, a list of (step, percent). box: left, top, right, bottom."""
-    left, top, right, bottom = (v * scale for v in box)
+    """Draw axes, grid and one curve per run, a list of (step, percent), to the right of x."""
+    left, top, right, bottom = x * SCALE, 50 * SCALE, (x + 470) * SCALE, 340 * SCALE
     points = [point for curve in curves for point in curve]
     x_max = max((x for x, _ in points), default=1)
     y_min = min(10 * (min((y for _, y in points), default=0) // 10), 90)
-    pen.text((left, top - 22 * scale), title, fill="black", font=_font(15 * scale), anchor="lm")
+    _write(pen, left, top - 22 * SCALE, title, "lm", 15, "black")
 
     def to_pixels(x: float, y: float) -> tuple[float, float]:
         return left + (right - left) * x / x_max, bottom - (bottom - top) * (y - y_min) / (100 - y_min)
 
     for y in range(int(y_min), 101, 10):
-        pen.line((*to_pixels(0, y), *to_pixels(x_max, y)), fill="#dddddd", width=scale)
-        pen.text(
-            (left - 8 * scale, to_pixels(0, y)[1]),
-            str(y),
-            fill="#444444",
-            font=_font(12 * scale),
-            anchor="rm",
-        )
+        pen.line((*to_pixels(0, y), *to_pixels(x_max, y)), fill="#dddddd", width=SCALE)
+        _write(pen, left - 8 * SCALE, to_pixels(0, y)[1], str(y), "rm")
     for part in range(5):
-        x = x_max * part / 4
-        pen.text(
-            (to_pixels(x, y_min)[0], bottom + 12 * scale),
-            f"{x:.0f}",
-            fill="#444444",
-            font=_font(12 * scale),
-            anchor="mm",
-        )
-    pen.text(
-        ((left + right) / 2, bottom + 28 * scale), "step", fill="#444444", font=_font(12 * scale), anchor="mm"
-    )
+        step = x_max * part / 4
+        _write(pen, to_pixels(step, y_min)[0], bottom + 12 * SCALE, f"{step:.0f}")
+    _write(pen, (left + right) / 2, bottom + 28 * SCALE, "step")
     for i, curve in enumerate(curves):
         if curve:
-            pen.line(
-                [to_pixels(*point) for point in curve],
-                fill=COLORS[i % len(COLORS)],
-                width=2 * scale,
-                joint="curve",
-            )
+            pixels = [to_pixels(*point) for point in curve]
+            pen.line(pixels, fill=COLORS[i % len(COLORS)], width=2 * SCALE, joint="curve")
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def _write(
+    pen: ImageDraw.ImageDraw,
+    x: float,
+    y: float,
+    text: str,
+    anchor: str = "mm",
+    size: int = 12,
+    color: str = "#444444",
+) -> None:
     try:
-        return ImageFont.load_default(size)
+        font = ImageFont.load_default(size * SCALE)
     except TypeError:  # Pillow before 10.1 has only one size
-        return ImageFont.load_default()
+        font = ImageFont.load_default()
+    pen.text((x, y), text, fill=color, font=font, anchor=anchor)
 
 
 def main() -> None:

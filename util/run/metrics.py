@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from util import dist_utils
@@ -79,6 +80,9 @@ class Meter:
 
     Until then all values stay on the device, so that no step waits for a GPU. What a checkpoint contains was
     averaged or summed over ranks already. It stays on the CPU, apart from the values of this rank.
+
+    A step may leave a loss term out, which is NaN in its row then. A term that is not finite by itself makes
+    the sum of the terms, "loss", not finite either.
     """
 
     def __init__(self) -> None:
@@ -112,9 +116,10 @@ class Meter:
                 values["pseudo_acc"] = correct.mean()
                 counted += [correct, correct * mask]
             self._count(label, torch.stack(counted).long(), pseudo_label.shape[1])
-        self.names = tuple(values)
+        self.names += tuple(name for name in values if name not in self.names)
         self.steps.append(step)
-        self.rows.append(torch.stack([v.float() for v in values.values()]))
+        left_out = values["loss"].new_tensor(math.nan)
+        self.rows.append(torch.stack([values.get(name, left_out).float() for name in self.names]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was added since the last calls, averaged or summed over ranks, so that a resumed run
@@ -145,10 +150,14 @@ class Meter:
         float32 it would depend on the order in which an all-reduce adds the ranks, which is another one for
         each part of the message, and so on the number of rows.
         """
-        means = list(self.restored_rows)
+        means = self._padded(self.restored_rows)
         if self.rows:
-            means += dist_utils.all_mean(torch.stack(self.rows).double()).cpu().float()
+            means += dist_utils.all_mean(torch.stack(self._padded(self.rows)).double()).cpu().float()
         return torch.stack(means) if means else torch.empty(0)
+
+    def _padded(self, rows: list[Tensor]) -> list[Tensor]:
+        """Return the rows with NaN for the names that were added after them."""
+        return [F.pad(row, (0, len(self.names) - len(row)), value=math.nan) for row in rows]
 
     def _totals(self) -> Tensor | None:
         """Return the counts of all ranks, on the CPU, as `take_counts` does."""
@@ -168,17 +177,19 @@ class Meter:
         return counts
 
     def take_means(self) -> dict[str, float]:
-        """Return the mean of each value over all ranks and the steps since the last call.
+        """Return the mean of each value over all ranks and the steps since the last call that had it.
 
         Raises UserError if a value is not finite, with its name and its step, counted from 1 as in the log.
         """
         means, steps = self._means(), self.steps
         self.steps, self.restored_rows, self.rows = [], [], []
         for step, row in zip(steps, means.tolist()):
-            for name, value in zip(self.names, row):
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"{name} is {value} at step {step + 1}; training stops and keeps the last "
-                        "checkpoint: try a lower --lr, or check the images of that step"
-                    )
-        return dict(zip(self.names, means.mean(dim=0).tolist()))
+            values = dict(zip(self.names, row))
+            if not math.isfinite(values["loss"]):
+                name = next(name for name, value in values.items() if not math.isfinite(value))
+                raise UserError(
+                    f"{name} is {values[name]} at step {step + 1}; training stops and keeps the last "
+                    "checkpoint: try a lower --lr, or check the images of that step"
+                )
+        mean = means.nanmean(dim=0) if means.isnan().any() else means.mean(dim=0)  # [names]
+        return {name: value for name, value in zip(self.names, mean.tolist()) if not math.isnan(value)}

@@ -10,17 +10,24 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from conftest import ROOT
 
+import models
 from models import SimMatch
+from util import fields
 from util.config import Config, read_yaml, to_yaml
-from util.inspect import doctor
+from util.fields import METHODS
+from util.inspect import detectors, doctor
 from util.inspect.detectors import describe_start_in_teacher
-from util.inspect.diagnostics import event_keys
-from util.inspect.rules import NOTES, RULES
+from util.inspect.diagnostics import PSEUDO_LABEL_KEYS, event_keys
+from util.inspect.rules import RULES, rules_of
 from util.inspect.run_log import RunLog, read_run_log
+
+SIMMATCH_RULES = rules_of("simmatch")
+NOTE = METHODS["simmatch"].late_terms["loss_in"][2]  # what it says about the first use of the bank
 
 
 def load(folder):
@@ -135,11 +142,6 @@ FAULTS = {
     ),
     "collapsed classes": (diagnostics(2, starved=1), diagnostics(1, starved=1)),
     "prior far from the labels": (diagnostics(2, prior_kl=0.6), diagnostics(2, prior_kl=0.55)),
-    "q_w too certain": (
-        both(diagnostics(3, q_entropy=0.02), train(3, pseudo_acc=0.8)),
-        both(diagnostics(3, q_entropy=0.02), train(3, pseudo_acc=0.95)),
-    ),
-    "q_w flat": (diagnostics(3, q_entropy=0.9995 * LN_10), diagnostics(3, q_entropy=0.998 * LN_10)),
     "lr off schedule": (train(1, lr=lambda e: e["lr"] * 1.001), train(1, lr=lambda e: e["lr"] * (1 + 1e-9))),
     "no gradient": (diagnostics(2, grad_in=0.0), diagnostics(1, grad_in=0.0)),
     "exploding gradient": (diagnostics(1, grad_in=2000.0), diagnostics(1, grad_in=99.0)),
@@ -156,8 +158,13 @@ FAULTS = {
         evaluation(3, student_top1=[80.0, 69.0, 69.0]),
         evaluation(3, student_top1=[80.0, 69.0, 71.0]),
     ),
-    "stale bank": (diagnostics(1, bank_age_max=3), diagnostics(1, bank_age_max=2)),
     "slowed down": (train(5, images_per_s=240.0), train(5, images_per_s=260.0)),
+    "q_w too certain": (
+        both(diagnostics(3, q_entropy=0.02), train(3, pseudo_acc=0.8)),
+        both(diagnostics(3, q_entropy=0.02), train(3, pseudo_acc=0.95)),
+    ),
+    "q_w flat": (diagnostics(3, q_entropy=0.9995 * LN_10), diagnostics(3, q_entropy=0.998 * LN_10)),
+    "stale bank": (diagnostics(1, bank_age_max=3), diagnostics(1, bank_age_max=2)),
 }
 # Other changes that the same rules find, and settings with which they find nothing.
 MORE_FAULTS = [  # rule, change, settings, whether the rule finds it
@@ -227,7 +234,7 @@ MORE_FAULTS = [  # rule, change, settings, whether the rule finds it
 
 
 def test_every_rule_has_a_fault():
-    assert list(FAULTS) == [rule.name for rule in RULES]
+    assert list(FAULTS) == [rule.name for rule in SIMMATCH_RULES]
 
 
 def test_no_rule_finds_anything_in_a_healthy_log(healthy):
@@ -281,16 +288,16 @@ def test_the_suggested_ema_m_leaves_a_hundredth_of_the_start(ema_m, steps):
 
 def notes(folder, events):
     run = RunLog.from_events(folder.name, Config(**read_yaml(str(folder / "config.yaml"))), events)
-    return [(note.name, *found) for note in NOTES if (found := note.find(run))]
+    return doctor.notes_of(run)
 
 
 def test_the_jump_of_loss_in_is_noted(healthy):
     folder, events = healthy
-    ((name, what, step, last_step),) = notes(folder, events)
-    assert (name, step, last_step) == ("bank in use", 24, 24)
+    (note,) = notes(folder, events)
+    assert (note["note"], note["step"], note["description"]) == ("bank in use", 24, NOTE)
     before, first = [e for e in events if e["event"] == "train"][4:6]
     assert before["loss_in"] == 0 and first["loss_in"] > 5
-    assert what.startswith(
+    assert note["what"].startswith(
         f"loss_in rose from 0 to {first['loss_in']:.3g}, and loss from {before['loss']:.3g} to "
     )
     for values in ({"loss_in": None}, {"loss_in": 0.0}, {"loss_in": 1.0}):
@@ -307,11 +314,11 @@ def command(*args):
 def test_the_command_prints_its_findings(healthy, tmp_path):
     folder, events = healthy
     done = command(folder)
-    ((name, what, step, _),) = notes(folder, events)
+    (note,) = notes(folder, events)
     assert (done.returncode, done.stdout) == (
         0,
-        f"nothing looks wrong ({len(RULES)} rules, {len(events)} events)\n"
-        f"note: {name}: {what} (step {step}); {NOTES[0].description}\n",
+        f"nothing looks wrong (22 rules, {len(events)} events)\n"
+        f"note: {note['note']}: {note['what']} (step {note['step']}); {NOTE}\n",
     ), done.stderr
     shutil.copytree(folder, tmp_path / "faulty")
     train(5, mask=0.0)(events := copy.deepcopy(events[:-3]))
@@ -328,7 +335,7 @@ def test_the_command_prints_its_findings(healthy, tmp_path):
     assert "unfinished at step 56 of 60" in done.stdout
     done = command(tmp_path / "faulty", "--json")
     output = json.loads(done.stdout)
-    assert done.returncode == 1 and (output["step"], output["total"], output["rules"]) == (56, 60, len(RULES))
+    assert done.returncode == 1 and (output["step"], output["total"], output["rules"]) == (56, 60, 22)
     assert {
         "rule": "mask at 0",
         "what": "mask is 0 in 5 train events",
@@ -337,9 +344,7 @@ def test_the_command_prints_its_findings(healthy, tmp_path):
         "description": rule.description,
         "advice": rule.advice,
     } in output["findings"]
-    assert output["notes"] == [
-        {"note": name, "what": what, "step": step, "description": NOTES[0].description}
-    ]
+    assert output["notes"] == [note]
 
 
 def test_a_folder_that_is_no_run_is_a_user_error(healthy, mistake, tmp_path):
@@ -358,6 +363,13 @@ def test_a_folder_that_is_no_run_is_a_user_error(healthy, mistake, tmp_path):
         mistake(doctor.main, [tmp_path], "damaged", words)
 
 
+def test_an_impossible_value_is_a_user_error(healthy, mistake, tmp_path):
+    shutil.copytree(healthy[0], tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("cls: 10\n", "cls: 0\n"))
+    mistake(doctor.main, [tmp_path / "run"], "config.yaml or log.jsonl", "impossible value")
+
+
 def test_a_run_without_events_is_not_judged(mistake, tmp_path, monkeypatch, capsys):
     (tmp_path / "log.jsonl").write_text("")
     (tmp_path / "config.yaml").write_text(to_yaml(Config()))
@@ -374,14 +386,92 @@ def test_a_run_without_events_is_not_judged(mistake, tmp_path, monkeypatch, caps
 
 def test_the_docs_have_every_rule_and_key():
     text = (ROOT / "docs" / "DOCTOR.md").read_text()
-    rows = re.findall(r"^\| (.+?) \| (.+) \| (.+) \|$", text.partition("## The rules")[2], re.M)[1:]
-    assert rows == [(rule.name, rule.description, rule.advice) for rule in RULES]
-    for note in NOTES:
-        assert f"{note.name}: {note.description}" in " ".join(text.split())
+    rows = re.findall(r"^\| (.+?) \| (.+) \| (.+) \|$", text.partition("## The rules")[2], re.M)
+    rules = [(rule.name, rule.description, rule.advice) for rule in SIMMATCH_RULES]
+    assert [row for row in rows if row[0] != "rule"] == rules
+    assert f"bank in use: {NOTE}" in " ".join(text.split())
     keys = text.partition("## The event")[2].partition("## The rules")[0]
     assert re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.+?) \|", keys, re.M))) == event_keys(
         SimMatch.loss_names, SimMatch.diagnostic_names
     )
+
+
+def test_the_shared_rules_name_no_value_of_a_method():
+    own = {*SimMatch.diagnostic_names, *METHODS["simmatch"].late_terms} - {"prior_kl"}
+    for file in (ROOT / "util" / "inspect").glob("*.py"):
+        assert not own & {*re.findall(r"\w+", file.read_text())}, file
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rules_of_a_method_name_values_of_its_log(method):
+    module, _, kind = models.METHODS[method].partition(":")
+    own = set(getattr(import_module(module), kind).diagnostic_names)
+    known = own | {*PSEUDO_LABEL_KEYS, "value", "accuracy", "C", "n", "s", "ln"}
+    for _, _, _, *checks in METHODS[method].rules:
+        for _, key, bad, what in checks:
+            names = {*compile(bad, "", "eval").co_names, *compile(f"f{what!r}", "", "eval").co_names}
+            assert key in own and names <= known, (key, names - known)
+    assert {diagnostic for _, diagnostic, _ in METHODS[method].late_terms.values()} <= own
+
+
+def test_a_method_declares_rules_and_late_terms(healthy, monkeypatch, tmp_path):
+    folder, events = healthy
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "toy.py").write_text(
+        "import no_such_module\n"
+        "RULES = (('small norm', 'toy_norm is below 0.1', 'a larger norm', (2, 'toy_norm', 'value < 1 / C', "
+        "'toy_norm is {value:.2f} in {n} diagnostics'), (0, 'toy_norm', 'value > 9', 'large')),)\n"
+        "LATE_TERMS = {'loss_toy': ('toy in use', 'toy_norm', 'this is expected')}\n"
+    )
+    (tmp_path / "models" / "toy2.py").write_text("RULES = 'toy'\n")
+    (tmp_path / "models" / "__init__.py").write_text(
+        "METHODS = {'toy': 'models.toy:T', 'toy2': 'models.toy2:T'}"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(fields, "ROOT", tmp_path)
+        declared = fields._read("models/__init__.py", "METHODS")
+    config = read_yaml(str(folder / "config.yaml"))
+    for method in ("toy", "toy2"):
+        monkeypatch.setitem(METHODS, method, declared[method])
+        for norms, dead, expected in (
+            ([0.5, 0.5, 0.09, 0.08], False, ["small norm"]),
+            ([0.5, 0.5, 0.5, 0.08], False, []),
+            ([9.5, 0.5, 0.5, 0.08], False, ["small norm"]),
+            ([None, None, None, 0.5], True, []),  # not in use yet
+            ([0.5, 0.5, 0.5, 0.5], True, ["dead loss term"]),
+        ):
+            changed = copy.deepcopy(events)
+            both(diagnostics(4, toy_norm=norms), train(15, loss_toy=[0.0] * 5 + [0.0 if dead else 1.0] * 10))(
+                changed
+            )
+            run = RunLog.from_events("run", Config(**{**config, "method": method}), changed)
+            found = doctor.examine(run)
+            assert [f["rule"] for f in found] == expected
+            assert [note["note"] for note in doctor.notes_of(run)] == ["toy in use"] * (not dead)
+            if norms[2] == 0.09:
+                assert found[0]["what"] == "toy_norm is 0.08 in 2 diagnostics"
+                assert (found[0]["description"], found[0]["advice"]) == (
+                    "toy_norm is below 0.1",
+                    "a larger norm",
+                )
+        assert findings(folder, changed, method="supervised") == ["dead loss term"]
+
+
+def test_a_check_without_its_values_finds_nothing(healthy):
+    folder, events = healthy
+    config = Config(**read_yaml(str(folder / "config.yaml")))
+    run = RunLog.from_events("run", config, events)
+
+    def find(bad, what, last=2, keys="mask", where=""):
+        return detectors.Check("diagnostics", last, keys, bad, what, where)(run)
+
+    steps = [e["step"] for e in run.diagnostic_events]
+    assert find("value >= 0", "{key} {n}{s} {C}") == ("mask 4s 10", steps[2], steps[-1])
+    assert find("value >= 0", "{key} {n}{s}", last=0) == ("mask 1", steps[0], steps[0])
+    assert find("value >= 0", "{key}", where="ln(grad_x) > 99") is None
+    assert find("value >= 0 and absent >= 0", "found") is None
+    assert find("value >= 0", "found {absent}") is None
+    assert find("value >= 0", "found", keys="toy_*") is None
 
 
 SICK_RUNS = [
