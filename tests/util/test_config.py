@@ -290,9 +290,7 @@ def test_the_nearest_flag_is_suggested_among_all_spellings(flag, near):
         parse([flag], "")
 
 
-@pytest.mark.parametrize(
-    "flag", "--wandb --amp --gpu --resume --dist-url --arch --xyz --temperature".split()
-)
+@pytest.mark.parametrize("flag", "--wandb --amp --gpu --resume --dist-url --arch --xyz --temperature".split())
 def test_no_flag_is_suggested_if_none_is_near(flag):
     with pytest.raises(
         UserError, match=f"unknown flag '{flag}' .*no known one is near; --help lists every flag"
