@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from util.config import MAY_CHANGE_ON_RESUME, Config, parse, to_dict, to_yaml
+from util.config import MAY_CHANGE_ON_RESUME, Config, defaults_of, parse, to_dict, to_yaml
 from util.errors import UserError, cli_main, start_program
 from util.files import user_path
 from util.run import preempt
@@ -215,7 +215,7 @@ def train_steps(run: Run, state: TrainState, log: Logger, writer: checkpoint.Wri
         stop = (due.log or ranks.processes == 1) and dist_utils.any_rank(preempt.stop_requested())
         save_seconds = 60 * config.save_minutes
         overdue = (
-            due.log and save_seconds and dist_utils.from_rank_0(time.monotonic() - last_save > save_seconds)
+            due.log and save_seconds and dist_utils.any_rank(time.monotonic() - last_save > save_seconds)
         )
         if due.save or stop or overdue:
             save(run, state, log, writer)
@@ -361,7 +361,8 @@ def last_checkpoint(config: Config) -> Path:
 
 def overrides(config: Config) -> dict[str, Any]:
     """Return the fields OVERRIDES that differ from their defaults: they replace those of the checkpoint."""
-    return {name: value for name in OVERRIDES if (value := getattr(config, name)) != getattr(Config(), name)}
+    defaults = defaults_of(config.method)
+    return {name: value for name in OVERRIDES if (value := getattr(config, name)) != defaults[name]}
 
 
 def accuracies(

@@ -35,18 +35,9 @@ def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: 
     """Train one run, unless `folder` holds it -> (top-1 of the final student, seconds of the process)."""
     seconds = folder / "seconds"
     flags = [
-        "--config",
-        str(ROOT / "configs" / "digits.yaml"),
-        "--method",
-        method,
-        "--labels-per-class",
-        str(labels_per_class),
-        "--seed",
-        str(seed),
-        "--output-dir",
-        str(folder),
-        "--eval-freq",
-        "1000000",
+        *("--config", str(ROOT / "configs" / "digits.yaml"), "--output-dir", str(folder)),
+        *("--method", method, "--labels-per-class", str(labels_per_class), "--seed", str(seed)),
+        *("--eval-freq", "1000000"),
     ]
     if seconds.exists():
         if changed_settings(read_yaml(str(folder / "config.yaml")), parse(flags, "")):

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,22 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmark.digits import machine  # noqa: E402
+from benchmark.ranks import environment, free_port  # noqa: E402
 from benchmark.same_run import difference, events  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 FLAGS = [
-    "--config",
-    str(ROOT / "configs" / "digits.yaml"),
-    "--device",
-    "cpu",
-    "--epochs",
-    "4",
-    "--eval-freq",
-    "1",
-    "--print-freq",
-    "4",
-    "--timeout-minutes",
-    "2",
+    *("--config", str(ROOT / "configs" / "digits.yaml")),
+    *"--device cpu --epochs 4 --eval-freq 1 --print-freq 4 --timeout-minutes 2".split(),
 ]
 # Of the runs that are killed. With print_freq 4, a checkpoint every 3 steps holds means in progress.
 KILLED_FLAGS = ["--workers", "2", "--save-freq", "3"]
@@ -80,9 +70,7 @@ class Kill(NamedTuple):
     kind: str
     victims: list[int]  # ranks that were killed
     met: bool  # whether the run's files show that it was killed at such a moment, not before or after it
-    survived: bool = (
-        True  # whether the other ranks ended as they should, and the same command resumed the run
-    )
+    survived: bool = True  # whether the other ranks ended as they should, and the same command resumed it
 
 
 class Rank(NamedTuple):
@@ -98,22 +86,12 @@ def start(case: Case, folder: Path, number: int, *flags: str) -> list[Rank]:
     """Start the ranks, each with its workers in a process group of its own. Their output goes to files beside
     `folder`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env, ranks = {**os.environ, "OMP_NUM_THREADS": "1"}, []
+    env, ranks, port = {**os.environ, "OMP_NUM_THREADS": "1"}, [], free_port()
     method = ["--method", case.method, *["--eman"] * case.eman, "--batch-size", str(10 // case.ranks)]
     command = [sys.executable, "train_semi.py", *FLAGS, *method, *flags, "--output-dir", str(folder)]
     for rank in range(case.ranks):
         if case.ranks > 1:
-            env = {
-                **env,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(case.ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
+            env |= environment(rank, case.ranks, port)
         out, err = (folder.with_name(f"{folder.name}-{number}-{rank}.{kind}") for kind in ("out", "err"))
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
             process = subprocess.Popen(

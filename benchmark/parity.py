@@ -10,9 +10,7 @@ together. Exit code 1 if a bound is broken.
 """
 
 import math
-import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +22,6 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
@@ -32,6 +29,7 @@ from torch.utils._pytree import tree_map  # noqa: E402
 from benchmark import marked_file  # noqa: E402
 from benchmark.digits import machine  # noqa: E402
 from benchmark.parity_steps import LABELS, SIDE, B, K, Step, settings, trajectory  # noqa: E402
+from benchmark.ranks import call_on_ranks  # noqa: E402
 from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
 from models import Batch, build_method, build_optimizer, configure_execution, train_step  # noqa: E402
 from util import dist_utils  # noqa: E402
@@ -213,22 +211,11 @@ def play(
         torch.backends.cudnn.allow_tf32 = allowed
         return out
     torch.save((mode, config, list(steps)), folder / "steps.pt")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_rank, (mode.processes, port, folder, free), nprocs=mode.processes)
+    call_on_ranks(_rank, mode.processes, folder, free)
     return torch.load(folder / "rows.pt")
 
 
-def _rank(rank: int, world: int, port: int, folder: Path, free: bool) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def _rank(rank: int, folder: Path, free: bool) -> None:
     mode, config, steps = torch.load(folder / "steps.pt", weights_only=False, mmap=True)
     dist_utils.dist_init(mode.device, 5, 0)
     torch.backends.cudnn.allow_tf32 = mode.tf32

@@ -31,24 +31,9 @@ def settings(backbone: str = "resnet18_encoder", **changes: Any) -> Config:
     """The settings of the published 1 % recipe, with a learning rate of its warm-up and a threshold that some
     images of the small problem reach.
     """
-    return Config(
-        **{
-            **dict(
-                backbone=backbone,
-                cls=C,
-                dim=16,
-                mu=2,
-                lr=1e-5,
-                nesterov=True,
-                lambda_u=10.0,
-                lambda_in=5.0,
-                threshold=0.5,
-                c_smooth=0.9,
-                DA=True,
-            ),
-            **changes,
-        }
-    )
+    problem: dict[str, Any] = {"backbone": backbone, "cls": C, "dim": 16, "mu": 2}
+    recipe = {"lr": 1e-5, "nesterov": True, "lambda_u": 10.0, "lambda_in": 5.0, "c_smooth": 0.9, "DA": True}
+    return Config(**{**problem, **recipe, "threshold": 0.5, **changes})
 
 
 def pretrained(config: Config) -> SimMatch:

@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
+from benchmark.ranks import call_on_ranks  # noqa: E402
 from models import Batch, Method, build_method, build_optimizer, train_step  # noqa: E402
 from util import dist_utils, process_groups  # noqa: E402
 from util.config import Config, parse  # noqa: E402
@@ -174,18 +174,8 @@ def sizes(config: Config, method: Method) -> dict[str, int]:
     }
 
 
-def one_rank(
-    rank: int, world: int, port: int, config: Config, banks: list[int], steps: int, folder: str
-) -> None:
+def one_rank(rank: int, config: Config, banks: list[int], steps: int, folder: str) -> None:
     """Train with each of `banks` (K) and write the bytes and the memory to folder/<rank>.json."""
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
     dist_utils.dist_init("cpu", config.timeout_minutes, config.port)
     if process_groups.HEARTBEAT:
         process_groups.HEARTBEAT.stop()  # its bytes would count
@@ -202,11 +192,8 @@ def count(world: int, config: Config, banks: list[int], steps: int) -> list[dict
     """Start `world` ranks -> for each of `banks` (K), "sent": bytes by cause of every step of every rank;
     "memory": the largest memory of a rank so far, in bytes; and `sizes`.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(one_rank, (world, port, config, banks, steps, folder), nprocs=world)
+        call_on_ranks(one_rank, world, config, banks, steps, folder)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
     return [
         {

@@ -10,13 +10,12 @@ from dataset import imagenet
 from dataset.imagenet import Validation
 from dataset.loader import Data, View
 from dataset.views import strong_views
-from util.declarations import METHODS
 from util.errors import UserError
 
 # name -> module, which is imported only if it is used, because torchvision takes seconds. A new data set is a
-# file and a line of this table, which util/declarations.py reads. The module has these functions, whose
+# file and a line of this table, which util/fields.py reads. The module has these functions, whose
 # parameters are settings by name:
-# build(..., on_device, lists) -> Data; lists: whose published splits the method uses without --split
+# build(..., on_device) -> Data
 # side(view, ...) -> the side in pixels of a view of that name
 # eval_view_for_files(..., on_device) -> View, if the network can also classify image files from elsewhere
 # searched_dirs(...) -> the directories that are searched for images, if there are any
@@ -87,8 +86,7 @@ def build_data(config: Any, gpu: bool) -> Data:
     """
     view_sides(config)  # so that a view that is unknown is reported before the images are listed
     build = _module(config).build
-    known = {"on_device": _on_device(config, gpu), "lists": METHODS[config.method].defaults["split"]}
-    data: Data = _call(build, config, **known)
+    data: Data = _call(build, config, on_device=_on_device(config, gpu))
     if config.cls and len(data.classes) != config.cls:
         raise UserError(
             f"cls is {config.cls}, but {config.dataset} has {len(data.classes)} classes: "

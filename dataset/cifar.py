@@ -13,7 +13,7 @@ from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, photo_view, 
 from util.errors import UserError
 from util.files import user_path
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
 USES = ("data", "labels_per_class", "weak", "strong", "device_views")
 
 SETS = {"cifar10": (CIFAR10, CIFAR10_NORM), "cifar100": (CIFAR100, CIFAR100_NORM)}

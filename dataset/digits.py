@@ -14,7 +14,7 @@ from dataset import splits
 from dataset.loader import Data, HostTensors, SplitId, View
 from dataset.source import Arrays
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
 USES = ("labels_per_class",)
 
 FILE = Path(__file__).with_name("digits.npz")

@@ -14,35 +14,19 @@ from dataset.source import LabeledFiles
 from util.errors import UserError
 from util.files import user_path
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
+# fmt: off
 SETTINGS = {
-    "unlabelled": (
-        "",
-        "directory of additional unlabeled images, at any depth",
-        {"aliases": ("--unlabeled",), "may_change": True},
-    ),
-    "val": (
-        "",
-        "test images, one folder per class; empty: val/ in --data, or --val-share",
-        {"may_change": True},
-    ),
-    "val_share": (
-        0.0,
-        "without test images: share of each class to hold out for testing",
-        {"at_least": 0, "at_most": 1, "replaced_by": ("val",)},
-    ),
+    "unlabelled": ("", "directory of additional unlabeled images, at any depth",
+        {"aliases": ("--unlabeled",), "may_change": True}),
+    "val": ("", "test images, one folder per class; empty: val/ in --data, or --val-share",
+        {"may_change": True}),
+    "val_share": (0.0, "without test images: share of each class to hold out for testing",
+        "[0, 1]", {"replaced_by": ("val",)}),
 }
-USES = (
-    "data",
-    "split",
-    "labels_per_class",
-    "anno_percent",
-    "weak",
-    "strong",
-    "image_size",
-    "device_views",
-    "on_bad_image",
-)
+USES = ("data", "split", "labels_per_class", "anno_percent",
+        "weak", "strong", "image_size", "device_views", "on_bad_image")
+# fmt: on
 
 # Folders of these names are not taken for classes.
 NOT_CLASSES = {"val", "valid", "validation", "test", "unlabelled", "unlabeled"}

@@ -19,45 +19,30 @@ from util.files import user_path
 # The folder that holds train/ and val/, and train.txt or val.txt if they have no class folders.
 IMAGENET_ROOT = "/path/to/imagenet"
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
+# fmt: off
 SETTINGS = {
-    "data": (
-        "",
-        "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR",
-        {"may_change": True},
-    ),
+    "data": ("", "directory of the images; empty: IMAGENET_ROOT in dataset/imagenet.py, or data/ for CIFAR",
+        {"may_change": True}),
     "split": ("", "labeled split: a published list (see python -m dataset.splits list) or a list file"),
-    "labels_per_class": (
-        0,
-        "without --split: number of labeled images per class, drawn with --seed",
-        {"at_least": 0, "at_most": 10_000_000, "replaced_by": ("split",)},
-    ),
+    "labels_per_class": (0, "without --split: number of labeled images per class, drawn with --seed",
+        "[0, 10_000_000]", {"replaced_by": ("split",)}),
     "anno_percent": (
-        0.1,
-        "without --split and --labels-per-class: labeled share; ImageNet 0.01, 0.1: published lists",
-        {"at_least": 0, "at_most": 1, "replaced_by": ("split", "labels_per_class", "unlabelled")},
-    ),
+        0.1, "without --split and --labels-per-class: labeled share; ImageNet 0.01, 0.1: published lists",
+        "[0, 1]", {"replaced_by": ("split", "labels_per_class", "unlabelled")}),
+    "lists": ("simmatch", "whose published lists --anno-percent 0.01 and 0.1 choose: simmatch or simclr",
+        ("simmatch", "simclr"), {"replaced_by": ("split", "labels_per_class")}),
     "weak": ("weak", "weak view, of labeled and unlabeled images: a name in dataset/views.py"),
-    "strong": (
-        "moco",
-        "strong view of unlabeled images: a name in dataset/views.py (moco, rand, stack, ...)",
-    ),
-    "image_size": (
-        224,
-        "side length in pixels of the views of image files; the recipes use 224",
-        {"above": 0, "at_most": 8192},
-    ),
+    "strong": ("moco", "strong views, with commas between them: names in dataset/views.py (moco, rand, ...)"),
+    "image_size": (224, "side length in pixels of the views of image files; 224 in the recipes", "(0, 8192]"),
     "device_views": (
-        "auto",
-        "do flips, color, blur, normalization on the training device: on, off (PIL), auto (if GPU)",
-        {"choices": ("auto", "on", "off")},
-    ),
+        "auto", "do flips, color, blur, normalization on the training device: on, off (PIL), auto (if GPU)",
+        ("auto", "on", "off")),
     "on_bad_image": (
-        "stop",
-        "if an image cannot be read: stop the run, or skip it and use another one instead",
-        {"choices": ("stop", "skip"), "may_change": True},
-    ),
+        "stop", "if an image cannot be read: stop the run, or skip it and use another one instead",
+        ("stop", "skip"), {"may_change": True}),
 }
+# fmt: on
 
 
 class Imagenet(LabeledFiles):
@@ -121,7 +106,7 @@ def build(
     strong: str,
     image_size: int,
     on_device: bool,
-    lists: str = "simmatch",
+    lists: str,
 ) -> Data:
     """Build ImageNet as in the recipes: the images of train/ that are not labeled are unlabeled images, and
     those of val/ are test images. lists: see choose_split. Raises UserError if the images or the split cannot

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from models.diagnose import diagnose
-from models.method import Batch, Method, StepOutput
+from models.method import Batch, Method
 from models.network import BACKBONES, Network
-from models.optimizer import build_optimizer, parameter_groups
+from models.optimizer import build_optimizer
 from models.simmatch import SimMatch
 from models.step import configure_execution, split_virtual_ranks, train_step
 
@@ -18,18 +18,16 @@ __all__ = [
     "Batch",
     "Method",
     "SimMatch",
-    "StepOutput",
     "build_method",
     "build_network",
     "build_optimizer",
     "configure_execution",
     "diagnose",
-    "parameter_groups",
     "split_virtual_ranks",
     "train_step",
 ]
 
-# name -> module:class. A new method is a file and a line of this table, which util/declarations.py reads.
+# name -> module:class. A new method is a file and a line of this table, which util/fields.py reads.
 METHODS = {
     "simmatch": "models.simmatch:SimMatch",
     "simmatchv2": "models.simmatchv2:SimMatchV2",

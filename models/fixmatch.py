@@ -10,7 +10,7 @@ from models.method import Batch, Method, StepOutput, at_least_fp32, forward_view
 from models.network import Network
 from models.simmatch import SimMatch
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
 USES = ("lambda_u", "threshold", "eman", "ema_m")
 
 

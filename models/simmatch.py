@@ -15,42 +15,19 @@ from models.method import Batch, Method, StepOutput, at_least_fp32, forward_view
 from models.network import Network
 from util import dist_utils
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
 SETTINGS = {
-    "lambda_u": (
-        10.0,
-        "weight of the unsupervised (pseudo-label) loss L_u",
-        {"at_least": 0, "at_most": 3.4e38},
-    ),
-    "lambda_in": (1.0, "weight of the instance similarity loss L_in", {"at_least": 0, "at_most": 3.4e38}),
-    "threshold": (
-        0.7,
-        "confidence threshold: L_u ignores pseudo-labels whose largest probability is lower",
-        {"at_least": 0, "at_most": 1},
-    ),
-    "st": (0.1, "temperature of the student's similarities", {"above": 0, "at_most": 1000}),
-    "tt": (0.1, "temperature of the teacher's similarities", {"above": 0, "at_most": 1000}),
-    "c_smooth": (
-        1.0,
-        "weight of the class prediction in the pseudo-label (alpha); the rest comes from the bank",
-        {"at_least": 0, "at_most": 1},
-    ),
+    "lambda_u": (10.0, "weight of the unsupervised (pseudo-label) loss L_u", "[0, 3.4e38]"),
+    "lambda_in": (1.0, "weight of the instance similarity loss L_in", "[0, 3.4e38]"),
+    "threshold": (0.7, "confidence threshold of L_u for the largest class of a pseudo-label", "[0, 1]"),
+    "st": (0.1, "temperature of the student's similarities", "(0, 1000]"),
+    "tt": (0.1, "temperature of the teacher's similarities", "(0, 1000]"),
+    "c_smooth": (1.0, "weight of the class prediction in the pseudo-label (alpha); rest: the bank", "[0, 1]"),
     "DA": (False, "use distribution alignment of the teacher's predictions"),
-    "da_len": (
-        256,
-        "number of past steps whose mean predictions form the prior of distribution alignment",
-        {"above": 0, "at_most": 1_000_000, "needs": "DA"},
-    ),
-    "bank_m": (
-        0.0,
-        "momentum of the bank: share of the old row that stays in a write (temporal ensemble)",
-        {"at_least": 0, "at_most": 1},
-    ),
-    "eman": (
-        False,
-        "simmatch: EMAN teacher, whose BN is averaged, not shuffle-BN; fixmatch: the teacher labels",
-    ),
-    "ema_m": (0.999, "momentum of the teacher (m)", {"at_least": 0, "at_most": 1}),
+    "da_len": (256, "number of past steps that form the prior of DA", "(0, 1_000_000]", {"needs": "DA"}),
+    "bank_m": (0.0, "momentum of the bank: share of the old row that stays in a write", "[0, 1]"),
+    "eman": (False, "simmatch: EMAN teacher, with averaged BN, not shuffle-BN; fixmatch: the teacher labels"),
+    "ema_m": (0.999, "momentum of the teacher (m)", "[0, 1]"),
 }
 
 

@@ -11,7 +11,7 @@ from models.method import Batch, forward_views
 from models.network import Network
 from models.simmatch import SimMatch, StudentOutput, TeacherOutput
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
 USES = ("lambda_u", "lambda_in", "threshold", "st", "tt", "c_smooth", "DA", "da_len", "bank_m", "ema_m")
 RULES = "simmatch"
 

@@ -16,31 +16,27 @@ from models.network import Network
 from models.simmatch import cross_entropy
 from util import dist_utils
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
 SETTINGS = {
-    "lambda_nn": (10.0, "weight of the node-node consistency L_nn", {"at_least": 0, "at_most": 3.4e38}),
-    "lambda_ee": (5.0, "weight of the edge-edge consistency L_ee", {"at_least": 0, "at_most": 3.4e38}),
-    "lambda_ne": (5.0, "weight of the node-edge consistency L_ne", {"at_least": 0, "at_most": 3.4e38}),
-    "t": (0.1, "temperature of all similarities", {"above": 0, "at_most": 1000}),
+    "lambda_nn": (10.0, "weight of the node-node consistency L_nn", "[0, 3.4e38]"),
+    "lambda_ee": (5.0, "weight of the edge-edge consistency L_ee", "[0, 3.4e38]"),
+    "lambda_ne": (5.0, "weight of the node-edge consistency L_ne", "[0, 3.4e38]"),
+    "t": (0.1, "temperature of all similarities", "(0, 1000]"),
     "alpha": (
         0.1,
-        "share of the neighbors in node propagation; 0 leaves the pseudo-labels as they are",
-        {"at_least": 0, "at_most": 0.99},
+        "share of the neighbors in node propagation; 0: pseudo-labels stay as they are",
+        "[0, 0.99]",
     ),
-    "topn": (128, "number of nearest labeled images in node propagation", {"above": 0, "at_most": 4096}),
-    "k": (256, "number of past steps whose images the queue holds", {"above": 0, "at_most": 1_000_000}),
-    "da_m": (
-        0.9,
-        "momentum of the prior of distribution alignment",
-        {"at_least": 0, "at_most": 1, "needs": "DA"},
-    ),
+    "topn": (128, "number of nearest labeled images in node propagation", "(0, 4096]"),
+    "k": (256, "number of past steps whose images the queue holds", "(0, 1_000_000]"),
+    "da_m": (0.9, "momentum of the prior of distribution alignment", "[0, 1]", {"needs": "DA"}),
     "bn_from_first_view": (
         False,
         "update BN's running statistics by the forward with the first strong view only, not by every view",
     ),
 }
 USES = ("threshold", "DA", "eman", "ema_m")
-DEFAULTS = {"split": "simclr", "labeled_sampler": "exact"}
+DEFAULTS = {"lists": "simclr", "labeled_sampler": "exact"}
 
 
 class Targets(NamedTuple):

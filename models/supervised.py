@@ -7,7 +7,7 @@ from models.method import Batch, Method, StepOutput, at_least_fp32
 from models.network import Network
 from models.simmatch import SimMatch
 
-# util/declarations.py reads these literals from the source.
+# util/fields.py reads these literals from the source.
 USES = ("ema_m",)
 
 

@@ -66,6 +66,7 @@ def test_the_page_adds_two_files_and_four_lines():
 def test_help_lists_the_settings_of_a_new_method(start):
     text = " ".join(start("train_semi.py", "--help").stdout.split())
     assert "weight of loss_toy (for toy; default: 0.1)" in text
+    assert "momentum of SGD (default: 0.9; with toy: 0.8)" in text
     assert "name of a method: toy, simmatch" in text and "name of a data set: squares, digits" in text
 
 
@@ -100,7 +101,10 @@ def test_the_command_trains_is_logged_evaluated_and_reported_and_resumes(start, 
         events = [event for event in log if event["event"] == kind]
         assert len(events) == 2 and all(keys <= event.keys() and event["step"] in (2, 4) for event in events)
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    assert settings["lambda_toy"] == 0.1 and not settings.keys() & {"lambda_u", "image_size"}
+    assert (settings["lambda_toy"], settings["momentum"]) == (0.1, 0.8) and not settings.keys() & {
+        "lambda_u",
+        "image_size",
+    }
 
     shutil.copytree(run, run.with_name("resumed"))
     (run.with_name("resumed") / "last.pth").unlink()  # so that it resumes from the first epoch

@@ -3,7 +3,7 @@
 An unknown key, a value of the wrong type or out of its bounds, and a setting without effect are errors.
 """
 
-import dataclasses
+import copy
 import difflib
 import math
 import os
@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.config_file import FLOAT, INT, read_mapping, to_text
-from util.effect import ALWAYS_ACCEPTED, DATASET_FIELDS, METHOD_FIELDS, without_effect
+from util.config_file import plain_value, read_mapping, to_text
+from util.effect import ALWAYS_ACCEPTED, without_effect
 from util.errors import Parser, UserError
-from util.fields import ALIASES, FIELDS, MAY_CHANGE_ON_RESUME, SHORTHANDS, Config, broken_rule
+from util.fields import DATASETS, FIELDS, MAY_CHANGE_ON_RESUME, METHODS, SHORTHANDS, Config, defaults_of
 
 TYPE_NAMES: dict[Any, str] = {
     bool: "bool (true or false)",
@@ -23,6 +23,7 @@ TYPE_NAMES: dict[Any, str] = {
     str: "str",
     list[int]: "list of int (in decimal digits)",
 }
+LONG_ALIASES = {alias: name for name, f in FIELDS.items() for alias in f.aliases if alias.startswith("--")}
 
 
 def parse(argv: Sequence[str], description: str) -> Config:
@@ -37,7 +38,8 @@ def parse(argv: Sequence[str], description: str) -> Config:
             "--config FILE"
         )
     if unknown:
-        raise UserError(_unknown_flag(unknown[0]))
+        names = [*map(_flag, FIELDS), "--config", *(f"--{name}" for name in SHORTHANDS), *LONG_ALIASES]
+        raise _unknown("flag", unknown[0].split("=")[0], "on the command line", dict(zip(names, names)))
     in_file = read_yaml(known.config) if known.config else {}
     where = {name: f"{name} in {known.config}" for name in in_file}
     flags = {}
@@ -58,7 +60,7 @@ def parse(argv: Sequence[str], description: str) -> Config:
         raise UserError("give --config FILE or --checkpoint NAME, for example --config configs/digits.yaml")
     if not config.output_dir:
         config.output_dir = os.path.join("checkpoints", Path(config.checkpoint or known.config).stem)
-    for name, table in (("method", METHOD_FIELDS), ("dataset", DATASET_FIELDS)):
+    for name, table in (("method", METHODS), ("dataset", DATASETS)):
         if getattr(config, name) not in table:
             raise UserError(f"unknown {name} {getattr(config, name)!r}; known: {', '.join(table)}")
     validate(config, where)
@@ -74,33 +76,30 @@ def _parser(description: str) -> Parser:
         help="YAML file with any of the settings below; without it the defaults are those of the published "
         "code, for ImageNet",
     )
+    nargs: dict[Any, dict[str, Any]] = {bool: {"nargs": "?", "const": "true"}, list[int]: {"nargs": "*"}}
     for name, f in FIELDS.items():
-        flags = dict.fromkeys([*ALIASES.get(name, ()), _flag(name), f"--{name}"])
-        nargs: dict[str, Any] = {}
-        if f.type is bool:
-            nargs = {"nargs": "?", "const": "true"}
-        elif f.type == list[int]:
-            nargs = {"nargs": "*"}
         parser.add_argument(
-            *flags,
+            *dict.fromkeys([*f.aliases, _flag(name), f"--{name}"]),
             dest=name,
-            default=None,
             metavar=TYPE_NAMES[f.type].partition(" (")[0].upper(),
-            help=f"{f.metadata['help']} ({_users(name)}default: {getattr(Config(), name)!r})",
-            **nargs,
+            help=f"{f.help} ({_notes(name)})",
+            **nargs.get(f.type, {}),
         )
     for flag, (name, value) in SHORTHANDS.items():
         parser.add_argument(f"--{flag}", action="store_true", help=f"the same as --{name} {value}")
     return parser
 
 
-def _users(name: str) -> str:
-    """Return for which methods or data sets a setting is, for --help; nothing if all of them use it."""
-    for table in (METHOD_FIELDS, DATASET_FIELDS):
-        users = [user for user, fields in table.items() if name in fields]
+def _notes(name: str) -> str:
+    """Return for --help which methods or data sets use a setting, unless all do, and its defaults."""
+    notes = []
+    for table in (METHODS, DATASETS):
+        users = [user for user, declared in table.items() if name in declared.uses]
         if 0 < len(users) < len(table):
-            return f"for {', '.join(users)}; "
-    return ""
+            notes.append(f"for {', '.join(users)}")
+    notes.append(f"default: {FIELDS[name].default!r}")
+    own = {method: declared.defaults for method, declared in METHODS.items() if name in declared.defaults}
+    return "; ".join([*notes, *(f"with {method}: {defaults[name]!r}" for method, defaults in own.items())])
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def coerce_values(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return `values`, each as the type of its field. Raises UserError, which names `where`."""
     for key in values:
         if key not in FIELDS:
-            raise UserError(_unknown_key(str(key), where))
+            raise _unknown("key", str(key), f"in {where}", {**dict(zip(FIELDS, FIELDS)), **LONG_ALIASES})
     return {key: coerce(key, value, f"{key} in {where}") for key, value in values.items()}
 
 
@@ -132,11 +131,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
 
 def _scalar(kind: Any, value: Any) -> Any:
     if isinstance(value, str) and kind is not str:
-        if kind is bool and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if kind is bool or not (INT if kind is int else FLOAT).fullmatch(value):
-            raise ValueError(value)
-        value = kind(value)
+        value = plain_value(value)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
@@ -156,14 +151,10 @@ def validate(config: Config, where: Mapping[str, str] | None = None) -> Config:
         if not ok:
             raise UserError(f"{(where or {}).get(name, name)} must be {rule}, got {getattr(config, name)!r}")
 
-    for name in FIELDS:
-        rule = broken_rule(name, getattr(config, name))
+    for name, f in FIELDS.items():
+        rule = f.broken_rule(getattr(config, name))
         must(not rule, name, rule)
-    must(
-        Path(config.checkpoint).name == config.checkpoint,
-        "checkpoint",
-        "a file name in checkpoints/",
-    )
+    must(Path(config.checkpoint).name == config.checkpoint, "checkpoint", "a file name in checkpoints/")
     if config.evaluate and not config.checkpoint:
         raise UserError(
             "--evaluate needs --checkpoint NAME, a file in checkpoints/; for any other file use "
@@ -189,14 +180,15 @@ def _refuse_without_effect(
     # Earlier versions wrote every field into config.yaml, and only they wrote these.
     written_by_earlier_version = ALWAYS_ACCEPTED <= in_file.keys()
     in_file_alone = {} if written_by_earlier_version else without_effect(Config(**in_file))
+    defaults = defaults_of(config.method)
     for name, end in ends.items():
         given = name in flags or name in in_file and name in in_file_alone
-        if given and getattr(config, name) != getattr(Config(), name):
+        if given and getattr(config, name) != defaults[name]:
             raise UserError(f"{where[name]} has no effect {end}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    return copy.deepcopy(vars(config))
 
 
 def to_yaml(config: Config) -> str:
@@ -207,9 +199,9 @@ def to_yaml(config: Config) -> str:
 def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
     """Describe each setting that differs from that of an earlier run, has an effect, and decides what a run
     computes. before: the settings of the earlier run, with or without those that have no effect. A setting
-    that it does not name had its default.
+    that it does not name had the default of the method.
     """
-    earlier = {**to_dict(Config()), **before}
+    earlier = {**defaults_of(config.method), **before}
     return [
         f"{name} was {earlier[name]!r} and is now {value!r}"
         for name, value in _with_effect(config).items()
@@ -226,27 +218,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _unknown_flag(text: str) -> str:
-    flag = text.split("=")[0]
-    names = [*map(_flag, FIELDS), "--config", *(f"--{flag}" for flag in SHORTHANDS)]
-    names += [alias for aliases in ALIASES.values() for alias in aliases if alias.startswith("--")]
-    near = _nearest(flag, {name: name for name in names})
-    return f"unknown flag {flag!r} on the command line; " + (
-        f"the nearest known one is {near!r}" if near else "no known one is near; --help lists every flag"
-    )
-
-
-def _unknown_key(key: str, where: str) -> str:
-    names = {name: name for name in FIELDS}
-    names |= {alias: name for name, aliases in ALIASES.items() for alias in aliases if alias.startswith("--")}
-    near = _nearest(key, names)
-    return f"unknown key {key!r:.100} in {where}; " + (
-        f"the nearest known one is {near!r}" if near else "no known one is near; --help lists every setting"
-    )
-
-
-def _nearest(text: str, names: Mapping[str, str]) -> str:
-    """Return the value of the name that is nearest to `text` or, if none is near, ""."""
+def _unknown(what: str, text: str, where: str, names: Mapping[str, str]) -> UserError:
+    """Return the error for an unknown flag or key, with the value in `names` of the name nearest to it."""
 
     def plain(name: str) -> str:
         return name.lower().lstrip("-").replace("-", "_")
@@ -254,4 +227,8 @@ def _nearest(text: str, names: Mapping[str, str]) -> str:
     values = {plain(name): value for name, value in names.items()}
     begins = [name for name in values if len(plain(text)) > 2 and name.startswith(plain(text))]
     near = difflib.get_close_matches(plain(text), begins or values, n=1, cutoff=0.0 if begins else 0.7)
-    return values[near[0]] if near else ""
+    every = "flag" if what == "flag" else "setting"
+    hint = f"no known one is near; --help lists every {every}"
+    if near:
+        hint = f"the nearest known one is {values[near[0]]!r}"
+    return UserError(f"unknown {what} {text!r:.100} {where}; {hint}")

@@ -30,7 +30,7 @@ def read_mapping(path: str) -> dict[str, Any]:
     try:
         return _mapping(_supported(yaml.parse(text, yaml.SafeLoader)))
     except _Refused as refused:
-        raise UserError(f"config file {path}, line {refused.line}: {refused}") from None
+        raise UserError(f"config file {path}, {refused}") from None
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
 
@@ -51,8 +51,7 @@ _Dumper.add_implicit_resolver(
 
 class _Refused(Exception):
     def __init__(self, event: yaml.Event, why: str):
-        super().__init__(why)
-        self.line = _line(event)
+        super().__init__(f"line {_line(event)}: {why}")
 
 
 def _read_text(path: str) -> str:
@@ -121,9 +120,11 @@ def _value(key: str, events: Iterator[yaml.Event]) -> Any:
 
 
 def _scalar(event: yaml.ScalarEvent) -> Any:
-    text = event.value
-    if not event.implicit[0]:  # it is quoted
-        return text
+    return plain_value(event.value) if event.implicit[0] else event.value  # else it is quoted
+
+
+def plain_value(text: str) -> Any:
+    """Return the value of a plain text: int, float, bool, None, or else the text itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() in ("", "~", "null"):

@@ -71,11 +71,6 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def concatenate_lists(own: list[T]) -> list[T]:
-    """Concatenate a short list of every rank, in rank order, on every rank."""
-    return [x for part in all_gather_object(own) for x in part]
-
-
 def any_rank(condition: bool) -> bool:
     """Return, on all ranks, whether `condition` holds on any. It does not synchronize with the GPU."""
     if not begin_collective():
@@ -83,14 +78,6 @@ def any_rank(condition: bool) -> bool:
     answer = torch.tensor(int(condition))
     dist.all_reduce(answer, dist.ReduceOp.MAX, group=process_groups.GLOO_GROUP)
     return bool(answer)
-
-
-def sum_on_cpu(x: Tensor) -> Tensor:
-    """Sum `x` over ranks, same shape, on the CPU. A tensor that is already there is changed in place."""
-    x = x.cpu()
-    if begin_collective():
-        dist.all_reduce(x, group=process_groups.GLOO_GROUP)
-    return x
 
 
 def on_rank_0(call: Callable[[], T]) -> T | None:
@@ -105,11 +92,6 @@ def on_rank_0(call: Callable[[], T]) -> T | None:
     if message is not None:
         raise UserError(message)
     return result
-
-
-def from_rank_0(condition: bool) -> bool:
-    """Return rank 0's `condition` on every rank."""
-    return all_gather_object(condition)[0]
 
 
 def all_mean(x: Tensor) -> Tensor:

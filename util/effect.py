@@ -4,12 +4,8 @@ their place. `train_semi.py` refuses the others, and config.yaml leaves them out
 
 from typing import Any
 
-from util.declarations import DATASETS, METHODS
-from util.fields import FIELDS
+from util.fields import DATASETS, FIELDS, METHODS
 
-# method or data set -> the fields that it uses, of those that a method or a data set declares
-METHOD_FIELDS = {name: declared.uses for name, declared in METHODS.items()}
-DATASET_FIELDS = {name: declared.uses for name, declared in DATASETS.items()}
 # Fields of published commands that are always accepted, although they do not change what a run does.
 ALWAYS_ACCEPTED = {"evaluate", "norm", "start_epoch"}
 
@@ -21,16 +17,17 @@ def without_effect(config: Any) -> dict[str, str]:
     uses all fields.
     """
     ends: dict[str, str] = {}
-    for kind, table in (("method", METHOD_FIELDS), ("dataset", DATASET_FIELDS)):
-        choice, all_fields = getattr(config, kind), set[str]().union(*table.values())
-        for name in sorted(all_fields - table.get(choice, all_fields)):
-            users = [user for user, fields in table.items() if name in fields]
-            for_users = " and ".join(filter(None, [", ".join(users[:-1]), users[-1]]))
-            ends.setdefault(name, f"with {kind} {choice}: it is for {for_users}")
+    for kind, table in (("method", METHODS), ("dataset", DATASETS)):
+        choice = getattr(config, kind)
+        declared = set[str]().union(*(entry.uses for entry in table.values()))
+        for name in sorted(declared - table[choice].uses) if choice in table else ():
+            *others, last = (user for user, entry in table.items() if name in entry.uses)
+            users = f"{', '.join(others)} and {last}" if others else last
+            ends.setdefault(name, f"with {kind} {choice}: it is for {users}")
     for name, f in FIELDS.items():
-        for other in f.metadata["replaced_by"]:
+        for other in f.replaced_by:
             if getattr(config, other) and other not in ends:
                 ends.setdefault(name, f"with {other}, which takes its place")
-        if f.metadata["needs"] and not getattr(config, f.metadata["needs"]):
-            ends.setdefault(name, f"without {f.metadata['needs']}")
+        if f.needs and not getattr(config, f.needs):
+            ends.setdefault(name, f"without {f.needs}")
     return ends

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from util.run import preempt
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOST_OUTPUT_EXIT_CODE = 128 + signal.SIGPIPE  # as a shell reports it for other programs
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator: can't allocate memory")
@@ -45,7 +47,7 @@ def start_program(parse: Callable[[], object], output_may_be_lost: bool = False)
     if output_may_be_lost:
         sys.stdout, sys.stderr = _without_write_errors(sys.stdout), _without_write_errors(sys.stderr)
     cli_main(parse)
-    _on_interrupt(lambda number, frame: _end_at_once("interrupted", 130))
+    preempt.handle([signal.SIGINT], _end_at_once)
 
 
 def cli_main(
@@ -63,7 +65,7 @@ def cli_main(
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may have bytes that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    _on_interrupt(signal.default_int_handler)
+    preempt.handle([signal.SIGINT], signal.default_int_handler)
     try:
         try:
             main()
@@ -74,23 +76,19 @@ def cli_main(
         return
     except UserError as e:
         # PyTorch re-raises the UserError of a worker process with the worker's traceback before its message.
-        message = str(e).rpartition("util.errors.UserError: ")[2].strip()
-        _print_last_line(f"error: {message}")
-        error, code = e, 2
+        line, code = f"error: {str(e).rpartition('util.errors.UserError: ')[2].strip()}", 2
+        error = e
     except KeyboardInterrupt as e:
-        _print_last_line(interrupted())
-        error, code = e, 130
+        line, code, error = interrupted(), 130, e
     except Exception as e:  # not swallowed: described in a line, and printed with its traceback on request
         if isinstance(e, BrokenPipeError) and _output_is_lost():
             os._exit(LOST_OUTPUT_EXIT_CODE)  # not sys.exit, which writes the rest of the output once more
-        line = describe_error(e) if isinstance(e, RuntimeError) else None
-        if line is not None:
-            exit_at_once(line)
+        if isinstance(e, RuntimeError) and (lost := describe_error(e)) is not None:
+            exit_at_once(lost)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        line, code = _describe(e)
-        _print_last_line(f"error: {line}")
-        error = e
+        (line, code), error = _describe(e), e
+    _print_last_line(line)
     # The frames hold the data loader: freeing it now ends its workers at once, while at Python's exit it
     # takes long.
     traceback.clear_frames(error.__traceback__)
@@ -104,7 +102,7 @@ def _describe(error: Exception) -> tuple[str, int]:
     last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
     if any(name in last_line for name in OUT_OF_MEMORY):
         advice = "lower --batch-size, --mu, --image-size or --workers"
-        return f"out of memory ({last_line[:200]}): {advice}", 2
+        return f"error: out of memory ({last_line[:200]}): {advice}", 2
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -112,9 +110,12 @@ def _describe(error: Exception) -> tuple[str, int]:
     ]
     place = f" ({os.path.relpath(frames[-1].filename, ROOT)}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        return f"the operating system refused an operation: {last_line[:300]}{place}", 2
+        return f"error: the operating system refused an operation: {last_line[:300]}{place}", 2
     advice = "it is printed above" if "--debug" in sys.argv else "--debug shows it"
-    return f"this is a bug, please report it with its traceback ({advice}): {last_line[:300]}{place}", 1
+    return (
+        f"error: this is a bug, please report it with its traceback ({advice}): {last_line[:300]}{place}",
+        1,
+    )
 
 
 def _open_closed_streams() -> None:
@@ -129,12 +130,6 @@ def _open_closed_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # as Python starts with a closed one
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-
-
-def _on_interrupt(handler: Callable[[int, Any], object]) -> None:
-    """Handle Ctrl-C, unless the process was started with it ignored, as in the background of a script."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _flush_output() -> None:
@@ -153,9 +148,9 @@ def _output_is_lost() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
 
 
-def _end_at_once(line: str, code: int) -> NoReturn:
-    _print_last_line(line)
-    os._exit(code)
+def _end_at_once(number: int, frame: Any) -> NoReturn:
+    _print_last_line("interrupted")
+    os._exit(130)
 
 
 class _WithoutWriteErrors(io.FileIO):
@@ -171,14 +166,9 @@ class _WithoutWriteErrors(io.FileIO):
 def _without_write_errors(stream: Any) -> io.TextIOWrapper:
     """Return a text file for the descriptor of `stream` that drops what cannot be written."""
     stream.flush()
-    raw = _WithoutWriteErrors(os.dup(stream.fileno()), "w")
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
+    raw = io.BufferedWriter(_WithoutWriteErrors(os.dup(stream.fileno()), "w"))
+    newline, buffering = None, (stream.line_buffering, stream.write_through)
+    return io.TextIOWrapper(raw, stream.encoding, stream.errors, newline, *buffering)
 
 
 def exit_at_once(line: str) -> NoReturn:

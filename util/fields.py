@@ -1,264 +1,231 @@
-"""All settings in one flat dataclass: each field with its default, its meaning and its valid values.
+"""All settings of a run, each with its default, its meaning and its valid values.
 
-Those that every method and data set share are here. A method declares its own in its file in models/, and a
-data set in its file in dataset/ (util/declarations.py).
+Those that every method and data set share are in SETTINGS below. A method declares its own in its file in
+models/, and a data set in its file in dataset/, as literals at the top, which are read from the source here:
+importing such a file would import PyTorch, which takes seconds, and --help and mistakes in the command line
+do not wait for it. The literals are
+
+SETTINGS: name -> (default, help text, valid values, further fields of Setting); the last two may be left out.
+One file declares a setting.
+USES: names of settings that another file declares and that this one uses too.
+DEFAULTS: name -> default with this method, of shared settings and of those of data sets.
+RULES: of a method, for the doctor: (name, description, advice, checks…), each check (number of diagnostics
+events, key, condition, message), as util.inspect.detectors.Check says. LATE_TERMS: its loss terms that are
+0 until they are in use -> (name of the note, diagnostic that is null until then, description). A method
+with another one's rules names it: RULES = "simmatch".
 
 Flags of the published code keep their names, defaults and meanings, so that a published command without
 --config runs the published recipe.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import ast
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-from util.declarations import DATASETS, METHODS
-
-
-def arg(
-    default: Any,
-    help: str,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    choices: tuple[str, ...] = (),
-    aliases: tuple[str, ...] = (),
-    replaced_by: tuple[str, ...] = (),
-    needs: str = "",
-    may_change: bool = False,
-) -> Any:
-    """A field of Config with its help text, which --help prints, and its valid values.
-
-    A number must be greater than `above`, or `at_least` or more, and `at_most` or less; for a list this holds
-    for every number in it. A text must be one of the `choices`, if there are any.
-    aliases: other spellings of the flag, most of them those of the published command line. replaced_by: the
-    settings of which any one, if it is set, takes the place of this one. needs: the setting without which
-    this one has no effect. may_change: it does not decide what a run computes, so a resume may change it.
-    """
-    metadata = {name: value for name, value in locals().items() if name != "default"}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+LITERALS = {"METHODS", "DATASETS", "SETTINGS", "USES", "DEFAULTS", "RULES", "LATE_TERMS"}
+ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass
-class _Shared:
+class Setting(NamedTuple):
+    """The declaration of a setting."""
+
+    default: Any
+    help: str
+    valid: str | tuple[str, ...] = ()  # an interval of numbers, such as "(0, 1]", or the choices; (): any
+    aliases: tuple[str, ...] = ()  # other spellings of the flag, most of them of the published command line
+    replaced_by: tuple[str, ...] = ()  # settings each of which, if it is set, takes the place of this one
+    needs: str = ""  # the setting without which this one has no effect
+    may_change: bool = False  # whether a resume may change it, because it does not decide what a run computes
+
+    @property
+    def type(self) -> Any:
+        return list[int] if isinstance(self.default, list) else type(self.default)
+
+    @property
+    def bounds(self) -> tuple[Any, Any]:
+        return ast.literal_eval(f"({self.valid[1:-1]})")
+
+    def broken_rule(self, value: Any) -> str:
+        """Return what a value must be and `value` is not, or "" if it is valid."""
+        if not isinstance(self.valid, str):
+            valid = not self.valid or value in self.valid
+            return "" if valid else f"{', '.join(self.valid[:-1])} or {self.valid[-1]}"
+        (low, high), is_open = self.bounds, self.valid[0] == "("
+        for number in value if isinstance(value, list) else [value]:
+            too_low = number < low or is_open and number == low
+            if self.valid == "[0, 1]" and (too_low or number > high):
+                return "between 0 and 1"
+            if too_low:
+                return f"greater than {low}" if is_open else f"{low} or more"
+            if number > high:
+                return f"{high} or less"
+        return ""
+
+
+class Declared(NamedTuple):
+    """What the file of a method or of a data set declares."""
+
+    settings: dict[str, Setting]
+    uses: set[str]  # all that have an effect, those of other files too
+    defaults: dict[str, Any]
+    rules: tuple[Any, ...] = ()
+    late_terms: dict[str, tuple[str, ...]] = {}
+
+
+def _literals(file: str) -> dict[str, Any]:
+    values = {}
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name):
+            if target.id in LITERALS:
+                try:
+                    values[target.id] = ast.literal_eval(node.value)
+                except ValueError:
+                    where = f"{file}, line {node.lineno}"
+                    raise ValueError(f"{where}: {target.id} must hold only literals") from None
+    return values
+
+
+def _settings(literal: dict[str, tuple]) -> dict[str, Setting]:
+    settings = {}
+    for name, entry in literal.items():
+        *values, further = entry if isinstance(entry[-1], dict) else (*entry, {})
+        settings[name] = Setting(*values, **further)
+    return settings
+
+
+def _read(file: str, table: str) -> dict[str, Declared]:
+    """Return what each entry of a table declares: name -> module, or module:class."""
+    declared: dict[str, Declared] = {}
+    for name, target in _literals(file)[table].items():
+        found = _literals(target.partition(":")[0].replace(".", "/") + ".py")
+        settings = _settings(found.get("SETTINGS", {}))
+        uses = {*settings, *found.get("USES", ())}
+        rules, late_terms = found.get("RULES", ()), found.get("LATE_TERMS", {})
+        if isinstance(rules, str):
+            *_, rules, late_terms = declared[rules]
+        declared[name] = Declared(settings, uses, found.get("DEFAULTS", {}), rules, late_terms)
+    return declared
+
+
+METHODS = _read("models/__init__.py", "METHODS")
+DATASETS = _read("dataset/build.py", "DATASETS")
+
+# fmt: off
+SETTINGS: dict[str, tuple] = {
     # what to run, and where results go
-    method: str = arg("simmatch", f"name of a method: {', '.join(METHODS)}")
-    output_dir: str = arg(
-        "",
-        "directory for all output; empty: checkpoints/<name of the config file or of --checkpoint>",
-        may_change=True,
-    )
-    checkpoint: str = arg(
-        "",
-        "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint",
-        may_change=True,
-    )
-    evaluate: bool = arg(False, "evaluate --checkpoint instead of training", may_change=True, aliases=("-e",))
-    seed: int = arg(
-        0,
-        "random seed of labeled subset, initial weights, image order and views",
-        at_least=0,
-        at_most=2**63 - 1,
-    )
-    device: str = arg(
-        "auto", "auto (a GPU if there is one), cpu or cuda", choices=("auto", "cpu", "cuda"), may_change=True
-    )
-    precision: str = arg(
-        "fp32",
-        "autocast of the networks: fp32 (none), bf16 or fp16; losses and weights stay in fp32",
-        choices=("fp32", "bf16", "fp16"),
-    )
-    channels_last: bool = arg(False, "use the channels_last memory format, which is faster on GPUs")
-    compile: bool = arg(False, "use torch.compile for the networks; the first steps then take minutes")
+    "method": ("simmatch", f"name of a method: {', '.join(METHODS)}"),
+    "output_dir": (
+        "", "directory for all output; empty: checkpoints/<name of the config file or --checkpoint>",
+        {"may_change": True}),
+    "checkpoint": ("", "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint",
+        {"may_change": True}),
+    "evaluate": (False, "evaluate --checkpoint instead of training",
+        {"may_change": True, "aliases": ("-e",)}),
+    "seed": (0, "random seed of labeled subset, initial weights, image order and views",
+        "[0, 9223372036854775807]"),
+    "device": ("auto", "auto (a GPU if there is one), cpu or cuda",
+        ("auto", "cpu", "cuda"), {"may_change": True}),
+    "precision": (
+        "fp32", "autocast of the networks: fp32 (none), bf16, fp16; losses and weights stay in fp32",
+        ("fp32", "bf16", "fp16")),
+    "channels_last": (False, "use the channels_last memory format, which is faster on GPUs"),
+    "compile": (False, "use torch.compile for the networks; the first steps then take minutes"),
     # ranks
-    port: int = arg(
-        23456,
-        "port where ranks started by srun meet; an offset that depends on the job ID is added",
-        above=0,
-        at_most=65535,
-        may_change=True,
-    )
-    virtual_ranks: int = arg(
-        0,
-        "ranks of a step; processes share them evenly and run theirs in turn; 0: one per process",
-        at_least=0,
-        at_most=65536,
-        may_change=True,
-    )
-    other_ranks: str = arg(
-        "refuse",
-        "when resuming with another number of ranks: refuse, or continue at the same step",
-        choices=("refuse", "continue"),
-        may_change=True,
-    )
-    timeout_minutes: float = arg(
-        10.0,
-        "minutes that a rank waits for another one before the run ends, naming that rank",
-        above=0,
-        at_most=10_000,
-        may_change=True,
-    )
+    "port": (23456, "port where ranks started by srun meet; an offset that depends on the job ID is added",
+        "(0, 65535]", {"may_change": True}),
+    "virtual_ranks": (0, "ranks of a step; a process runs its share of them in turn; 0: one per process",
+        "[0, 65536]", {"may_change": True}),
+    "other_ranks": ("refuse", "if resumed with another number of ranks: refuse, or continue at the same step",
+        ("refuse", "continue"), {"may_change": True}),
+    "timeout_minutes": (10.0, "minutes that a rank waits for another before the run ends, naming that rank",
+        "(0, 10_000]", {"may_change": True}),
     # data
-    dataset: str = arg("imagenet", f"name of a data set: {', '.join(DATASETS)}")
-    workers: int = arg(
-        6,
-        "worker processes that load training images, and again as many for test images",
-        at_least=0,
-        at_most=1024,
-        may_change=True,
-        aliases=("-j",),
-    )
-    batch_size: int = arg(
-        8, "labeled images per rank and step (B)", above=0, at_most=100_000, aliases=("-b",)
-    )
-    mu: int = arg(5, "unlabeled images per labeled image", above=0, at_most=1000)
+    "dataset": ("imagenet", f"name of a data set: {', '.join(DATASETS)}"),
+    "workers": (6, "worker processes that load training images, and again as many for test images",
+        "[0, 1024]", {"may_change": True, "aliases": ("-j",)}),
+    "batch_size": (8, "labeled images per rank and step (B)", "(0, 100_000]", {"aliases": ("-b",)}),
+    "mu": (5, "unlabeled images per labeled image", "(0, 1000]"),
+    "labeled_sampler": ("infinite",
+        "order of the labeled images: infinite (permutations follow one another, across epochs) or exact "
+        "(each epoch has its own permutations, cut to its length, and shows every labeled image)",
+        ("infinite", "exact")),
     # network
-    backbone: str = arg("resnet50_encoder", "name of a backbone in models/network.py")
-    cls: int = arg(
-        1000,
-        "number of classes (C); must match the data; 0: taken from the data",
-        at_least=0,
-        at_most=10**7,
-    )
-    dim: int = arg(128, "dimension of the embedding z (D)", above=0, at_most=65536)
-    norm: str = arg(
-        "None",
-        "normalization of the backbone: None or BN, which both mean batch norm per rank",
-        choices=("None", "BN"),
-    )
-    moco_path: str = arg(
-        "", "MoCo checkpoint that initializes the backbone and projection head of a new run", may_change=True
-    )
+    "backbone": ("resnet50_encoder", "name of a backbone in models/network.py"),
+    "cls": (1000, "number of classes (C); must match the data; 0: taken from the data", "[0, 10_000_000]"),
+    "dim": (128, "dimension of the embedding z (D)", "(0, 65536]"),
+    "norm": ("None", "normalization of the backbone: None or BN, which both mean batch norm per rank",
+        ("None", "BN")),
+    "moco_path": ("", "MoCo checkpoint that initializes the backbone and projection head of a new run",
+        {"may_change": True}),
     # optimization: SGD
-    epochs: int = arg(
-        200,
-        "number of epochs: passes over the unlabeled images, or --steps-per-epoch steps each",
-        above=0,
-        at_most=10**6,
-    )
-    start_epoch: int = arg(
-        0,
-        "for published commands: a new run needs 0, a resumed one starts at its own step",
-        at_least=0,
-        at_most=10**6,
-        may_change=True,
-    )
-    steps_per_epoch: int = arg(
-        0, "number of steps in an epoch; 0: one pass over the unlabeled images", at_least=0, at_most=10**9
-    )
-    lr: float = arg(0.1, "learning rate after warm-up", above=0, at_most=1000, aliases=("--learning-rate",))
-    warmup_epoch: int = arg(0, "epochs of linear learning-rate warm-up", at_least=0, at_most=10**6)
-    cos: bool = arg(
-        False, "cosine decay of the learning rate to 0, updated once per epoch; otherwise --schedule"
-    )
-    cos_7_16: bool = arg(
-        False, "FixMatch's decay, at every step: lr * cos(7 pi / 16 * share of the steps done)"
-    )
-    schedule: list[int] = arg(
-        [120, 160],
-        "without --cos and --cos-7-16: epochs at which the learning rate is divided by 10",
-        at_least=0,
-        at_most=10**6,
-        replaced_by=("cos", "cos_7_16"),
-    )
-    momentum: float = arg(0.9, "momentum of SGD", at_least=0, at_most=1)
-    nesterov: bool = arg(False, "use Nesterov momentum")
-    wd: float = arg(
-        1e-4,
-        "weight decay of all parameters, including biases and BN",
-        at_least=0,
-        at_most=1000,
-        aliases=("--weight-decay",),
-    )
-    no_decay_bn: bool = arg(False, "no weight decay of biases and BN parameters, as for CIFAR")
+    "epochs": (200, "number of epochs: passes over the unlabeled images, or --steps-per-epoch steps each",
+        "(0, 1_000_000]"),
+    "start_epoch": (0, "for published commands: a new run needs 0, a resumed one starts at its own step",
+        "[0, 1_000_000]", {"may_change": True}),
+    "steps_per_epoch": (0, "number of steps in an epoch; 0: one pass over the unlabeled images",
+        "[0, 1_000_000_000]"),
+    "lr": (0.1, "learning rate after warm-up", "(0, 1000]", {"aliases": ("--learning-rate",)}),
+    "warmup_epoch": (0, "epochs of linear learning-rate warm-up", "[0, 1_000_000]"),
+    "cos": (False, "cosine decay of the learning rate to 0, updated once per epoch; otherwise --schedule"),
+    "cos_7_16": (False, "FixMatch's decay, at every step: lr * cos(7 pi / 16 * share of the steps done)"),
+    "schedule": ([120, 160], "without --cos and --cos-7-16: epochs at which the rate is divided by 10",
+        "[0, 1_000_000]", {"replaced_by": ("cos", "cos_7_16")}),
+    "momentum": (0.9, "momentum of SGD", "[0, 1]"),
+    "nesterov": (False, "use Nesterov momentum"),
+    "wd": (1e-4, "weight decay of all parameters, including biases and BN",
+        "[0, 1000]", {"aliases": ("--weight-decay",)}),
+    "no_decay_bn": (False, "no weight decay of biases and BN parameters, as for CIFAR"),
     # logging, evaluation and checkpoints
-    print_freq: int = arg(
-        20,
-        "steps between two train events in the log",
-        above=0,
-        at_most=10**9,
-        may_change=True,
-        aliases=("-p",),
-    )
-    eval_freq: int = arg(
-        1,
-        "epochs between two evaluations, each of which also saves a checkpoint",
-        above=0,
-        at_most=10**9,
-        may_change=True,
-    )
-    diagnose_freq: int = arg(
-        0,
-        "steps between diagnostics events (they take three steps' time); 0: with every evaluation",
-        at_least=0,
-        at_most=10**9,
-        may_change=True,
-    )
-    save_freq: int = arg(
-        0, "steps between two additional checkpoints; 0: none", at_least=0, at_most=10**9, may_change=True
-    )
-    on_save_error: str = arg(
-        "stop",
-        "if a checkpoint or the log cannot be written (disk full): stop, or continue and try again",
-        choices=("stop", "continue"),
-        may_change=True,
-    )
-    save_minutes: float = arg(
-        0.0,
-        "minutes between additional checkpoints, checked every --print-freq steps; 0: none",
-        at_least=0,
-        at_most=10**6,
-        may_change=True,
-    )
-
-
-def _declared() -> list[tuple[str, Any, Any]]:
-    """Return name, type and field of each setting that a method or a data set declares."""
-    fields = {}
-    for declared in (*DATASETS.values(), *METHODS.values()):
-        for name, (default, text, *more) in declared.settings.items():
-            kind = list[int] if isinstance(default, list) else type(default)
-            fields[name] = name, kind, arg(default, text, **(more[0] if more else {}))
-    return list(fields.values())
-
-
-if TYPE_CHECKING:
-
-    class Config(_Shared):
-        """The settings of a run."""
-
-        def __init__(self, **values: Any) -> None: ...
-
-        # The settings that methods and data sets declare.
-        def __getattr__(self, name: str) -> Any: ...
-        def __setattr__(self, name: str, value: Any) -> None: ...
-
-else:
-    namespace = {"__module__": __name__, "__doc__": "The settings of a run."}
-    Config = dataclasses.make_dataclass("Config", _declared(), bases=(_Shared,), namespace=namespace)
-
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-MAY_CHANGE_ON_RESUME = frozenset(name for name, f in FIELDS.items() if f.metadata["may_change"])
-ALIASES = {name: f.metadata["aliases"] for name, f in FIELDS.items() if f.metadata["aliases"]}
+    "print_freq": (20, "steps between two train events in the log",
+        "(0, 1_000_000_000]", {"may_change": True, "aliases": ("-p",)}),
+    "eval_freq": (1, "epochs between two evaluations, each of which also saves a checkpoint",
+        "(0, 1_000_000_000]", {"may_change": True}),
+    "diagnose_freq": (
+        0, "steps between diagnostics events (three steps' time each); 0: with every evaluation",
+        "[0, 1_000_000_000]", {"may_change": True}),
+    "save_freq": (0, "steps between two additional checkpoints; 0: none",
+        "[0, 1_000_000_000]", {"may_change": True}),
+    "on_save_error": ("stop", "if a checkpoint or the log cannot be written: stop, or continue and try again",
+        ("stop", "continue"), {"may_change": True}),
+    "save_minutes": (0.0, "minutes between additional checkpoints, checked every --print-freq steps; 0: none",
+        "[0, 1_000_000]", {"may_change": True}),
+}
+# fmt: on
+SHARED = _settings(SETTINGS) | {n: f for data_set in DATASETS.values() for n, f in data_set.settings.items()}
+FIELDS = SHARED | {n: f for method in METHODS.values() for n, f in method.settings.items()}
+MAY_CHANGE_ON_RESUME = frozenset(name for name, f in FIELDS.items() if f.may_change)
 # Flags of the published command line that set another field.
 SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
 
 
-def broken_rule(name: str, value: Any) -> str:
-    """Return what a value of the field `name` must be and `value` is not, or "" if it is valid."""
-    m = FIELDS[name].metadata
-    if m["choices"]:
-        return "" if value in m["choices"] else f"{', '.join(m['choices'][:-1])} or {m['choices'][-1]}"
-    for number in value if isinstance(value, list) else [value]:
-        too_low = m["above"] is not None and number <= m["above"]
-        too_low = too_low or m["at_least"] is not None and number < m["at_least"]
-        too_high = m["at_most"] is not None and number > m["at_most"]
-        if (too_low or too_high) and (m["at_least"], m["at_most"]) == (0, 1):
-            return "between 0 and 1"
-        if too_low:
-            return f"{m['at_least']} or more" if m["above"] is None else f"greater than {m['above']}"
-        if too_high:
-            return f"{m['at_most']} or less"
-    return ""
+class Config(SimpleNamespace):
+    """The settings of a run, each an attribute. One that is not given has the default of the method."""
+
+    def __init__(self, **values: Any):
+        if unknown := values.keys() - FIELDS.keys():
+            raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+        method = values.get("method", FIELDS["method"].default)
+        super().__init__(**copy.deepcopy(defaults_of(method) | values))
+
+
+def defaults_of(method: str) -> dict[str, Any]:
+    """Return the default of every setting with a method, which may be unknown."""
+    own = METHODS[method].defaults if method in METHODS else {}
+    return {name: f.default for name, f in FIELDS.items()} | own
+
+
+def _check_defaults(method: str, defaults: dict[str, Any]) -> None:
+    for name, value in defaults.items():
+        problem = "is not a shared setting"
+        if name in SHARED:
+            fits = type(value) is type(SHARED[name].default)
+            problem = SHARED[name].broken_rule(value) if fits else SHARED[name].type.__name__
+            problem = problem and f"must be {problem}, not {value!r}"
+        if problem:
+            raise ValueError(f"DEFAULTS of the method {method}: {name!r} {problem}")
+
+
+for _name, _method in METHODS.items():
+    _check_defaults(_name, _method.defaults)

@@ -43,7 +43,7 @@ class Shuffle:
             return batches
         x = torch.cat(list(batches))  # [n, ...]
         x = exchange(x[self.send_order], self.received, self.sent)  # [n, ...]
-        return _undo_order(x, self.receive_order).split(self.rows)
+        return torch.empty_like(x).index_copy_(0, self.receive_order, x).split(self.rows)
 
     def gather(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
         """Undo `scatter`: [rows, ...] of each virtual rank -> [rows, ...] of each, in the original order."""
@@ -51,11 +51,4 @@ class Shuffle:
             return batches
         x = torch.cat(list(batches))  # [n, ...]
         x = exchange(x[self.receive_order], self.sent, self.received)  # [n, ...]
-        return _undo_order(x, self.send_order).split(self.rows)
-
-
-def _undo_order(x: Tensor, order: Tensor) -> Tensor:
-    """Return y with y[order] = x, row by row."""
-    out = torch.empty_like(x)
-    out[order] = x
-    return out
+        return torch.empty_like(x).index_copy_(0, self.send_order, x).split(self.rows)

@@ -13,9 +13,8 @@ import train_semi
 from benchmark.same_run import difference
 from models import METHODS
 from models.method import Method, StepOutput, forward_views
-from util import declarations
-from util.declarations import Declared
-from util.effect import METHOD_FIELDS
+from util import fields
+from util.fields import Declared
 from util.inspect import doctor, report
 from util.inspect.diagnostics import event_keys
 
@@ -46,8 +45,7 @@ class Toy(Method):
 def toy(monkeypatch, capsys):
     """Register Toy; toy(main, *flags) calls a script's main and returns its exit code and output."""
     monkeypatch.setitem(METHODS, "toy", f"{__name__}:Toy")
-    monkeypatch.setitem(declarations.METHODS, "toy", Declared({}, set(), declarations.DEFAULTS))
-    monkeypatch.setitem(METHOD_FIELDS, "toy", set())
+    monkeypatch.setitem(fields.METHODS, "toy", Declared({}, set(), {}))
 
     def call(main, *flags):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])

@@ -5,8 +5,9 @@ import reference_v2
 import torch
 import torch.nn.functional as F
 
-from models import parameter_groups, train_step
+from models import train_step
 from models.memory import Queue
+from models.optimizer import parameter_groups
 from models.simmatchv2 import propagate
 from tests.models import small
 

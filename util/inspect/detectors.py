@@ -12,7 +12,7 @@ from statistics import fmean, median
 from types import CodeType
 from typing import Any, NamedTuple
 
-from util.declarations import METHODS
+from util.fields import METHODS
 from util.inspect.run_log import Event, RunLog
 from util.run.schedule import learning_rate
 
@@ -116,7 +116,7 @@ def _teacher_accuracy(run: RunLog) -> float | None:
 
 
 class LateTerm(NamedTuple):
-    """A loss term that is 0 until it is in use. A method declares it (util/declarations.py)."""
+    """A loss term that is 0 until it is in use. A method declares it (util/fields.py)."""
 
     note: str  # its name
     diagnostic: str  # of the method, null until the term is in use

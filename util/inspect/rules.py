@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from util.declarations import METHODS
+from util.fields import METHODS
 from util.inspect import detectors
 from util.inspect.detectors import Check, Finding, first
 from util.inspect.run_log import RunLog
@@ -197,7 +197,7 @@ RULES = (
 
 
 def rules_of(method: str) -> tuple[Rule, ...]:
-    """Return the rules of every method and those that this one declares (util/declarations.py)."""
+    """Return the rules of every method and those that this one declares (util/fields.py)."""
     declared = METHODS[method].rules if method in METHODS else ()
     return RULES + tuple(
         Rule(name, description, advice, either(*(Check("diagnostics", *check) for check in checks)))

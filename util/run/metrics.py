@@ -60,7 +60,7 @@ def join_hits(counts: Tensor) -> list[Accuracy]:
     call it. Raises UserError if there is no image.
     """
     out = []
-    for top1, top5, images in dist_utils.sum_on_cpu(counts):  # [C] each
+    for top1, top5, images in dist_utils.all_sum(counts).cpu():  # [C] each
         total = images.sum()
         if total == 0:
             raise UserError("no test image can be read: python -m dataset.check lists the causes")

@@ -5,8 +5,9 @@ takes.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run has stopped and can resume; script/train.sh requeues its job
@@ -14,20 +15,23 @@ WORKER_GRACE_SECONDS = 30
 _received: list[int] = []
 
 
-def catch_signals() -> None:
-    """From now on SIGNALS do not end this process; `stop_requested` reports them. A signal that is ignored
-    from the start, as SIGHUP is under nohup, stays ignored.
+def handle(numbers: Sequence[int], handler: Callable[[int, Any], object] | signal.Handlers) -> None:
+    """Set the handler of signals, except those that are ignored from the start, as SIGHUP is under nohup and
+    Ctrl-C is in the background of a script.
     """
-    for number in SIGNALS:
+    for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: _received.append(number))
+            signal.signal(number, handler)
+
+
+def catch_signals() -> None:
+    """From now on SIGNALS do not end this process; `stop_requested` reports them."""
+    handle(SIGNALS, lambda number, frame: _received.append(number))
 
 
 def restore_default_handlers() -> None:
     """Let the signals end the process again, where `stop_requested` is not polled."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    handle(SIGNALS, signal.SIG_DFL)
 
 
 def stop_requested() -> bool:

@@ -38,7 +38,7 @@ class BadImages:
 
     def of_all_ranks(self) -> list[tuple[str, str]]:
         """Return the bad images of all ranks. All ranks must call it."""
-        return dist_utils.concatenate_lists(self.seen)
+        return [image for seen in dist_utils.all_gather_object(self.seen) for image in seen]
 
 
 @dataclass

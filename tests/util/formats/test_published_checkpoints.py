@@ -7,8 +7,9 @@ import torch
 import torchvision
 from published_files import MoCo, contents, fixmatch, sgd, simmatch, simmatchv2
 
-from models import build_method, parameter_groups
+from models import build_method
 from models.network import BACKBONES, Network
+from models.optimizer import parameter_groups
 from util.config import Config
 from util.errors import UserError
 from util.formats import published_checkpoints

@@ -17,9 +17,9 @@ from conftest import ROOT
 
 import models
 from models import SimMatch
-from util import declarations
+from util import fields
 from util.config import Config, read_yaml, to_yaml
-from util.declarations import METHODS
+from util.fields import METHODS
 from util.inspect import detectors, doctor
 from util.inspect.detectors import describe_start_in_teacher
 from util.inspect.diagnostics import PSEUDO_LABEL_KEYS, event_keys
@@ -428,9 +428,8 @@ def test_a_method_declares_rules_and_late_terms(healthy, monkeypatch, tmp_path):
         "METHODS = {'toy': 'models.toy:T', 'toy2': 'models.toy2:T'}"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(declarations, "ROOT", tmp_path)
-        patch.setattr(declarations, "_literals", declarations._literals.__wrapped__)  # without its cache
-        declared = declarations._read("models/__init__.py", "METHODS")
+        patch.setattr(fields, "ROOT", tmp_path)
+        declared = fields._read("models/__init__.py", "METHODS")
     config = read_yaml(str(folder / "config.yaml"))
     for method in ("toy", "toy2"):
         monkeypatch.setitem(METHODS, method, declared[method])
