@@ -64,7 +64,7 @@ class Writer:
         self.paths, self.on_error, self.warn, self.may_write = (last, best), on_error, warn, may_write
         self.last_is_whole = last_is_whole
         self.last_step = resumed["step"] if resumed and last_is_whole else None  # of the file at `last`
-        self.write: Future[None] | None = None  # the one that was started last
+        self.pending: Future[None] | None = None  # the one that was started last
         self.best: dict[str, Any] | None = None  # the state for best.pth until it is written
         # The state whose evaluation is due. Copied, because an optimizer may share a loaded state's tensors.
         self.unscored = copy_to_cpu(resumed) if resumed and resumed.get("evaluation_due") else None
@@ -97,7 +97,7 @@ class Writer:
         if best:
             self.best = state
         thread = ThreadPoolExecutor(1)
-        self.write = thread.submit(self._write, state)
+        self.pending = thread.submit(self._write, state)
         thread.shutdown(wait=False)  # it ends after this write, so that no worker is forked beside it
 
     def _write(self, state: dict[str, Any]) -> None:
@@ -112,10 +112,10 @@ class Writer:
         self.last_is_whole, self.last_step = True, state["step"]
 
     def _wait(self) -> None:
-        write, self.write = self.write, None
+        pending, self.pending = self.pending, None
         try:
-            if write is not None:
-                write.result()
+            if pending is not None:
+                pending.result()
         except UserError as error:
             if self.on_error == "stop":
                 raise
