@@ -67,11 +67,8 @@ def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[s
     """
     from torchvision.models import ResNet, get_model, list_models  # takes seconds
 
-    plain = {
-        key.removeprefix("backbone."): value
-        for key, value in values.items()
-        if key.startswith(("backbone.", "fc."))
-    }
+    classifier = {key: value for key, value in values.items() if key.startswith("fc.")}
+    plain = published_layouts.below("backbone.", values) | classifier
     name = backbone.removesuffix("_encoder")
     with torch.device("meta"):
         shared = get_model(name, num_classes=len(values["fc.weight"])) if name in list_models() else None

@@ -104,11 +104,11 @@ def _check_resumable(path: Path, saved: dict[str, Any], state: TrainState) -> No
 def _fits_together(meter: dict[str, Any], num_classes: int) -> bool:
     """Return whether the tensors of a Meter's state have the types and shapes that its lists ask for."""
     names, steps, rows, counts = meter["names"], meter["steps"], meter["rows"], meter.get("counts")
+    counted = (4 if "pseudo_acc" in names else 2, num_classes)
     return (
         rows.dtype in FLOATS
         and (not steps or rows.shape == (len(steps), len(names)) and "loss" in names)
-        and (counts is None or counts.dtype == torch.int64)
-        and (counts is None or counts.shape == (4 if "pseudo_acc" in names else 2, num_classes))
+        and (counts is None or counts.dtype == torch.int64 and counts.shape == counted)
     )
 
 
