@@ -21,39 +21,21 @@ OVERRIDES = ("device", "data", "val", "unlabelled", "workers", "on_bad_image", "
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the flags. Raises UserError for those that do not go together."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=user_path,
-        metavar="FILE",
-        help="best.pth or last.pth of a run, or a published checkpoint",
-    )
-    parser.add_argument(
-        "--per-class", action="store_true", help="also print the student's top-1 accuracy of each class"
-    )
-    parser.add_argument(
-        "--predict",
-        type=user_path,
-        metavar="DIR",
-        help="instead classify all images below DIR and write a CSV file",
-    )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        metavar="FILE",
-        help=f"CSV file that --predict writes (default: {predictions.DEFAULT})",
-    )
-    parser.add_argument(
-        "--export", type=user_path, metavar="FILE", help="instead convert the checkpoint for another program"
-    )
-    parser.add_argument(
-        "--format",
-        choices=("published", "torchvision", "timm", "onnx"),
-        help="layout of the file that --export writes",
-    )
-    parser.add_argument(
-        "--teacher", action="store_true", help="--predict and --export use the teacher instead of the student"
-    )
+    for name, metavar, words in (
+        ("checkpoint", "FILE", "best.pth or last.pth of a run, or a published checkpoint"),
+        ("predict", "DIR", "instead classify all images below DIR and write a CSV file"),
+        ("output", "FILE", f"CSV file that --predict writes (default: {predictions.DEFAULT})"),
+        ("export", "FILE", "instead convert the checkpoint for another program"),
+    ):
+        required = name == "checkpoint"
+        parser.add_argument(f"--{name}", required=required, type=user_path, metavar=metavar, help=words)
+    layouts = ("published", "torchvision", "timm", "onnx")
+    parser.add_argument("--format", choices=layouts, help="layout of the file that --export writes")
+    for name, words in (
+        ("per-class", "also print the student's top-1 accuracy of each class"),
+        ("teacher", "--predict and --export use the teacher instead of the student"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=words)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     for name in OVERRIDES[1:]:
         parser.add_argument(
@@ -93,7 +75,7 @@ from util import dist_utils
 from util.formats import export
 from util.formats.opening import Contents, image_channels, read_checkpoint
 from util.run import checkpoint
-from util.run.metrics import evaluate
+from util.run.metrics import count_hits, join_hits
 from util.run.train_state import BadImages
 
 
@@ -101,21 +83,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, predict or export. argv: the flags; None: those of this process."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     overrides = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
-    if args.export:
-        kind, recognizes = f"a file of --format {args.format}", export.is_export(args.format)
-        file, replaces = check_output(args.export, "--export", kind, recognizes, reads=[args.checkpoint])
-        contents, network = open_network(args.checkpoint, overrides, args.teacher)
-        print(export.write(file, args.format, contents, network))
-        print_line(replaces)
-    elif args.predict:
-        kind, recognizes = "a CSV file of predictions", predictions.is_predictions
-        output = args.output or predictions.DEFAULT
-        file, replaces = check_output(output, "--output", kind, recognizes, reads=[args.checkpoint])
-        contents, network = open_network(args.checkpoint, overrides, args.teacher)
-        predict(contents, network, args.predict, file)
-        print_line(replaces)
-    else:
+    if not args.export and not args.predict:
         evaluate_checkpoint(args.checkpoint, overrides, args.per_class)
+        return
+    if args.export:
+        output, flag = args.export, "--export"
+        kind, recognizes = f"a file of --format {args.format}", export.is_export(args.format)
+    else:
+        output, flag = args.output or predictions.DEFAULT, "--output"
+        kind, recognizes = "a CSV file of predictions", predictions.is_predictions
+    file, replaces = check_output(output, flag, kind, recognizes, reads=[args.checkpoint])
+    contents, networks = open_checkpoint(args.checkpoint, overrides)
+    if args.teacher and not contents.teacher:
+        raise UserError(f"{args.checkpoint} has no teacher")
+    network = networks[args.teacher]
+    if args.export:
+        print(export.write(file, args.format, contents, network))
+    else:
+        predict(contents, network, args.predict, file)
+    print_line(replaces)
 
 
 def evaluate_checkpoint(path: Path, overrides: Mapping[str, Any], per_class: bool = False) -> None:
@@ -134,7 +120,7 @@ def evaluate_checkpoint(path: Path, overrides: Mapping[str, Any], per_class: boo
     eval_loader = EvalLoader(data, rank, world, config.workers, device)
     if rank == 0 and (warning := check_shared_memory()):
         print(warning, flush=True)
-    results = evaluate(classifiers, eval_loader.batches(bad), len(data.classes), device)
+    results = join_hits(count_hits(classifiers, eval_loader.batches(bad), len(data.classes), device))
     left_out = bad.take()
     dist_utils.dist_end()
     if rank > 0:
@@ -179,14 +165,6 @@ def open_checkpoint(path: Path, overrides: Mapping[str, Any]) -> tuple[Contents,
         checkpoint.load_module(network, contents.tensors, path, prefix)
         networks.append(network.eval())
     return contents, networks
-
-
-def open_network(path: Path, overrides: Mapping[str, Any], teacher: bool) -> tuple[Contents, Network]:
-    """Load a checkpoint with one network. Raises UserError if there is no teacher where one is wanted."""
-    contents, networks = open_checkpoint(path, overrides)
-    if teacher and not contents.teacher:
-        raise UserError(f"{path} has no teacher")
-    return contents, networks[teacher]
 
 
 def load_test_set(contents: Contents, device: torch.device) -> EvalData:

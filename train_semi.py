@@ -44,9 +44,10 @@ from util.inspect.diagnostics import diagnostics_event, log_stop_reason
 from util.run import checkpoint
 from util.run.cadence import Throughput, due_after
 from util.run.lock import RunLock
-from util.run.log import LEFT_OUT, REPLACED, Logger, init_output_dir
-from util.run.memory import check_memory, least_needs, memory_of
+from util.run.log import LEFT_OUT, REPLACED, Logger
+from util.run.memory import check_memory, memory_of
 from util.run.metrics import Meter, count_hits, join_hits
+from util.run.output_dir import init_output_dir
 from util.run.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
 from util.run.resume import (
     check_moco_path,
@@ -246,8 +247,7 @@ def open_data(config: Config, ranks: RankLayout, device: torch.device) -> tuple[
             f"one step takes {stream.n_u * ranks.processes} unlabeled images, but there are "
             f"{len(data.unlabeled)}: lower --batch-size or --mu"
         )
-    needs = least_needs(config, view_sides(config), data.channels, stream.n_x, stream.n_u, len(data.labeled))
-    check_memory(needs, *memory_of(device))
+    check_memory(view_sides(config), data.channels, stream.n_x, stream.n_u, *memory_of(device))
     if dist_utils.rank() == 0:  # here already, because building the networks takes a second
         print(
             f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "

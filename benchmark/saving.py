@@ -103,7 +103,7 @@ def one_round(
     check = seconds(lambda: checkpoint.check_finite(state["method"], 1))
     copy = seconds(lambda: writer.save(state, best=False))
     start, during = time.perf_counter(), []
-    while writer.thread is not None and writer.thread.is_alive():
+    while writer.pending is not None and not writer.pending.done():
         during.append(step())
     written = time.perf_counter() - start
     return {

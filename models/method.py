@@ -125,6 +125,12 @@ class Method(nn.Module):
         """
         return {}
 
+    def index_limits(self) -> dict[str, int]:
+        """Return the names of buffers in the state_dict that hold indices, each with the number that all of
+        them are below. A resume refuses a checkpoint with others.
+        """
+        return {}
+
     def update(self, output: StepOutput) -> None:
         """Write bank, prior and teacher. `train_step` calls it once, after the optimizer step.
 

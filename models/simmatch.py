@@ -202,6 +202,10 @@ class SimMatch(Method):
             "bank_pass": math.ceil(len(ages) / labels_per_step),
         }
 
+    def index_limits(self) -> dict[str, int]:
+        limits = {"bank.labels": self.student.fc.out_features}
+        return limits if self.align is None else {**limits, "align.ptr": len(self.align.ring)}
+
     def update(self, output: StepOutput) -> None:
         own = output.for_update
         self.bank.write(*(dist_utils.all_gather(own[name]) for name in ("index", "z", "y")))

@@ -189,15 +189,35 @@ def mutated(value, random):
         value[key] = random.choice(ODD)
 
 
-def test_no_change_of_a_checkpoint_is_more_than_a_user_error(finished, tmp_path, capsys):
-    """Neither in an evaluation nor when training resumes; the checksum is right."""
-    whole, path, refused = torch.load(finished[0] / "last.pth", weights_only=True), tmp_path / "a.pth", 0
-    config, random = Config(**whole["config"]), Random(0)
-    for key in ("format", "sha256"):
-        del whole[key]
+def resume_from(path, whole):
+    """Resume a run that is like the one of the checkpoint `whole` from the file at `path`."""
+    config = Config(**whole["config"])
     identity = RunIdentity(
         config, RankLayout(1, 1, 10), 20, tuple(whole["split"]), whole["classes"], whole["data"]
     )
+    method = build_method(config, 1, whole["method"]["bank.labels"])
+    optimizer = build_optimizer(config, method.student)
+    state = TrainState(method, optimizer, GradScaler(enabled=False), Meter(), BadImages("stop"))
+    found, _ = resume.load_last(path)
+    resume.resume(path, found, identity, state)
+
+
+@pytest.mark.parametrize("name, value", [("bank.labels", 10), ("bank.labels", -1), ("align.ptr", 10**6)])
+def test_an_index_that_is_out_of_range_is_refused(finished, tmp_path, name, value):
+    whole = torch.load(finished[0] / "last.pth", weights_only=True)
+    save_changed(finished[0] / "last.pth", tmp_path / "a.pth", lambda s: None)
+    resume_from(tmp_path / "a.pth", whole)
+    save_changed(finished[0] / "last.pth", tmp_path / "a.pth", lambda s: s["method"][name].fill_(value))
+    with pytest.raises(UserError, match=f"a.pth is damaged: {name} is not between 0 and"):
+        resume_from(tmp_path / "a.pth", whole)
+
+
+def test_no_change_of_a_checkpoint_is_more_than_a_user_error(finished, tmp_path, capsys):
+    """Neither in an evaluation nor when training resumes; the checksum is right."""
+    whole, path, refused = torch.load(finished[0] / "last.pth", weights_only=True), tmp_path / "a.pth", 0
+    random = Random(0)
+    for key in ("format", "sha256"):
+        del whole[key]
     for _ in range(60):
         spoiled = copy.deepcopy(whole)
         mutated(spoiled, random)
@@ -205,13 +225,9 @@ def test_no_change_of_a_checkpoint_is_more_than_a_user_error(finished, tmp_path,
             checkpoint.save(path, spoiled)
         except RuntimeError:  # the checksum of a tensor that no memory can hold
             continue
-        method = build_method(config, 1, whole["method"]["bank.labels"])
-        optimizer = build_optimizer(config, method.student)
-        state = TrainState(method, optimizer, GradScaler(enabled=False), Meter(), BadImages("stop"))
         try:
             eval_script.open_checkpoint(path, {})
-            found, _ = resume.load_last(path)
-            resume.resume(path, found, identity, state)
+            resume_from(path, whole)
         except UserError as error:
             refused += "a.pth" in str(error)
     assert refused > 20

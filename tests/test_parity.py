@@ -16,7 +16,7 @@ from models import SimMatch
 from models.ema import Teacher
 from models.memory import DistributionAlignment
 from tests.reference import SimMatchReference
-from util.formats import published_checkpoints
+from util.formats import published_checkpoints, published_layouts
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT, FAST = parity.Mode("float64", precision="fp64"), parity.Mode("float32")
@@ -279,7 +279,7 @@ def test_the_example_writes_a_state_in_the_published_layout(tmp_path, monkeypatc
     space = {}
     exec(compile(examples()[2], "docs/PARITY.md", "exec"), space)
     saved = torch.load("random.pth", weights_only=True)
-    assert published_checkpoints.detect_kind(saved) == "simmatch" and saved["epoch"] == 0
+    assert published_layouts.detect_kind(saved) == "simmatch" and saved["epoch"] == 0
     assert all(key.startswith("module.") for key in saved["state_dict"])
     assert saved["state_dict"]["module.bank"].shape == (16, 40)
     method, optimizer, epoch, step = published_checkpoints.to_training_state(saved, steps_per_epoch=7)

@@ -15,7 +15,7 @@ from trees import imagenet
 import eval as eval_script
 from models import build_method
 from util import config
-from util.formats import published_checkpoints
+from util.formats import published_checkpoints, published_layouts
 from util.run import checkpoint
 
 
@@ -137,7 +137,7 @@ def test_fixmatch_with_and_without_a_teacher(eman, prefix, photos, val, evaluate
 
 
 def test_the_number_of_labeled_images_identifies_the_list():
-    assert published_checkpoints.describe({"epoch": 400}, "simmatch", "resnet50_encoder", 13000).endswith(
+    assert published_layouts.describe({"epoch": 400}, "simmatch", "resnet50_encoder", 13000).endswith(
         "13000 labeled images (as many as simmatch-1p)"
     )
 

@@ -135,7 +135,7 @@ def test_a_step_that_needs_too_much_memory_is_refused_before_anything_is_built(
     mistake(
         train_semi.main,
         [*DIGITS, tmp_path / "run", *big],
-        "one step needs at least 0.3 GB, most of it for its images, but this machine has 0.2 GB",
+        "the images of one step need 0.3 GB, but this machine has 0.2 GB",
         "lower --batch-size or --mu",
     )
     assert not (tmp_path / "run").exists()

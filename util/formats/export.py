@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from util.errors import UserError
 from util.files import write_atomically
-from util.formats import published_checkpoints
+from util.formats import published_checkpoints, published_layouts, torch_files
 from util.formats.opening import Contents, image_channels
-from util.run import checkpoint
 
 
 def is_export(form: str) -> Callable[[Path], bool]:
@@ -24,9 +23,9 @@ def is_export(form: str) -> Callable[[Path], bool]:
                 start = content.read(32)
             return start.startswith(b"\x08") and b"pytorch" in start
         try:
-            content = checkpoint.load_file(file)
+            content = torch_files.load(file)
             if form == "published":
-                return published_checkpoints.detect_kind(content) == "simmatch"
+                return published_layouts.detect_kind(content) == "simmatch"
         except UserError:
             return False
         return isinstance(content, dict) and {"conv1.weight", "fc.weight", "fc.bias"} <= content.keys()
@@ -43,7 +42,7 @@ def write(file: Path, form: str, contents: Contents, network: nn.Module) -> str:
         return f"{file}: {form}, {description}; {check}"
     published = form == "published"
     value = published_state(contents, where) if published else plain_resnet(values, description, where)
-    write_atomically(file, lambda out: checkpoint.write_torch(value, out))
+    write_atomically(file, lambda out: torch_files.write(value, out))
     return f"{file}: {form}, {description}" + (f"; {value['epoch']} whole epochs" if published else "")
 
 
@@ -68,11 +67,8 @@ def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[s
     """
     from torchvision.models import ResNet, get_model, list_models  # takes seconds
 
-    plain = {
-        key.removeprefix("backbone."): value
-        for key, value in values.items()
-        if key.startswith(("backbone.", "fc."))
-    }
+    classifier = {key: value for key, value in values.items() if key.startswith("fc.")}
+    plain = published_layouts.below("backbone.", values) | classifier
     name = backbone.removesuffix("_encoder")
     with torch.device("meta"):
         shared = get_model(name, num_classes=len(values["fc.weight"])) if name in list_models() else None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from util.config import Config, coerce_values, to_dict, validate
 from util.errors import UserError
-from util.formats import published_checkpoints
+from util.formats import published_layouts, torch_files
 from util.run import checkpoint
 
 
@@ -16,7 +16,7 @@ class Contents(NamedTuple):
     """What a checkpoint of any layout holds."""
 
     path: Path
-    kind: str  # from published_checkpoints.detect_kind
+    kind: str  # from published_layouts.detect_kind
     state: dict[str, Any]  # the content of the file
     config: Config  # of a published file: ImageNet and the detected architecture
     description: str  # one line
@@ -24,19 +24,19 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]
     student: str  # prefix of the student's keys in `tensors`
     teacher: str  # of the teacher's; "" if there is none
-    spec: published_checkpoints.NetworkSpec | None  # of a published file
+    spec: published_layouts.NetworkSpec | None  # of a published file
 
 
 def read_checkpoint(
-    path: Path, overrides: Mapping[str, Any], backbones: published_checkpoints.Backbones
+    path: Path, overrides: Mapping[str, Any], backbones: published_layouts.Backbones
 ) -> Contents:
     """Read a checkpoint. Raises UserError if it cannot be evaluated.
 
     overrides: settings that replace those of the checkpoint's config. backbones: as in models/network.py.
     """
     where, spec = f"checkpoint {path}", None
-    state = checkpoint.load_file(path)
-    kind = published_checkpoints.detect_kind(state, where)
+    state = torch_files.load(path)
+    kind = published_layouts.detect_kind(state, where)
     if kind == "moco":
         raise UserError(
             f"{where} is a MoCo checkpoint, which has no classifier: use it to start training, with "
@@ -52,12 +52,12 @@ def read_checkpoint(
         )
         student, teacher = "student.", "teacher.net."
     else:
-        spec = published_checkpoints.network_spec(state, where)
-        backbone = published_checkpoints.find_backbone(spec, backbones, where)
+        spec = published_layouts.network_spec(state, where)
+        backbone = published_layouts.find_backbone(spec, backbones, where)
         values = to_dict(Config(dataset="imagenet", backbone=backbone, cls=spec.num_classes))
         config = _override(values, overrides, path)
-        classes, tensors = [str(c) for c in range(spec.num_classes)], published_checkpoints.tensors(state)
-        description = published_checkpoints.describe(state, kind, backbone, spec.labeled)
+        classes, tensors = [str(c) for c in range(spec.num_classes)], published_layouts.tensors(state)
+        description = published_layouts.describe(state, kind, backbone, spec.labeled)
         student, teacher = "main.", "ema."
     if config.cls != len(classes):
         raise UserError(f"the config in {path}: cls is {config.cls}, but there are {len(classes)} classes")

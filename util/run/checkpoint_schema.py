@@ -1,92 +1,73 @@
 """Which values a checkpoint may have. Its file is not trusted: it may be damaged, or made by hand."""
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import torch
+from torch import Tensor
 
 from util.errors import UserError
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # may be converted to one another
-MAX_STEP_IMAGES = 2**20  # labeled images of a step; more are a damaged number and would cost memory
 
-
-def _count(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value < 2**40
-
-
-def is_number(value: Any) -> bool:
-    """Return whether `value` is a finite number, and no bool."""
-    return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 2**63
-
-
-def is_dict(value: Any, is_value: Callable[[Any], bool] = lambda value: True) -> bool:
-    """Return whether `value` is a dict whose keys are strings, and whose values have the type."""
-    return isinstance(value, dict) and all(isinstance(k, str) and is_value(v) for k, v in value.items())
-
-
-def is_list(value: Any, is_part: Callable[[Any], bool], length: int | None = None) -> bool:
-    """Return whether `value` is a list or a tuple, of this length, whose parts have the type."""
-    return isinstance(value, (list, tuple)) and length in (None, len(value)) and all(map(is_part, value))
-
-
-def _is_str(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_setting(value: Any) -> bool:
-    return type(value) in (str, int, float, bool) or is_list(value, lambda part: type(part) is int)
-
-
-# Every key of a checkpoint, and whether a value is valid.
-KEYS: dict[str, Callable[[Any], bool]] = {
-    "config": lambda value: is_dict(value, _is_setting),
-    "step": _count(0),
-    "world": _count(1),  # ranks of a step
-    "processes": _count(1),
-    "batch_size": _count(1),  # labeled images of a rank
-    "steps_per_epoch": _count(1),
-    "best": lambda value: is_dict(value, is_number),
-    "split": lambda value: is_list(value, _is_str, length=2),
-    "data": _is_str,  # fingerprint of the images
-    "classes": lambda value: is_list(value, _is_str) and len(value) > 0,
-    "method": lambda value: is_dict(value, lambda part: isinstance(part, torch.Tensor)),
-    "optimizer": is_dict,
-    "scaler": lambda value: is_dict(value, is_number),
-    "meter": is_dict,
-    "bad_images": lambda value: is_list(value, lambda pair: is_list(pair, _is_str, length=2)),
+# Every key of a checkpoint, and the type that `conforms` requires. An evaluation needs no more; what only a
+# resumed run needs is below. `TrainState` and `RunIdentity` say what the values mean.
+KEYS: dict[str, Any] = {
+    "config": dict[str, str | bool | float | list[float]],
+    "step": int,
+    "world": Annotated[int, 1],
+    "processes": Annotated[int, 1],
+    "batch_size": Annotated[int, 1],
+    "steps_per_epoch": Annotated[int, 1],
+    "best": dict[str, float],
+    "split": tuple[str, str],
+    "data": str,
+    "classes": Annotated[list[str], 1],
+    "method": dict[str, Tensor],
+    "optimizer": dict[str, Any],
+    "scaler": dict[str, float],
+    "meter": dict[str, Any],
+    "bad_images": list[tuple[str, str]],
+}
+METER = {"names": list[str], "steps": list[int], "rows": Tensor, "counts": Tensor | None}
+# Of torch.optim.SGD, also in published files.
+SGD_GROUP = {"params": list[int], "lr": float, "momentum": float, "dampening": float, "weight_decay": float}
+SGD = {
+    "state": dict[int, dict[str, Tensor | None]],  # the number of a parameter -> its momentum_buffer
+    "param_groups": list[dict[str, bool | float | None | list[int]]],
 }
 
 
-def check_values(content: Any, path: Path) -> None:
-    """Raise UserError unless all tensors are plain ones, whose elements are all in the file. A damaged or
-    forged file may have a tensor with more elements than any memory, or lists in endless lists.
+def conforms(value: Any, kind: Any) -> bool:
+    """Return whether `value` has the type `kind`, at any depth.
+
+    An int is not negative, a float is any finite number, and neither is a bool. A list may be a tuple, and a
+    tuple a list. Annotated[kind, n] is a number of at least n, or a list of at least n entries. A dict of
+    types describes a dict that may have further keys, and None may be missing.
     """
-    parts, count = [(content, 0)], 0
-    while parts:
-        value, depth = parts.pop()
-        count += 1
-        if depth > 50 or count > 10**7:
-            raise UserError(f"checkpoint {path} is damaged: its values are nested too deeply")
-        if isinstance(value, dict):
-            parts += [(part, depth + 1) for part in value.values()]
-        elif isinstance(value, (list, tuple)):
-            parts += [(part, depth + 1) for part in value]
-        elif isinstance(value, torch.Tensor) and not (
-            value.layout is torch.strided
-            and value.device.type == "cpu"
-            and not value.is_quantized
-            and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-        ):
-            raise UserError(
-                f"checkpoint {path} is damaged or of another program: a tensor of {describe_shape(value)} is "
-                "sparse, quantized, or without its data"
-            )
+    origin, args = get_origin(kind), get_args(kind)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(conforms(value.get(key), kind[key]) for key in kind)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**40
+    if kind is float:
+        return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 2**63
+    if origin is Annotated:
+        return conforms(value, args[0]) and (value if args[0] is int else len(value)) >= args[1]
+    if origin is UnionType:
+        return any(conforms(value, part) for part in args)
+    if origin is dict:
+        return isinstance(value, dict) and conforms([*value.items()], list[tuple[args]])  # type: ignore[valid-type]
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(conforms(part, args[0]) for part in value)
+    if origin is tuple:
+        return conforms(value, list[Any]) and len(value) == len(args) and all(map(conforms, value, args))
+    return kind is Any or isinstance(value, kind)
 
 
-def first_not_finite(values: dict[str, torch.Tensor]) -> str | None:
+def first_not_finite(values: dict[str, Tensor]) -> str | None:
     """Return the name of the first tensor with a NaN or an infinite value, or None.
 
     Training waits for this check. It therefore reads every tensor once and synchronizes with a GPU once: all
@@ -102,52 +83,33 @@ def first_not_finite(values: dict[str, torch.Tensor]) -> str | None:
     return next((name for name, fine in zip(floating, finite) if not fine), None)
 
 
-def check_sgd_state(saved: Any, parameters: Sequence[torch.Tensor], where: str) -> None:
+def is_sgd_state(value: Any) -> bool:
+    """Return whether `value` has the structure of an SGD's state_dict."""
+    return conforms(value, SGD) and all(conforms(group, SGD_GROUP) for group in value["param_groups"])
+
+
+def check_sgd_state(saved: Any, parameters: Mapping[str, Tensor], where: str) -> None:
     """Raise UserError unless `saved` is the state_dict of an SGD over these parameters, in this order.
 
     where: the checkpoint, in words.
     """
     if not is_sgd_state(saved):
         raise UserError(f"{where} has no valid 'optimizer'")
+    names = list(parameters)
     numbers = [k for group in saved["param_groups"] for k in group["params"]]
-    if numbers != list(range(len(parameters))):
+    if numbers != list(range(len(names))):
         raise UserError(
-            f"{where} has an optimizer with {len(numbers)} parameters, but a student with {len(parameters)}"
+            f"{where} has an optimizer with {len(numbers)} parameters, but a student with {len(names)}"
         )
-    for k, value in saved["state"].items():
-        momentum = value.get("momentum_buffer")
+    for k, buffers in saved["state"].items():
+        momentum, name = buffers.get("momentum_buffer"), names[k] if k < len(names) else "the teacher"
         if momentum is None:
             continue
-        if not 0 <= k < len(parameters) or momentum.shape != parameters[k].shape:
-            raise UserError(f"{where} has an optimizer whose momentum {k} is {describe_shape(momentum)}")
-        if first_not_finite({"": momentum}) is not None:
-            raise UserError(f"{where} has an optimizer whose momentum {k} is not finite")
-
-
-def is_sgd_state(value: Any) -> bool:
-    """Return whether `value` has the structure of an SGD's state_dict."""
-    return (
-        is_dict(value)
-        and is_list(value.get("param_groups"), _is_sgd_group)
-        and isinstance(value.get("state"), dict)
-        and all(type(k) is int and _is_sgd_buffer(part) for k, part in value["state"].items())
-    )
-
-
-def _is_sgd_group(value: Any) -> bool:
-    return (
-        is_dict(value)
-        and is_list(value.get("params"), lambda part: type(part) is int)
-        and all(is_number(value.get(key)) for key in ("lr", "momentum", "dampening", "weight_decay"))
-        and all(
-            type(option) in (int, float, bool, type(None)) for key, option in value.items() if key != "params"
-        )
-    )
-
-
-def _is_sgd_buffer(value: Any) -> bool:
-    momentum = value.get("momentum_buffer") if is_dict(value) else 0
-    return momentum is None or isinstance(momentum, torch.Tensor) and momentum.dtype in FLOATS
+        if k >= len(names) or momentum.shape != parameters[name].shape or momentum.dtype not in FLOATS:
+            found = describe_tensor(momentum)
+            raise UserError(f"{where} has an optimizer whose momentum for {name} is {found}")
+        if first_not_finite({name: momentum}) is not None:
+            raise UserError(f"{where} has an optimizer whose momentum for {name} is not finite")
 
 
 def first_three(wrong: list[str]) -> str:
@@ -155,9 +117,28 @@ def first_three(wrong: list[str]) -> str:
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
-def describe_shape(value: Any) -> Any:
-    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+def mismatches(
+    values: dict[str, Any], expected: dict[str, Tensor], describe: Callable[[Any], str]
+) -> list[str]:
+    """Return what distinguishes the keys and the descriptions of `values` from those of `expected`."""
+    return [
+        *(f"{key} is missing" for key in expected if key not in values),
+        *(f"{key} is unknown" for key in values if key not in expected),
+        *(
+            f"{key} is {describe(values[key])}, not {describe(own)}"
+            for key, own in expected.items()
+            if key in values and describe(values[key]) != describe(own)
+        ),
+    ]
 
 
-def describe_dtype(value: torch.Tensor) -> str:
+def describe_shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def describe_dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
+
+
+def describe_tensor(value: Tensor) -> str:
+    return f"{describe_shape(value)} {describe_dtype(value)}"

@@ -15,55 +15,45 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from util.errors import UserError
+from util.run.output_dir import cannot_write
 
 TOUCH_SECONDS = 5.0
 WATCH_SECONDS = 4 * TOUCH_SECONDS  # network file systems show another host's changes late
 EARLIER_START_SECONDS = 120.0  # how long to wait for the flock of an earlier start of the same job
 
 
-class RunLock:
-    """Holds lock files until it is closed, as a context manager."""
+class RunLock(ExitStack):
+    """Holds lock files until it is closed."""
 
     def __init__(self, paths: Sequence[Path], say: Callable[[str], None]):
         """Lock the files, whose directories are made if necessary. Raises UserError if another process holds
         one. say: prints a line before a wait.
         """
+        super().__init__()
         self.files: list[_LockFile] = []
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
             for path in paths:
                 self.files.append(_LockFile(path, say))
-        except UserError:
-            self.close()
-            raise
-        self.closed = threading.Event()
-        threading.Thread(target=self._touch, daemon=True).start()
+                self.callback(self.files[-1].close)
+            on_error.pop_all()
+        closed = threading.Event()
+        self.callback(closed.set)
+        threading.Thread(target=self._touch, args=(closed,), daemon=True).start()
 
     def check(self) -> None:
         """Raise UserError if another start has taken over a file."""
         for file in self.files:
             file.check()
 
-    def close(self) -> None:
-        """Remove the files, and those directories made for them that are empty."""
-        for file in reversed(self.files):
-            file.close()
-        self.files = []
-
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closed.set()
-        self.close()
-
-    def _touch(self) -> None:
-        while not self.closed.wait(TOUCH_SECONDS):
-            for file in list(self.files):
+    def _touch(self, closed: threading.Event) -> None:
+        while not closed.wait(TOUCH_SECONDS):
+            for file in self.files:
                 with suppress(OSError):
                     os.utime(file.descriptor)
 
@@ -79,54 +69,49 @@ class _LockFile:
             "start": int(restarts) if restarts.isdecimal() else 0,
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        self.made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         self.descriptor = -1
+        self.deadline = 0.0  # until which an earlier start of this job may keep the lock; 0: there is none
+        self.made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._take()
+            while not self._take():
+                time.sleep(1)
         except OSError as error:
             self._remove_made()
-            raise UserError(
-                f"cannot write to output directory {path.parent}: {error.strerror}; choose another with "
-                "--output-dir"
-            ) from None
+            raise cannot_write(path.parent, error) from None
 
-    def _take(self) -> None:
-        deadline: float | None = None  # until which an earlier start of this job may keep the lock
-        while True:
+    def _take(self) -> bool:
+        """Try to become the owner of the file; False: try again. Raises UserError if it has another owner."""
+        with ExitStack() as on_failure:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            on_failure.callback(os.close, descriptor)
             locked = _flock(descriptor)
             if not _is_same_file(descriptor, self.path):  # it was removed meanwhile
-                os.close(descriptor)
-                continue
+                return False
             owner = _read(descriptor)
             if not owner and os.fstat(descriptor).st_size:
-                os.close(descriptor)
                 raise UserError(
                     f"{self.path} is not the lock of a run: move it away, or choose another --output-dir"
                 )
             earlier_start = _is_earlier_start(owner, self.own)
             if locked is False and earlier_start:
-                os.close(descriptor)
-                if deadline is None:
-                    deadline = time.monotonic() + EARLIER_START_SECONDS
+                if not self.deadline:
+                    self.deadline = time.monotonic() + EARLIER_START_SECONDS
                     self.say(f"waits for start {owner['start']} of this job, on {owner.get('host')}, to end")
-                if time.monotonic() > deadline:
+                elif time.monotonic() > self.deadline:
                     self.path.unlink()
-                time.sleep(1)
-                continue
+                return False
             gone = not owner or earlier_start or (locked and owner.get("host") == self.own["host"])
             if locked is False or not (gone or self._is_untouched(descriptor, owner)):
-                os.close(descriptor)
                 raise UserError(
                     f"another run writes to {self.path.parent}: {_describe(owner)}: wait for it, stop it, or "
                     f"choose another --output-dir (if it has ended, remove {self.path})"
                 )
-            content = json.dumps(self.own).encode()
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, content, 0)
+            os.pwrite(descriptor, json.dumps(self.own).encode(), 0)
             self.descriptor = descriptor
-            return
+            on_failure.pop_all()
+        return True
 
     def _is_untouched(self, descriptor: int, owner: dict[str, Any]) -> bool:
         """Watch the file of a process on another host: whether that process does not touch it."""
@@ -156,8 +141,6 @@ class _LockFile:
             )
 
     def close(self) -> None:
-        if self.descriptor < 0:
-            return
         with suppress(OSError):
             if _is_same_file(self.descriptor, self.path) and _read(self.descriptor) == self.own:
                 self.path.unlink()

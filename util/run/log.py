@@ -5,7 +5,6 @@ prints.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import threading
@@ -16,42 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from util.errors import UserError, printable
 from util.files import special_file, write_atomically
+from util.run.output_dir import cannot_write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 REPLACED = "replaced by others in this epoch"  # the fate of a training image that cannot be read
 LEFT_OUT = "left out of testing"  # the fate of a test image that cannot be read
-
-
-def init_output_dir(output_dir: Path, checkpoint_dir: Path, config_yaml: str, new_run: bool) -> str:
-    """Make both directories and write config.yaml into the first. Raises UserError if that is not possible.
-
-    new_run: whether nothing is resumed; if so, log.jsonl, best.pth and another config.yaml, of an earlier run
-    or of the user, are renamed and not overwritten. Return a line that names them, or "".
-    """
-    archived = []
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        config_file = output_dir / "config.yaml"
-        for path in (output_dir / "log.jsonl", output_dir / "best.pth", config_file):
-            same = path == config_file and path.is_file() and path.read_bytes() == config_yaml.encode()
-            if new_run and path.exists() and path.stat().st_size and not same:
-                names = (path.with_name(f"{path.name}.old{n}") for n in range(1, 10**6))
-                archive = next(name for name in names if not name.exists())
-                os.replace(path, archive)
-                archived.append(archive.name)
-        write_atomically(config_file, lambda file: file.write(config_yaml.encode()))
-    except OSError as error:
-        raise _cannot_write(output_dir, error) from None
-    return f"an earlier run's files in {output_dir} were renamed: {', '.join(archived)}" if archived else ""
-
-
-def _cannot_write(output_dir: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write to output directory {output_dir}: {error.strerror}; choose another with --output-dir"
-    )
 
 
 class Logger:
@@ -90,16 +60,15 @@ class Logger:
             kept = []
             for line in _complete_lines(self.path):
                 event = json.loads(line)
-                repeated = evaluation_due and event["step"] == start and _is_of_evaluation(event)
+                of_evaluation = event["event"] == "eval" or event.get("fate") == LEFT_OUT
+                repeated = evaluation_due and event["step"] == start and of_evaluation
                 if event["step"] <= start and not repeated:
                     kept.append(line)
             self.empty = not kept
-            temporary = self.path.with_name("log.jsonl.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
             self.file = open(self.path, "ab", buffering=0)
         except OSError as error:
-            raise _cannot_write(output_dir, error) from None
+            raise cannot_write(output_dir, error) from None
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{self.path} is damaged: a line is not one of our events; move the file away"
@@ -146,10 +115,8 @@ class Logger:
         means = {key: value for key, value in values.items() if value is not None}
         losses = " ".join(f"{key[5:]} {means[key]:.3f}" for key in terms if key in means)
         line = f"epoch {epoch}/{epochs}  step {step}/{self.total}  loss {means['loss']:.3f} ({losses})"
-        if "mask" in means:
-            line += f"  mask {means['mask']:.2f}"
-        if "pseudo_acc" in means:
-            line += f"  pseudo_acc {means['pseudo_acc']:.3f}"
+        line += f"  mask {means['mask']:.2f}" if "mask" in means else ""
+        line += f"  pseudo_acc {means['pseudo_acc']:.3f}" if "pseudo_acc" in means else ""
         line += f"  lr {means['lr']:.4f}  {means['images_per_s']:,.0f} images/s  ETA {self._eta(step)}"
         if self.terminal:
             print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
@@ -184,44 +151,38 @@ class Logger:
         self.pending_lines += line.encode() + b"\n"
         scalars = [(key, value) for key, value in values.items() if isinstance(value, (int, float))]
         self.pending_scalars += [(f"{event}/{key}", value, step) for key, value in scalars]
-        if self._flush() and self.pending_scalars:
-            self._write_scalars()
+        self._flush()
 
-    def _flush(self) -> bool:
-        """Write the pending lines. Return whether that succeeded."""
+    def _flush(self) -> None:
+        """Write what is pending to log.jsonl, and then to tb/."""
+        path = self.path
         try:
             while self.pending_lines:
                 self.pending_lines = self.pending_lines[self.file.write(self.pending_lines) :]
-            return True
+            path = self.path.with_name("tb")
+            if self.pending_scalars:
+                self._write_scalars(path)
         except OSError as error:
             if not self.buffer_on_error:
                 raise UserError(
-                    f"cannot write {self.path}: {error.strerror}; the checkpoints are intact"
+                    f"cannot write {path}: {error.strerror}; the checkpoints are intact"
                 ) from None
-            self.print_line(
-                f"cannot write {self.path}: {error.strerror}; {len(self.pending_lines)} bytes wait in memory"
-            )
-            return False
+            if self.pending_lines:
+                waiting = f"{len(self.pending_lines)} bytes wait in memory"
+                self.print_line(f"cannot write {path}: {error.strerror}; {waiting}")
 
-    def _write_scalars(self) -> None:
+    def _write_scalars(self, folder: Path) -> None:
         # Imported here: it takes half a second, and the first lines of a run should not wait for it.
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = self.path.with_name("tb")
-        try:
-            if self.tb is None:
-                self.tb = SummaryWriter(str(folder), purge_step=self.purge_step)
-                self.purge_step = None
-            for scalar in self.pending_scalars:
-                self.tb.add_scalar(*scalar)
-            self.tb.flush()
-            self.pending_scalars.clear()
-        except OSError as error:
-            self.tb = None  # its thread has ended; the next event makes a new writer
-            if not self.buffer_on_error:
-                raise UserError(
-                    f"cannot write {folder}: {error.strerror}; the checkpoints are intact"
-                ) from None
+        # After an error a writer's thread has ended; then the next event makes a new one.
+        tb, self.tb = self.tb or SummaryWriter(str(folder), purge_step=self.purge_step), None
+        self.purge_step = None
+        for scalar in self.pending_scalars:
+            tb.add_scalar(*scalar)
+        tb.flush()
+        self.pending_scalars.clear()
+        self.tb = tb
 
     def _eta(self, step: int) -> str:
         now = time.monotonic()
@@ -237,10 +198,6 @@ def _ignore_disk_errors(args: threading.ExceptHookArgs) -> None:
     """On a full disk TensorBoard's thread prints a traceback; the next flush raises the same error."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
-
-
-def _is_of_evaluation(event: dict[str, Any]) -> bool:
-    return event["event"] == "eval" or event.get("fate") == LEFT_OUT
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -5,52 +5,28 @@ networks are built and the workers start, since the system may kill a process th
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from util.effect import without_effect
 from util.errors import UserError
-from util.fields import Config
 
 
-class Need(NamedTuple):
-    what: str
-    bytes: int
-    fields: tuple[str, ...]  # of the config, which lower it
-
-
-def least_needs(
-    config: Config, sides: Sequence[int], channels: int, n_x: int, n_u: int, labeled: int
-) -> list[Need]:
-    """Return what one process certainly needs in a step, in fp32: its images, the bank and the prior. The
-    networks and what they compute are not counted.
+def check_memory(
+    sides: Sequence[int], channels: int, n_x: int, n_u: int, available: int | None, place: str
+) -> None:
+    """Raise UserError if the images of a step, in fp32, need more than the bytes that are available in a
+    `place`; None: not known. What the networks and the method need is not counted.
 
     sides: of the weak and the strong views, in pixels. n_x, n_u: labeled and unlabeled images in a step of
-    the process. labeled: the number of all labeled images (K).
+    the process.
     """
     weak, *strong = sides
-    unused = without_effect(config)
-    pixels = (n_x + n_u) * weak**2 + n_u * sum(side**2 for side in strong)
-    needs = [Need("images", 4 * channels * pixels, ("batch_size", "mu", "image_size"))]
-    if "bank_m" not in unused:
-        needs.append(Need("bank", 4 * labeled * config.dim, ("dim",)))
-    if "da_len" not in unused:
-        needs.append(Need("prior", 4 * config.da_len * config.cls, ("da_len",)))
-    return [need._replace(fields=tuple(f for f in need.fields if f not in unused)) for need in needs]
-
-
-def check_memory(needs: Sequence[Need], available: int | None, place: str) -> None:
-    """Raise UserError if `needs` are more than the bytes that are available in a `place`; None: not known."""
-    total = sum(need.bytes for need in needs)
-    if available is None or total <= available:
-        return
-    largest = max(needs, key=lambda need: need.bytes)
-    *flags, last = (f"--{name.replace('_', '-')}" for name in largest.fields)
-    raise UserError(
-        f"one step needs at least {total / 1e9:,.1f} GB, most of it for its {largest.what}, but {place} has "
-        f"{available / 1e9:,.1f} GB: lower {' or '.join(filter(None, [', '.join(flags), last]))}"
-    )
+    needed = 4 * channels * ((n_x + n_u) * weak**2 + n_u * sum(side**2 for side in strong))
+    if available is not None and needed > available:
+        raise UserError(
+            f"the images of one step need {needed / 1e9:,.1f} GB, but {place} has {available / 1e9:,.1f} GB: "
+            "lower --batch-size or --mu, or --image-size if the data set has it"
+        )
 
 
 def memory_of(device: torch.device) -> tuple[int | None, str]:

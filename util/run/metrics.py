@@ -19,18 +19,6 @@ class Accuracy(NamedTuple):
     per_class: list[float]  # top-1 of each class, percent; nan for a class without images
 
 
-def evaluate(
-    networks: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    num_classes: int,
-    device: torch.device,
-) -> list[Accuracy]:
-    """Return the accuracy of each network over the batches of all ranks together; the arguments are those of
-    `count_hits`. All ranks must call it. Raises UserError if there is no image.
-    """
-    return join_hits(count_hits(networks, batches, num_classes, device))
-
-
 @torch.no_grad()
 def count_hits(
     networks: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]],

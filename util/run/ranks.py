@@ -57,32 +57,29 @@ def plan_ranks_on_resume(
        divided among the planned ranks, which changes the BN statistics.
     """
     before = RankLayout(state["world"], state["processes"], state["batch_size"])
-    if planned.total != before.total:
-        if other_ranks == "refuse":
-            raise UserError(
-                f"the checkpoint has {before.total} ranks, but this start has {planned.total}: use "
-                f"--virtual-ranks {before.total} to compute the same steps on fewer processes, or "
-                "--other-ranks continue"
-            )
+    other = planned.total != before.total
+    if other and other_ranks == "refuse":
+        raise UserError(
+            f"the checkpoint has {before.total} ranks, but this start has {planned.total}: use "
+            f"--virtual-ranks {before.total} to compute the same steps on fewer processes, or "
+            "--other-ranks continue"
+        )
+    if other and (virtual_ranks or before.total % planned.processes):
         images = before.total * before.batch_size
-        if not virtual_ranks and before.total % planned.processes == 0:
-            planned = planned._replace(total=before.total)
-        elif images % planned.total:
+        if images % planned.total:
             raise UserError(
                 f"the {images} labeled images of a step cannot be shared evenly by {planned.total} ranks: "
                 "choose another number of processes, or --virtual-ranks"
             )
-        else:
-            planned = planned._replace(batch_size=images // planned.total)
-            return planned, (
-                f"resumes with {planned} instead of {before.total} of {before.batch_size}: the images of a "
-                "step are the same, but BN groups them differently, so results will differ"
-            )
-    planned = planned._replace(batch_size=before.batch_size)
-    if planned.processes == before.processes:
-        return planned, ""
-    return (
-        planned,
-        f"resumes with {planned}, in {planned.processes} instead of {before.processes} processes: "
-        "the same step, up to rounding",
+        ranks = planned._replace(batch_size=images // planned.total)
+        return ranks, (
+            f"resumes with {ranks} instead of {before.total} of {before.batch_size}: the images of a step "
+            "are the same, but BN groups them differently, so results will differ"
+        )
+    ranks = before._replace(processes=planned.processes)
+    if ranks == before:
+        return ranks, ""
+    return ranks, (
+        f"resumes with {ranks}, in {ranks.processes} instead of {before.processes} processes: the same step, "
+        "up to rounding"
     )

@@ -2,8 +2,8 @@
 MoCo checkpoint, or from scratch.
 """
 
+import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,10 @@ from util import dist_utils
 from util.config import changed_settings
 from util.errors import UserError
 from util.files import special_file, user_path
-from util.formats import published_checkpoints
+from util.formats import published_checkpoints, torch_files
 from util.run import checkpoint
-from util.run.checkpoint_schema import FLOATS, check_sgd_state, is_list, is_number
+from util.run.checkpoint_schema import FLOATS, METER, check_sgd_state, conforms
 from util.run.train_state import RunIdentity, TrainState
-
-# Of the state_dict of torch.amp.GradScaler.
-SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 def load_last(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -31,18 +28,21 @@ def load_last(path: Path) -> tuple[dict[str, Any] | None, str]:
         raise UserError(
             f"{path} is {special} and not a checkpoint: move it away, or choose another --output-dir"
         )
-    content = None
-    if path.is_file():
-        with suppress(UserError):  # it is damaged; load_newest tries the previous one
-            content = checkpoint.load_file(path)
-            if not is_published(content):
-                return checkpoint.verify(content, path), ""
-    if not is_published(content):
-        return checkpoint.load_newest(path)
-    if checkpoint.previous(path).exists():
+    before = checkpoint.previous(path)
+    if not os.path.lexists(path) and not before.exists():
+        return None, ""
+    try:
+        content = torch_files.load(path)
+        if not is_published(content):
+            return checkpoint.verify(content, path), ""
+    except UserError as error:
+        if not before.exists():
+            raise
+        return checkpoint.load(before), f"{error}; resuming from the previous one, {before}"
+    if before.exists():
         raise UserError(
-            f"{path} is a published checkpoint, but {checkpoint.previous(path)} belongs to another run: move "
-            "the latter away to resume from the published one"
+            f"{path} is a published checkpoint, but {before} belongs to another run: move the latter away to "
+            "resume from the published one"
         )
     return content, f"{path} is a published checkpoint; a copy is kept in {_published_copy(path)}"
 
@@ -78,52 +78,44 @@ def resume(path: Path, saved: dict[str, Any], identity: RunIdentity, state: Trai
             f"or move it and {checkpoint.previous(path).name} away to start a new run"
         )
     checkpoint.check_module(state.method, saved["method"], path)
-    _check_indices(saved["method"], len(saved["classes"]), path)
-    _check_resumable(path, saved, state.optimizer)
+    _check_indices(state.method, saved["method"], path)
+    _check_resumable(path, saved, state)
     state.load_state_dict(saved)
 
 
-def _check_resumable(path: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Raise UserError unless the values of `state` besides the networks are ones that this run could have
+def _check_resumable(path: Path, saved: dict[str, Any], state: TrainState) -> None:
+    """Raise UserError unless the values of `saved` besides the networks are ones that this run could have
     saved: an evaluation does not need them, so they may be missing.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    check_sgd_state(state["optimizer"], parameters, f"checkpoint {path}")
-    best, scaler, meter = state["best"], state["scaler"], state["meter"]
-    names, steps, rows, counts = (meter.get(key) for key in ("names", "steps", "rows", "counts"))
+    names = {p: name for name, p in state.method.student.named_parameters()}
+    parameters = {names[p]: p for group in state.optimizer.param_groups for p in group["params"]}
+    check_sgd_state(saved["optimizer"], parameters, f"checkpoint {path}")
+    own_scaler, scaler, meter = state.scaler.state_dict(), saved["scaler"], saved["meter"]
     valid = {
-        "optimizer": all(
-            type(saved[key]) is type(own[key]) and saved[key] == own[key]
-            for saved, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups)
-            for key in own
-            if key in saved and key not in ("params", "lr")
-        ),
-        "best": {"step", "student_top1"} <= best.keys(),
-        "scaler": state["config"].get("precision") != "fp16"
-        or SCALER_KEYS == scaler.keys()
-        and min(scaler.values()) >= 0,
-        "meter": is_list(names, lambda name: isinstance(name, str))
-        and is_list(steps, is_number)
-        and isinstance(rows, torch.Tensor)
-        and rows.dtype in FLOATS
-        and (not steps or rows.shape == (len(steps), len(names)) and "loss" in names)
-        and (
-            counts is None
-            or isinstance(counts, torch.Tensor)
-            and counts.dtype == torch.int64
-            and counts.shape == (4 if "pseudo_acc" in names else 2, len(state["classes"]))
-        ),
+        "best": {"step", "student_top1"} <= saved["best"].keys(),
+        "scaler": not own_scaler or own_scaler.keys() == scaler.keys() and min(scaler.values()) >= 0,
+        "meter": conforms(meter, METER) and _fits_together(meter, len(saved["classes"])),
     }
     for key, fine in valid.items():
         if not fine:
             raise UserError(f"checkpoint {path} cannot be resumed: it has no valid {key!r}")
 
 
-def _check_indices(values: dict[str, torch.Tensor], num_classes: int, path: Path) -> None:
-    """Raise UserError if a buffer of a method's state_dict has an index that is out of range."""
-    for name, limit in (("bank.labels", num_classes), ("align.ptr", len(values.get("align.ring", ())))):
-        value = values.get(name, torch.zeros(1))
-        if value.numel() and limit and not 0 <= value.min() <= value.max() < limit:
+def _fits_together(meter: dict[str, Any], num_classes: int) -> bool:
+    """Return whether the tensors of a Meter's state have the types and shapes that its lists ask for."""
+    names, steps, rows, counts = meter["names"], meter["steps"], meter["rows"], meter.get("counts")
+    counted = (4 if "pseudo_acc" in names else 2, num_classes)
+    return (
+        rows.dtype in FLOATS
+        and (not steps or rows.shape == (len(steps), len(names)) and "loss" in names)
+        and (counts is None or counts.dtype == torch.int64 and counts.shape == counted)
+    )
+
+
+def _check_indices(method: Any, values: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise UserError if a buffer in a method's state_dict has an index that is out of range."""
+    for name, limit in method.index_limits().items():
+        if values[name].numel() and not 0 <= values[name].min() <= values[name].max() < limit:
             raise UserError(f"checkpoint {path} is damaged: {name} is not between 0 and {limit - 1}")
 
 
@@ -137,7 +129,7 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
         content, steps_per_epoch, f"checkpoint {path}"
     )
     checkpoint.load_module(state.method, values, path)
-    _check_indices(values, len(values["student.fc.weight"]), path)
+    _check_indices(state.method, values, path)
     state.optimizer.load_state_dict(optimizer)
     if dist_utils.rank() == 0 and not _published_copy(path).exists():
         try:
@@ -167,7 +159,7 @@ def start_from_moco(path: Path, student: nn.Module, teacher: nn.Module) -> None:
     path = user_path(path)
     if not path.exists():
         raise UserError(f"--moco-path {path}: no such file")
-    values = published_checkpoints.moco_backbone(checkpoint.load_file(path), f"checkpoint {path}")
+    values = published_checkpoints.moco_backbone(torch_files.load(path), f"checkpoint {path}")
     parts = {key.split(".")[0] for key in values}  # MoCo v1 has no head
     own = {key: value for key, value in student.state_dict().items() if key.split(".")[0] not in parts}
     checkpoint.load_module(student, {**values, **own}, path)

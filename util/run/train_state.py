@@ -72,7 +72,9 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state that `state_dict` returned, in a run of any number of ranks."""
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Options such as the momentum follow from the settings, which resume has compared.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
         self.bad_images.seen = state["bad_images"] if dist_utils.rank() == 0 else []

@@ -12,7 +12,7 @@ from models.network import BACKBONES, Network
 from models.optimizer import parameter_groups
 from util.config import Config
 from util.errors import UserError
-from util.formats import published_checkpoints
+from util.formats import published_checkpoints, published_layouts
 from util.run.checkpoint import load_module
 
 
@@ -77,11 +77,11 @@ def step_alike(student, optimizer, model, other):
     ],
 )
 def test_every_layout_is_detected(make, kind, prefix):
-    assert published_checkpoints.detect_kind(contents(make(), "any", prefix=prefix)) == kind
+    assert published_layouts.detect_kind(contents(make(), "any", prefix=prefix)) == kind
 
 
 def test_the_native_layout_is_detected():
-    assert published_checkpoints.detect_kind({"config": {}, "method": {}}) == "native"
+    assert published_layouts.detect_kind({"config": {}, "method": {}}) == "native"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_the_native_layout_is_detected():
 )
 def test_an_unknown_layout_is_a_user_error_with_three_keys(state, words):
     with pytest.raises(UserError) as error:
-        published_checkpoints.detect_kind(state, "file x")
+        published_layouts.detect_kind(state, "file x")
     message = str(error.value)
     assert (
         words in message
@@ -148,7 +148,7 @@ def test_a_nearly_correct_simmatch_file_is_a_user_error(published, change, words
     state = copy.deepcopy(published[2])
     change(state["state_dict"])
     with pytest.raises(UserError) as error:
-        published_checkpoints.detect_kind(state)
+        published_layouts.detect_kind(state)
     assert "not a complete checkpoint of SimMatch" in str(error.value) and words in str(error.value)
 
 
@@ -322,7 +322,7 @@ def test_an_optimizer_of_an_older_torch_in_the_first_epoch_is_converted():
         ),
         (
             lambda s: s["optimizer"]["state"][0]["momentum_buffer"].fill_(float("nan")),
-            "an optimizer whose momentum 0 is not finite",
+            "an optimizer whose momentum for student.backbone.conv1.weight is not finite",
         ),
     ],
 )
@@ -366,11 +366,11 @@ def test_a_state_that_is_not_finite_is_not_exported():
 def test_the_backbone_is_detected_from_the_shapes(name):
     with torch.device("meta"):
         main = Network(name, 3, 5, 4, norm=True).state_dict()
-    spec = published_checkpoints.network_spec(
+    spec = published_layouts.network_spec(
         {"state_dict": {f"main.{key}": value for key, value in main.items()}}
     )
     assert spec[1:] == (3, 5, 4, True, None)
-    assert published_checkpoints.find_backbone(spec, BACKBONES, "it") == name
+    assert published_layouts.find_backbone(spec, BACKBONES, "it") == name
 
 
 def test_the_architecture_is_detected_in_every_layout():
@@ -379,14 +379,14 @@ def test_the_architecture_is_detected_in_every_layout():
         (contents(simmatchv2(labeled=9), "x"), (3, 3, 16, True, 9)),
         (contents(fixmatch(), "resnet50"), (3, 3, 0, False, None)),
     ):
-        spec = published_checkpoints.network_spec(state)
+        spec = published_layouts.network_spec(state)
         assert spec == ((False, (2, 2, 2, 2), 64), *expected)
-        assert published_checkpoints.find_backbone(spec, BACKBONES, "it") == "resnet18_encoder"
+        assert published_layouts.find_backbone(spec, BACKBONES, "it") == "resnet18_encoder"
     cut = contents(fixmatch(), "x")
     cut["state_dict"] = {key: value for key, value in cut["state_dict"].items() if "layer3.1" not in key}
-    spec = published_checkpoints.network_spec(cut)
+    spec = published_layouts.network_spec(cut)
     with pytest.raises(UserError, match=r"none of resnet18_encoder, .*: layers of 2\+2\+1\+2 blocks"):
-        published_checkpoints.find_backbone(spec, BACKBONES, "it")
+        published_layouts.find_backbone(spec, BACKBONES, "it")
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -12,7 +12,9 @@ import torch
 from models.network import Network
 from util.errors import UserError
 from util.files import write_atomically
+from util.formats import torch_files
 from util.run import checkpoint
+from util.run.resume import load_last
 
 
 class Bomb:
@@ -103,14 +105,14 @@ def test_a_changed_bit_of_the_content_is_noticed(state, tmp_path):
 
 def test_the_previous_checkpoint_is_kept_and_loaded_if_the_newest_is_damaged(state, tmp_path):
     path = tmp_path / "last.pth"
-    assert checkpoint.load_newest(path) == (None, "")
+    assert load_last(path) == (None, "")
     for step in (1, 2, 3):
         checkpoint.save(path, {**state, "step": step}, keep_previous=True)
     assert sorted(os.listdir(tmp_path)) == ["last.previous.pth", "last.pth"]
-    loaded, warning = checkpoint.load_newest(path)
+    loaded, warning = load_last(path)
     assert loaded["step"] == 3 and warning == ""
     path.write_bytes(path.read_bytes()[:900])
-    loaded, warning = checkpoint.load_newest(path)
+    loaded, warning = load_last(path)
     assert (
         loaded["step"] == 2
         and "damaged" in warning
@@ -118,10 +120,10 @@ def test_the_previous_checkpoint_is_kept_and_loaded_if_the_newest_is_damaged(sta
         and "\n" not in warning
     )
     path.unlink()
-    assert checkpoint.load_newest(path)[0]["step"] == 2
+    assert load_last(path)[0]["step"] == 2
     (tmp_path / "last.previous.pth").write_bytes(b"")
     with pytest.raises(UserError):
-        checkpoint.load_newest(path)
+        load_last(path)
 
 
 def test_code_in_a_pickle_is_not_run(state, tmp_path):
@@ -143,10 +145,10 @@ def test_a_numpy_scalar_is_loaded_but_no_other_numpy_object(core, tmp_path):
         (tmp_path / "a.pth").write_bytes(re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", raw))
 
     write(np.float64(60.5))
-    assert checkpoint.load_file(tmp_path / "a.pth") == {"best_acc1": 60.5}
+    assert torch_files.load(tmp_path / "a.pth") == {"best_acc1": 60.5}
     write(np.zeros(2))
     with pytest.raises(UserError, match="refused"):
-        checkpoint.load_file(tmp_path / "a.pth")
+        torch_files.load(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +336,7 @@ def nested(depth):
 def test_values_that_could_exhaust_the_memory_are_refused(value, tmp_path):
     torch.save({"x": [value]}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="a.pth is damaged"):
-        checkpoint.load_file(tmp_path / "a.pth")
+        torch_files.load(tmp_path / "a.pth")
 
 
 def test_a_failed_write_leaves_the_old_file_unchanged(state, tmp_path, monkeypatch):
@@ -355,7 +357,7 @@ def test_a_full_disk_in_torch_save_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot write") as error:
         write_atomically(
             tmp_path / "a.pth",
-            lambda file: checkpoint.write_torch(torch.zeros(9), open("/dev/full", "wb", 0)),
+            lambda file: torch_files.write(torch.zeros(9), open("/dev/full", "wb", 0)),
         )
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
 

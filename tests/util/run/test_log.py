@@ -8,7 +8,8 @@ import sys
 
 from conftest import ROOT
 
-from util.run.log import Logger, init_output_dir
+from util.run.log import Logger
+from util.run.output_dir import init_output_dir
 
 KEYS = ("loss_x", "loss_u", "loss_in", "loss", "mask", "pseudo_acc", "lr", "images_per_s")
 VALUES = {**dict.fromkeys(KEYS, 1.0), "loss_u": None}

@@ -1,53 +1,30 @@
-"""What a step certainly needs in memory, and what a machine or a cgroup has."""
+"""What the images of a step need in memory, and what a machine or a cgroup has."""
 
 import pytest
 
-from util.config import Config
 from util.errors import UserError
-from util.run.memory import Need, check_memory, least_needs, machine_memory
-
-
-def needs(sides=(224, 224), channels=3, n_x=8, n_u=40, labeled=13_000, **settings):
-    found = least_needs(Config(**settings), sides, channels, n_x, n_u, labeled)
-    return {need.what: need.bytes for need in found}
-
-
-def test_images_bank_and_prior_of_a_step():
-    assert needs() == {"images": 88 * 3 * 224**2 * 4, "bank": 13_000 * 128 * 4}
-    assert needs(sides=(16, 8), channels=1, n_x=2, n_u=6)["images"] == 4 * (8 * 16**2 + 6 * 8**2)
-    three = needs(sides=(16, 16, 4), channels=1, n_x=2, n_u=6)["images"]
-    assert three == 4 * (14 * 16**2 + 6 * 4**2)
-    assert needs(DA=True, da_len=32, cls=10)["prior"] == 32 * 10 * 4
-    assert needs(dim=4, labeled=7)["bank"] == 112
-    for method in ("fixmatch", "supervised"):
-        assert needs(method=method, DA=True).keys() == {"images"}
+from util.run.memory import check_memory, machine_memory
 
 
 @pytest.mark.parametrize(
-    "settings, sizes, words",
+    "sides, channels, n_x, n_u, bytes_needed",
     [
-        (
-            {},
-            dict(n_x=100_000, n_u=500_000),
-            "662.3 GB, most of it for its images, .* 24.0 GB: lower --batch-size, --mu or --image-size",
-        ),
-        (dict(dataset="cifar10"), dict(n_x=10**6, n_u=10**7), "lower --batch-size or --mu$"),
-        (dict(dim=65536), dict(labeled=128_000), "33.6 GB, most of it for its bank, .*: lower --dim$"),
-        (dict(DA=True, da_len=10**7), {}, "40.1 GB, most of it for its prior, .*: lower --da-len$"),
+        ((224, 224), 3, 8, 40, 88 * 3 * 224**2 * 4),
+        ((16, 8), 1, 2, 6, 4 * (8 * 16**2 + 6 * 8**2)),
+        ((16, 16, 4), 1, 2, 6, 4 * (14 * 16**2 + 6 * 4**2)),
     ],
 )
-def test_a_step_that_cannot_fit_is_refused_with_what_to_lower(settings, sizes, words):
-    sizes = {"sides": (224, 224), "channels": 3, "n_x": 8, "n_u": 40, "labeled": 13_000, **sizes}
-    found = least_needs(Config(**settings), **sizes)
-    with pytest.raises(UserError, match=f"one step needs at least .*{words}"):
-        check_memory(found, 24 * 10**9, "this machine")
-    check_memory(found, None, "this machine")  # not known
+def test_images_that_fit_exactly_are_accepted(sides, channels, n_x, n_u, bytes_needed):
+    check_memory(sides, channels, n_x, n_u, bytes_needed, "this machine")
+    check_memory(sides, channels, n_x, n_u, None, "this machine")  # not known
+    with pytest.raises(UserError, match="^the images of one step need .* this machine has .*: lower --batch"):
+        check_memory(sides, channels, n_x, n_u, bytes_needed - 1, "this machine")
 
 
-def test_a_step_that_fits_exactly_is_accepted():
-    check_memory([Need("images", 3, ("mu",)), Need("bank", 4, ("dim",))], 7, "this machine")
-    with pytest.raises(UserError):
-        check_memory([Need("images", 4, ("mu",)), Need("bank", 4, ("dim",))], 7, "this machine")
+def test_images_that_cannot_fit_are_refused_with_what_to_lower():
+    words = "need 662.3 GB, but the GPU has 24.0 GB: lower --batch-size or --mu, or --image-size if"
+    with pytest.raises(UserError, match=words):
+        check_memory((224, 224), 3, 100_000, 500_000, 24 * 10**9, "the GPU")
 
 
 @pytest.mark.parametrize(

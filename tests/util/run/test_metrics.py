@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from util.errors import UserError
-from util.run.metrics import Meter, evaluate
+from util.run.metrics import Meter, count_hits, join_hits
 
 
 def test_accuracy_equals_a_plain_loop():
@@ -19,7 +19,8 @@ def test_accuracy_equals_a_plain_loop():
         top1, top5 = top1 + (rank == 0), top5 + (rank < 5)
         own[label] = [own[label][0] + (rank == 0), own[label][1] + 1]
     batches = zip(logits.split(10), y.split(10))
-    result, worst = evaluate([lambda x: (x, None), lambda x: (-x, None)], batches, 8, torch.device("cpu"))
+    networks = [lambda x: (x, None), lambda x: (-x, None)]
+    result, worst = join_hits(count_hits(networks, batches, 8, torch.device("cpu")))
     assert worst.top1 < result.top1 or top1 < 10  # two networks in one pass over the batches
     assert (result.top1, result.top5) == pytest.approx((100 * top1 / 53, 100 * top5 / 53))
     assert result.per_class[:7] == pytest.approx([100 * a / n for a, n in own[:7]])
@@ -27,9 +28,8 @@ def test_accuracy_equals_a_plain_loop():
 
 
 def test_top5_of_three_classes_is_100():
-    (result,) = evaluate(
-        [lambda x: (x, None)], [(torch.eye(3), torch.tensor([0, 1, 1]))], 3, torch.device("cpu")
-    )
+    batches = [(torch.eye(3), torch.tensor([0, 1, 1]))]
+    (result,) = join_hits(count_hits([lambda x: (x, None)], batches, 3, torch.device("cpu")))
     assert result.top5 == 100 and result.top1 == pytest.approx(200 / 3)
 
 
