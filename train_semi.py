@@ -117,7 +117,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     if saved:
         resume(last, saved, identity, state)
     elif found:
-        resume_published(last, found, stream.steps_per_epoch, state)
+        ranks_warning = resume_published(last, found, stream.steps_per_epoch, state)
     elif config.moco_path:
         start_from_moco(Path(config.moco_path), state.method.student, state.method.teacher.net)
     elif config.start_epoch:
@@ -131,6 +131,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         raise UserError(f"{config.epochs} epochs are fewer than the {finished} that are done: raise --epochs")
     check_same_start(identity, start)
 
+    best = best_checkpoint(config, last)
     # The output directory, the log and the checkpoint writer. Before this point no file of an earlier run
     # changes, so that a refused start leaves it intact.
     warnings = [load_warning, ranks_warning]
@@ -142,7 +143,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     log = Logger(out, start, run.total, dist_utils.rank() == 0, config.on_save_error, state.evaluation_due)
     describe_run(run, state, log, warnings)
     writer = checkpoint.Writer(
-        last, out / "best.pth", config.on_save_error, log.print_line, not load_warning, saved, may_write
+        last, best, config.on_save_error, log.print_line, not load_warning, saved, may_write
     )
 
     # The steps.
@@ -151,8 +152,10 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     if stopped:
         log.print_line(f"asked to stop: saved step {state.step} in {last}; the same command continues")
     elif state.best["step"]:
-        top1, file = f"{state.best['student_top1']:.3f} %", out / "best.pth"
-        log.print_line(f"done: best student top-1 {top1} at step {state.best['step']}, in {file}")
+        top1, step = f"{state.best['student_top1']:.3f} %", state.best["step"]
+        log.print_line(
+            f"done: best student top-1 {top1} at step {step}, chosen on the test images, in {best}"
+        )
     log.close()
     dist_utils.dist_end()
     if stopped:
@@ -200,7 +203,7 @@ def train_steps(run: Run, state: TrainState, log: Logger, writer: checkpoint.Wri
         output = train_step(
             method, student, state.optimizer, batches, step=step, bank_ready=bank_ready, scaler=state.scaler
         )
-        state.meter.add(step, output.losses, output.pseudo_label, output.mask, host_batch.true_labels)
+        state.meter.add(step, *output[:3], host_batch.true_labels, output.skipped)
         state.step, state.evaluation_due = step + 1, due.evaluate
 
         # Once in a while: the log. A loss that is not finite ends the run here, before it is saved.
@@ -312,8 +315,11 @@ def log_diagnostics(run: Run, state: TrainState, log: Logger, diagnostics: dict[
 
 def log_losses(run: Run, state: TrainState, log: Logger, lr: float, throughput: Throughput) -> None:
     """Write the train event. Raises UserError if a loss was not finite."""
+    steps = len(state.meter.steps)
     with log_stop_reason(log, state.step):
         means = state.meter.take_means()
+    if "skipped" in means:  # by the loss scaling of fp16
+        means["skipped"] = round(means["skipped"] * steps)
     epoch = (state.step - 1) // run.stream.steps_per_epoch + 1
     values: dict[str, float | None] = {**dict.fromkeys(state.method.loss_names), **means, "lr": lr}
     values["images_per_s"] = throughput.take(state.step)
@@ -355,8 +361,16 @@ def evaluate_state(
 def last_checkpoint(config: Config) -> Path:
     """Return the path of the checkpoint that the run resumes from."""
     if config.checkpoint:
-        return user_path(Path("checkpoints", config.checkpoint))
+        return user_path(
+            config.checkpoint if "/" in config.checkpoint else f"checkpoints/{config.checkpoint}"
+        )
     return user_path(config.output_dir) / "last.pth"
+
+
+def best_checkpoint(config: Config, last: Path) -> Path:
+    """Return the path of the checkpoint with the best score, where the published program has it too."""
+    named = "/" in config.checkpoint
+    return last.with_stem(f"{last.stem}_best") if named else user_path(config.output_dir) / "best.pth"
 
 
 def overrides(config: Config) -> dict[str, Any]:
@@ -407,7 +421,9 @@ def describe_run(run: Run, state: TrainState, log: Logger, warnings: list[str]) 
         remaining = "it is finished" if start == run.total else f"{run.total - start} steps to go"
         log.print_line(f"continues from {run.last} at step {start}: {remaining}")
     else:
-        log.print_line(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/, best.pth; and {run.last}")
+        best = best_checkpoint(config, run.last)
+        files = "config.yaml, log.jsonl, tb/" + (", best.pth" if best.name == "best.pth" else f"; {best}")
+        log.print_line(f"writes {config.output_dir}: {files}; and {run.last}")
     log.log_start(start, *run.identity.split)
 
 

@@ -171,8 +171,8 @@ def main() -> None:
     ratio = statistics.median(b / a for a, b in zip(*times.values()))
     print(
         f"ratio {ratio:.2f}, predicted {predicted(sides):.2f} from the pixels; medians of {args.turns} steps "
-        f"of each in turn, channels-last, fp32, {B} + {B * MU} images of {args.side} px, K = {args.labeled:,}; "
-        f"{machine()}"
+        f"of each in turn, channels-last, fp32, {B} + {B * MU} images of {args.side} px, "
+        f"K = {args.labeled:,}; {machine()}"
     )
 
 

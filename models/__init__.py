@@ -41,7 +41,7 @@ def build_network(config: Any, channels: int) -> Network:
     """Build the student's network. Raises ValueError if the backbone is unknown."""
     if config.backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {config.backbone!r}; known: {', '.join(BACKBONES)}")
-    return Network(config.backbone, channels, config.cls, config.dim)
+    return Network(config.backbone, channels, config.cls, config.dim, config.norm_feat)
 
 
 def build_method(config: Any, channels: int, labels: Tensor, unlabeled_per_step: int = 0) -> Method:

@@ -26,8 +26,8 @@ class Batch(NamedTuple):
 class StepOutput(NamedTuple):
     """What `losses` returns. Only the losses have a gradient.
 
-    losses: the weighted terms, whose sum is the loss. Their names are "loss_NAME", the same in every step;
-    the setting of the weight, if there is one, is lambda_NAME. for_update: what the method's own `update`
+    losses: the weighted terms, whose sum is the loss. Their names are "loss_NAME"; a step may leave one out.
+    The setting of the weight, if there is one, is lambda_NAME. for_update: what the method's own `update`
     needs, each tensor with a row for each image, or with a single row. Those of virtual ranks are
     concatenated.
     """
@@ -37,6 +37,7 @@ class StepOutput(NamedTuple):
     pseudo_label: Tensor | None = None  # class probabilities                               [muB, C]
     mask: Tensor | None = None          # 1 where the pseudo-label is confident, else 0     [muB]
     for_update: dict[str, Tensor] = {}
+    skipped: Tensor | None = None   # from train_step in fp16: 1 if the weights stay unchanged, else 0
     # fmt: on
 
 

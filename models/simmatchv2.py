@@ -99,12 +99,19 @@ class SimMatchV2(Method):
         self.bn_from_first_view = bn_from_first_view
 
     def fit_state(self, values: dict[str, Tensor]) -> str:
-        """Replace a queue of another length, which a file of another number of ranks has, by this one."""
+        """Replace a queue of another length, which a file of another number of ranks has, by this one. Drop a
+        prior that is not used: published files always have one.
+        """
+        if self.prior is None:
+            values.pop("prior.da", None)
         saved, rows = len(values.get("queue.z", ())), len(self.queue.z)
         if saved in (0, rows):  # 0: it is missing, which loading reports
             return ""
         values |= {f"queue.{name}": value.clone() for name, value in self.queue.state_dict().items()}
         return f"the checkpoint's queue has {saved:,} rows, but this run's has {rows:,}: it starts empty"
+
+    def index_limits(self) -> dict[str, int]:
+        return {"bank.labels": self.queue.p.shape[1], "queue.ptr": len(self.queue.z)}
 
     # fmt: off
     @torch.no_grad()

@@ -46,10 +46,21 @@ def train_step(
             scaler.scale(reduce(torch.add, output.losses.values()) / len(batches)).backward()
         outputs.append(output._replace(losses={name: v.detach() for name, v in output.losses.items()}))
     scaler.step(optimizer)
-    scaler.update()
-    joined = _join_virtual_ranks(outputs)
+    skipped = _update_scale(scaler)
+    joined = _join_virtual_ranks(outputs)._replace(skipped=skipped)
     method.update(joined)
     return joined
+
+
+def _update_scale(scaler: torch.amp.GradScaler) -> torch.Tensor | None:
+    """Update the scale of the loss. Return 1 if it decreases, because the gradients have overflowed and the
+    optimizer has skipped the step, else 0; None without a scaler. No step waits for the device to know it.
+    """
+    if not scaler.is_enabled():
+        return None
+    before = scaler._get_scale_async().clone()  # type: ignore[union-attr]
+    scaler.update()
+    return (scaler._get_scale_async() < before).float()  # type: ignore[operator]
 
 
 def split_virtual_ranks(batch: Batch, ranks: int) -> list[Batch]:
@@ -63,7 +74,7 @@ def _join_virtual_ranks(outputs: list[StepOutput]) -> StepOutput:
     """Average the losses and concatenate everything else."""
     if len(outputs) == 1:
         return outputs[0]
-    losses, pseudo_labels, masks, for_update = zip(*outputs)
+    losses, pseudo_labels, masks, for_update, _ = zip(*outputs)
     return StepOutput(
         {name: torch.stack([own[name] for own in losses]).mean(dim=0) for name in losses[0]},
         None if pseudo_labels[0] is None else torch.cat(pseudo_labels),

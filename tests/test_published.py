@@ -299,7 +299,7 @@ def test_onnx(simmatch_file, photos, evaluate, mistake, tmp_path):
 def test_networks_that_torchvision_does_not_have(mistake, tmp_path):
     torch.save(contents(simmatchv2(), "SimMatchV2"), tmp_path / "v2.pth")
     flags = ["--checkpoint", tmp_path / "v2.pth", "--export", tmp_path / "x", "--format"]
-    for form, words in (("timm", "LayerNorm"), ("published", "but of SimMatchV2")):
+    for form, words in (("timm", "LayerNorm"), ("published", "no 'optimizer'")):
         mistake(eval_script.main, [*flags, form], words)
     settings = config.Config(backbone="wrn_28_2", cls=3, dim=4, method="fixmatch", dataset="cifar10")
     method = build_method(settings, 3, torch.arange(3))

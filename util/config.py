@@ -47,14 +47,11 @@ def parse(argv: Sequence[str], description: str) -> Config:
         if getattr(known, name) is not None:
             where[name] = _flag(name)
             flags[name] = coerce(name, getattr(known, name), where[name])
-    shorthands = [flag for flag in SHORTHANDS if getattr(known, flag)]
-    if len(shorthands) + (known.strong is not None) > 1:
-        raise UserError(
-            f"--{' and --'.join([*shorthands, 'strong'][:2])} both choose the strong view: give one of them"
-        )
-    for flag in shorthands:
-        name, flags[name] = SHORTHANDS[flag]
-        where[name] = f"--{flag}"
+    for flag, (name, value) in SHORTHANDS.items():
+        if getattr(known, flag):
+            if name in flags:
+                raise UserError(f"--{flag} and {where[name]} both set {name}: give one of them")
+            flags[name], where[name] = value, f"--{flag}"
     config = Config(**{**in_file, **flags})
     if not known.config and not config.checkpoint:
         raise UserError("give --config FILE or --checkpoint NAME, for example --config configs/digits.yaml")
@@ -154,11 +151,10 @@ def validate(config: Config, where: Mapping[str, str] | None = None) -> Config:
     for name, f in FIELDS.items():
         rule = f.broken_rule(getattr(config, name))
         must(not rule, name, rule)
-    must(Path(config.checkpoint).name == config.checkpoint, "checkpoint", "a file name in checkpoints/")
+    must(not config.checkpoint or not config.checkpoint.endswith(("/", "..")), "checkpoint", "a file")
     if config.evaluate and not config.checkpoint:
         raise UserError(
-            "--evaluate needs --checkpoint NAME, a file in checkpoints/; for any other file use "
-            "python eval.py --checkpoint FILE"
+            "--evaluate needs --checkpoint NAME, a file in checkpoints/, or a path with a slash in it"
         )
     must(not (config.cos and config.cos_7_16), "cos_7_16", "false if cos is true: choose one of them")
     must(not config.nesterov or config.momentum > 0, "momentum", "greater than 0 with nesterov")

@@ -119,7 +119,9 @@ SETTINGS: dict[str, tuple] = {
     "output_dir": (
         "", "directory for all output; empty: checkpoints/<name of the config file or --checkpoint>",
         {"may_change": True}),
-    "checkpoint": ("", "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint",
+    "checkpoint": (
+        "", "NAME: checkpoints/NAME takes the place of last.pth; it may be a published checkpoint. With a "
+        "slash in it, it is a path, and NAME_best.pth beside it takes the place of best.pth",
         {"may_change": True}),
     "evaluate": (False, "evaluate --checkpoint instead of training",
         {"may_change": True, "aliases": ("-e",)}),
@@ -157,6 +159,7 @@ SETTINGS: dict[str, tuple] = {
     "dim": (128, "dimension of the embedding z (D)", "(0, 65536]"),
     "norm": ("None", "normalization of the backbone: None or BN, which both mean batch norm per rank",
         ("None", "BN")),
+    "norm_feat": (False, "LayerNorm on the feature that classifier and projection head read (SimMatchV2)"),
     "moco_path": ("", "MoCo checkpoint that initializes the backbone and projection head of a new run",
         {"may_change": True}),
     # optimization: SGD
@@ -197,7 +200,12 @@ SHARED = _settings(SETTINGS) | {n: f for data_set in DATASETS.values() for n, f 
 FIELDS = SHARED | {n: f for method in METHODS.values() for n, f in method.settings.items()}
 MAY_CHANGE_ON_RESUME = frozenset(name for name, f in FIELDS.items() if f.may_change)
 # Flags of the published command line that set another field.
-SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
+SHORTHANDS = {
+    "randaug": ("strong", "rand"),
+    "stack": ("strong", "stack"),
+    "multicrop": ("strong", "multicrop_224,multicrop_192,multicrop_160,multicrop_120,multicrop_96"),
+    "fp16": ("precision", "fp16"),
+}
 
 
 class Config(SimpleNamespace):

@@ -25,7 +25,7 @@ def is_export(form: str) -> Callable[[Path], bool]:
         try:
             content = torch_files.load(file)
             if form == "published":
-                return published_layouts.detect_kind(content) == "simmatch"
+                return published_layouts.detect_kind(content) in published_checkpoints.FORMATS
         except UserError:
             return False
         return isinstance(content, dict) and {"conv1.weight", "fc.weight", "fc.bias"} <= content.keys()
@@ -47,18 +47,22 @@ def write(file: Path, form: str, contents: Contents, network: nn.Module) -> str:
 
 
 def published_state(contents: Contents, where: str) -> dict[str, Any]:
-    """Convert the checkpoint to the layout of the published SimMatch, which counts finished epochs."""
-    state, config = contents.state, contents.config
+    """Convert the checkpoint to the layout of the published program, which counts finished epochs."""
+    state, config, formats = contents.state, contents.config, published_checkpoints.FORMATS
     if contents.kind != "native":
         method, optimizer, epoch, _ = published_checkpoints.to_training_state(state, 0, where)
-    elif config.method != "simmatch":
+        best = state.get("best_acc1", 0.0), state.get("best_acc5", 0.0)
+    elif config.method not in formats:
         raise UserError(
-            f"{where} was trained with the method {config.method}, but the published layout is for simmatch"
+            f"{where} was trained with the method {config.method}, but the published layout is for "
+            f"{' and '.join(formats)}"
         )
     else:
         method, optimizer = state["method"], state["optimizer"]
         epoch = state["step"] // state["steps_per_epoch"]
-    return published_checkpoints.from_method_state(method, optimizer, epoch, where)
+        best = state["best"].get("student_top1", 0.0), state["best"].get("student_top5", 0.0)
+    scaler = state.get("scaler")
+    return published_checkpoints.from_method_state(method, optimizer, epoch, where, scaler, best)
 
 
 def plain_resnet(values: dict[str, Tensor], backbone: str, where: str) -> dict[str, Tensor]:

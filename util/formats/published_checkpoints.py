@@ -2,10 +2,11 @@
 back. All functions work on dicts of tensors.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from util.errors import UserError
@@ -14,6 +15,7 @@ from util.formats.published_layouts import (
     NetworkSpec,
     below,
     check_resnet,
+    detect_kind,
     network_spec,
     require_kind,
     tensors,
@@ -27,64 +29,127 @@ from util.run.checkpoint_schema import (
     mismatches,
 )
 
-# The published SimMatch's key or prefix of keys -> ours, for both directions.
-NETWORKS = {"main.": "student.", "ema.": "teacher.net."}
-BUFFERS = {"bank": "bank.z", "labels": "bank.labels", "DA_queue": "align.ring", "DA_ptr": "align.ptr"}
-RING = 256  # rows of the ring of distribution alignment in published files
+NETWORKS = {"main.": "student.", "ema.": "teacher.net."}  # prefix of published keys -> ours
+RING = 256  # rows of the ring of distribution alignment in published SimMatch files
+
+
+class Format(NamedTuple):
+    """How the buffers of a program's files become ours, and ours theirs."""
+
+    buffers: dict[str, str]  # published key -> ours, for both directions
+    together: tuple[str, ...]  # published keys that a file has all or none of
+    shapes: Callable[
+        [NetworkSpec, int], dict[str, tuple[int, ...]]
+    ]  # spec, rows of the queue -> of the buffers
+    to_ours: dict[
+        str, Callable[[Tensor], Tensor]
+    ]  # published key -> conversion of its tensor, where it differs
+    to_published: dict[str, Callable[[Tensor, int], Tensor]]  # back; the second argument is C
+
+
+FORMATS = {
+    "simmatch": Format(
+        {"bank": "bank.z", "labels": "bank.labels", "DA_queue": "align.ring", "DA_ptr": "align.ptr"},
+        ("DA_queue", "DA_ptr"),
+        lambda spec, rows: {
+            "bank": (spec.dim, spec.labeled or 0),
+            "labels": (spec.labeled or 0,),
+            "DA_queue": (RING, spec.num_classes),
+            "DA_ptr": (1,),
+        },
+        {"bank": lambda bank: bank.T.contiguous()},  # [D, K] -> [K, D]
+        {"bank": lambda bank, C: bank.T.contiguous()},
+    ),
+    "simmatchv2": Format(
+        {
+            "l_bank": "bank.z",
+            "l_labels": "bank.labels",
+            "u_bank": "queue.z",
+            "u_labels": "queue.p",
+            "ptr": "queue.ptr",
+            "da": "prior.da",
+        },
+        (),
+        lambda spec, rows: {
+            "l_bank": (spec.labeled or 0, spec.dim),
+            "l_labels": (spec.labeled or 0, spec.num_classes),
+            "u_bank": (rows, spec.dim),
+            "u_labels": (rows, spec.num_classes),
+            "ptr": (1,),
+            "da": (1, spec.num_classes),
+        },
+        {"l_labels": lambda one_hot: one_hot.argmax(dim=1), "da": lambda da: da[0]},  # [K, C] -> [K]
+        {"l_labels": lambda labels, C: F.one_hot(labels, C).float(), "da": lambda da, C: da[None]},
+    ),
+}
+INTEGERS = {"labels", "DA_ptr", "ptr"}
 
 
 def to_method_state(state: dict[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """Convert a published SimMatch file to the state_dict of models.simmatch.SimMatch. The published bank is
-    transposed. Raises UserError if the file has another layout or its buffers have other shapes or types.
+    """Convert a published SimMatch or SimMatchV2 file to the state_dict of models.simmatch.SimMatch or
+    models.simmatchv2.SimMatchV2. Raises UserError if the file has another layout or its buffers have other
+    shapes or types.
     """
-    require_kind("simmatch", state, where)
-    values = tensors(state)
-    _check_buffers(values, network_spec(state, where), where)
-    return _renamed(_with_transposed_bank(values), {**NETWORKS, **BUFFERS})
+    kind = detect_kind(state, where)
+    if kind not in FORMATS:
+        program = LAYOUTS[kind].program if kind in LAYOUTS else "train_semi.py"
+        raise UserError(f"{where} is not a checkpoint of SimMatch or SimMatchV2, but of {program}")
+    values, form = tensors(state), FORMATS[kind]
+    _check_buffers(values, kind, network_spec(state, where), where)
+    values |= {key: convert(values[key]) for key, convert in form.to_ours.items()}
+    return _renamed(values, {**NETWORKS, **form.buffers})
 
 
-def _with_transposed_bank(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**values, "bank": values["bank"].T.contiguous()}  # published [D, K], ours [K, D]
-
-
-def _check_buffers(values: dict[str, Tensor], spec: NetworkSpec, where: str) -> None:
+def _check_buffers(values: dict[str, Tensor], kind: str, spec: NetworkSpec, where: str) -> None:
     """Raise UserError if a buffer is missing or has another shape or type: load_state_dict would convert
     types silently.
     """
-    assert spec.labeled is not None
+    form, rows = FORMATS[kind], len(values.get("u_bank", ()))
+    left_out = set(form.together) - values.keys()
     with torch.device("meta"):
         expected = {
-            "bank": torch.empty(spec.dim, spec.labeled),
-            "labels": torch.empty(spec.labeled, dtype=torch.int64),
+            key: torch.empty(shape, dtype=torch.int64 if key in INTEGERS else torch.float32)
+            for key, shape in form.shapes(spec, rows).items()
+            if key not in form.together or left_out != set(form.together)
         }
-        if "DA_queue" in values or "DA_ptr" in values:
-            expected["DA_queue"] = torch.empty(RING, spec.num_classes)
-            expected["DA_ptr"] = torch.empty(1, dtype=torch.int64)
     found = {key: values[key] for key in expected if key in values}
     if wrong := mismatches(found, expected, describe_tensor):
-        raise UserError(f"{where} is not a complete checkpoint of SimMatch: {first_three(wrong)}")
+        program = LAYOUTS[kind].program
+        raise UserError(f"{where} is not a complete checkpoint of {program}: {first_three(wrong)}")
 
 
 def from_method_state(
-    method: dict[str, Tensor], optimizer: dict[str, Any], epoch: int, where: str = "the checkpoint"
+    method: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    epoch: int,
+    where: str = "the checkpoint",
+    scaler: dict[str, Any] | None = None,
+    best: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, Any]:
-    """Convert the state_dicts of a SimMatch method and its SGD to a file that the published code loads with
-    strict keys.
+    """Convert the state_dicts of a SimMatch or SimMatchV2 method and its SGD to a file that the published
+    code loads with strict keys.
 
-    epoch: number of finished epochs. A method without distribution alignment gives a file that the published
-    code loads without --DA. Raises UserError if the published layout cannot hold the method or the optimizer.
+    epoch: number of finished epochs. scaler, best: the state of the GradScaler, and the best top-1 and top-5
+    in percent, which SimMatchV2's files have too. A SimMatch without distribution alignment gives a file that
+    the published code loads without --DA. Raises UserError if the published layout cannot hold the method or
+    the optimizer.
     """
-    known = (*NETWORKS.values(), *BUFFERS.values())
-    wrong = [f"{key} is missing" for key in ("bank.z", "bank.labels") if key not in method]
+    kind = "simmatchv2" if "queue.z" in method else "simmatch"
+    form = FORMATS[kind]
+    num_classes = len(method["student.fc.weight"]) if "student.fc.weight" in method else 1
+    if kind == "simmatchv2":  # without distribution alignment its prior stays uniform
+        method = {"prior.da": torch.full((num_classes,), 1 / num_classes), **method}
+    known = (*NETWORKS.values(), *form.buffers.values())
+    optional = {form.buffers[key] for key in form.together}
+    wrong = [f"{key} is missing" for key in form.buffers.values() if key not in {*method, *optional}]
     wrong += [f"{key} does not exist in that layout" for key in method if not key.startswith(known)]
-    if "align.ring" in method and len(method["align.ring"]) != RING:
-        wrong.append(
-            f"align.ring has {len(method['align.ring'])} rows, not {RING}: train with --da-len {RING}"
-        )
+    if len(ring := method.get("align.ring", torch.empty(RING))) != RING:
+        wrong.append(f"align.ring has {len(ring)} rows, not {RING}: train with --da-len {RING}")
     if wrong:
         raise UserError(f"{where} cannot be converted to the published layout: {first_three(wrong)}")
-    to_published = {native: published for published, native in {**BUFFERS, **NETWORKS}.items()}
-    values = _with_transposed_bank(_renamed(method, to_published))
+    to_published = {native: published for published, native in {**form.buffers, **NETWORKS}.items()}
+    values = _renamed(method, to_published)
+    values |= {key: convert(values[key], num_classes) for key, convert in form.to_published.items()}
     spec = network_spec({"state_dict": values}, where)  # raises UserError if the backbone is not a ResNet
     if spec.channels != 3:
         raise UserError(f"{where} is for images of {spec.channels} channels; the published code needs 3")
@@ -99,19 +164,22 @@ def from_method_state(
         raise UserError(f"{where} is damaged: {name} is not finite; use another one")
     # the published code passes all parameters to SGD, including the teacher's, which never get a gradient
     group = {**optimizer["param_groups"][0], "params": list(range(2 * len(names)))}
+    is_v2 = kind == "simmatchv2"
     return {
         "epoch": epoch,
-        "arch": LAYOUTS["simmatch"].program,
+        **({"best_acc1": best[0], "best_acc5": best[1]} if is_v2 else {}),
+        "arch": LAYOUTS[kind].program,
         "state_dict": {f"module.{key}": v for key, v in values.items()},
         "optimizer": {"state": optimizer["state"], "param_groups": [group]},
+        **({"scaler": scaler or {}} if is_v2 else {}),
     }
 
 
 def to_training_state(
     state: dict[str, Any], steps_per_epoch: int, where: str = "the checkpoint"
 ) -> tuple[dict[str, Tensor], dict[str, Any], int, int]:
-    """Convert a published SimMatch file to (method state_dict, SGD state_dict, finished epochs, finished
-    steps), to resume training. Raises UserError if that is not possible.
+    """Convert a published SimMatch or SimMatchV2 file to (method state_dict, SGD state_dict, finished epochs,
+    finished steps), to resume training. Raises UserError if that is not possible.
 
     steps_per_epoch: of the resumed run. The published code saves only at the end of epochs.
     """

@@ -105,10 +105,10 @@ class Logger:
         """Write and print a train event. step: finished steps. epoch: the current one, from 1.
 
         values: `loss`, `lr`, `images_per_s`, the method's terms `loss_*` in the order of the log, and `mask`
-        and `pseudo_acc` if it has them. None is written as null and not printed.
+        and `pseudo_acc` if it has them. None is written as null and not printed. In fp16 also `skipped`.
         """
         terms = [key for key in values if key.startswith("loss_")]
-        keys = ("loss", *terms, "mask", "pseudo_acc", "lr", "images_per_s")
+        keys = ["loss", *terms, "mask", "pseudo_acc", "lr", "images_per_s", *({"skipped"} & values.keys())]
         self.write("train", step, {"epoch": epoch, **{key: values.get(key) for key in keys}})
         if not self.active:
             return
@@ -117,6 +117,7 @@ class Logger:
         line = f"epoch {epoch}/{epochs}  step {step}/{self.total}  loss {means['loss']:.3f} ({losses})"
         line += f"  mask {means['mask']:.2f}" if "mask" in means else ""
         line += f"  pseudo_acc {means['pseudo_acc']:.3f}" if "pseudo_acc" in means else ""
+        line += f"  {means['skipped']} steps skipped" if means.get("skipped") else ""
         line += f"  lr {means['lr']:.4f}  {means['images_per_s']:,.0f} images/s  ETA {self._eta(step)}"
         if self.terminal:
             print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)

@@ -88,9 +88,10 @@ class Meter:
         pseudo_label: Tensor | None,
         mask: Tensor | None,
         true_labels: Tensor | None,
+        skipped: Tensor | None = None,
     ) -> None:
         """step: from 0. terms: weighted losses; pseudo_label [muB, C]; mask [muB]: 1 if it is confident, else
-        0; true_labels [muB]: None if unknown.
+        0; true_labels [muB]: None if unknown; skipped: 1 if the optimizer skipped the step, else 0.
         """
         values = {name: term.detach() for name, term in terms.items()}
         values["loss"] = sum(values.values(), torch.zeros(()))
@@ -104,6 +105,8 @@ class Meter:
                 values["pseudo_acc"] = correct.mean()
                 counted += [correct, correct * mask]
             self._count(label, torch.stack(counted).long(), pseudo_label.shape[1])
+        if skipped is not None:
+            values["skipped"] = skipped
         self.names += tuple(name for name in values if name not in self.names)
         self.steps.append(step)
         left_out = values["loss"].new_tensor(math.nan)

@@ -90,10 +90,10 @@ def _check_resumable(path: Path, saved: dict[str, Any], state: TrainState) -> No
     names = {p: name for name, p in state.method.student.named_parameters()}
     parameters = {names[p]: p for group in state.optimizer.param_groups for p in group["params"]}
     check_sgd_state(saved["optimizer"], parameters, f"checkpoint {path}")
-    own_scaler, scaler, meter = state.scaler.state_dict(), saved["scaler"], saved["meter"]
+    meter = saved["meter"]
     valid = {
         "best": {"step", "student_top1"} <= saved["best"].keys(),
-        "scaler": not own_scaler or own_scaler.keys() == scaler.keys() and min(scaler.values()) >= 0,
+        "scaler": _is_scaler_state(saved["scaler"], state.scaler),
         "meter": conforms(meter, METER) and _fits_together(meter, len(saved["classes"])),
     }
     for key, fine in valid.items():
@@ -119,8 +119,9 @@ def _check_indices(method: Any, values: dict[str, torch.Tensor], path: Path) -> 
             raise UserError(f"checkpoint {path} is damaged: {name} is not between 0 and {limit - 1}")
 
 
-def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, state: TrainState) -> None:
-    """Resume training from a published SimMatch checkpoint: weights, bank, prior, teacher and optimizer.
+def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, state: TrainState) -> str:
+    """Resume training from a published SimMatch or SimMatchV2 checkpoint: weights, bank, prior, teacher,
+    optimizer and, in fp16, the scaler. Return a line about what is not restored, or "".
 
     The file does not contain the settings of its run, so those of the command line are used. A copy of it is
     kept under another name, because this run saves its checkpoints to `path`.
@@ -128,14 +129,30 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
     values, optimizer, _, state.step = published_checkpoints.to_training_state(
         content, steps_per_epoch, f"checkpoint {path}"
     )
+    warning = state.method.fit_state(values)
     checkpoint.load_module(state.method, values, path)
     _check_indices(state.method, values, path)
     state.optimizer.load_state_dict(optimizer)
+    if content.get("scaler") and state.scaler.is_enabled():
+        if not _is_scaler_state(content["scaler"], state.scaler):
+            raise UserError(f"checkpoint {path} cannot be resumed: it has no valid 'scaler'")
+        state.scaler.load_state_dict(content["scaler"])
     if dist_utils.rank() == 0 and not _published_copy(path).exists():
         try:
             shutil.copy2(path, _published_copy(path))
         except OSError as error:
             raise UserError(f"cannot copy {path} to {_published_copy(path)}: {error.strerror}") from None
+    return warning
+
+
+def _is_scaler_state(saved: Any, scaler: torch.amp.GradScaler) -> bool:
+    own = scaler.state_dict()
+    return (
+        not own
+        or conforms(saved, dict[str, float])
+        and own.keys() == saved.keys()
+        and min(saved.values()) >= 0
+    )
 
 
 def check_moco_path(path: Path, found: dict[str, Any], moco_path: str) -> str:

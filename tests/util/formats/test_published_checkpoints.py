@@ -7,7 +7,7 @@ import torch
 import torchvision
 from published_files import MoCo, contents, fixmatch, sgd, simmatch, simmatchv2
 
-from models import build_method
+from models import build_method, build_optimizer
 from models.network import BACKBONES, Network
 from models.optimizer import parameter_groups
 from util.config import Config
@@ -243,6 +243,102 @@ def test_native_to_published_and_back_is_the_same_state(DA):
     assert (epoch, steps) == (4, 40)
 
 
+def native_v2(labeled=7, DA=True, unlabeled_per_step=10, **settings):
+    """SimMatchV2, and its optimizer, of the size of `published_files.simmatchv2`."""
+    config = Config(method="simmatchv2", backbone="resnet18_encoder", cls=3, dim=16, DA=DA, norm_feat=True)
+    vars(config).update({"nesterov": True, "lr": 0.03, "k": 2, "topn": 3, **settings})
+    method = build_method(config, 3, torch.arange(labeled) % 3, unlabeled_per_step)
+    return method, build_optimizer(config, method.student)
+
+
+def published_v2():
+    """(module, its optimizer after a step, content of its file)"""
+    torch.manual_seed(0)
+    model = simmatchv2()
+    model.u_labels[:12], model.da = torch.softmax(torch.randn(12, 3), 1), torch.tensor([[0.5, 0.3, 0.2]])
+    model.ptr[0] = 12
+    optimizer, more = sgd(model), {"best_acc1": 50.0, "best_acc5": 100.0, "scaler": {"scale": 65536.0}}
+    return model, optimizer, contents(model, "SimMatchV2", 12, optimizer, **more)
+
+
+@pytest.mark.parametrize("DA", [True, False])
+def test_a_published_simmatchv2_file_is_resumed(DA):
+    model, published_sgd, state = copy.deepcopy(published_v2())
+    values, saved, epoch, steps = published_checkpoints.to_training_state(state, steps_per_epoch=30)
+    method, optimizer = native_v2(DA=DA)
+    assert (epoch, steps) == (12, 360) and method.fit_state(values) == ""
+    load_module(method, values, "v2.pth")
+    for network, own in (("main", method.student), ("ema", method.teacher.net)):
+        assert_same(dict(own.state_dict()), dict(getattr(model, network).state_dict()))
+    assert_same(method.bank.z, model.l_bank)
+    assert method.bank.labels.tolist() == model.l_labels.argmax(1).tolist()
+    assert_same(method.queue.z, model.u_bank)
+    assert_same(method.queue.p, model.u_labels)
+    assert method.queue.filled == method.queue.ptr.item() == 12
+    assert not DA or method.prior.da.tolist() == model.da[0].tolist()
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    torch.manual_seed(1)
+    assert step_alike(method.student, optimizer, model, published_sgd)
+
+
+def test_a_queue_of_another_number_of_ranks_is_filled_again():
+    values = published_checkpoints.to_method_state(published_v2()[2])
+    method, _ = native_v2(unlabeled_per_step=5)
+    assert "the checkpoint's queue has 20 rows, but this run's has 10" in method.fit_state(values)
+    load_module(method, values, "v2.pth")
+    assert method.queue.filled == 0 and not method.queue.p.any() and method.queue.ptr.item() == 0
+
+
+def test_published_simmatchv2_to_native_and_back_is_the_same_file():
+    _, _, state = published_v2()
+    method, optimizer, epoch, _ = published_checkpoints.to_training_state(state, 1)
+    best = state["best_acc1"], state["best_acc5"]
+    file = published_checkpoints.from_method_state(
+        method, optimizer, epoch, scaler=state["scaler"], best=best
+    )
+    assert file.keys() == state.keys() and file["state_dict"].keys() == state["state_dict"].keys()
+    for key, value in state.items():
+        own = {name: file[key][name] for name in value} if key == "state_dict" else file[key]
+        assert_same(own, dict(value) if key == "state_dict" else value)
+
+
+@pytest.mark.parametrize("DA", [True, False])
+def test_native_simmatchv2_to_published_and_back_is_the_same_state(DA):
+    torch.manual_seed(0)
+    method, optimizer = native_v2(DA=DA)
+    for p in method.student.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    method.queue.write(torch.randn(10, 16), torch.softmax(torch.randn(10, 3), 1))
+    file = published_checkpoints.from_method_state(method.state_dict(), optimizer.state_dict(), 4)
+    assert file["arch"] == "SimMatchV2" and {"best_acc1", "best_acc5", "scaler"} < file.keys()
+    model = torch.nn.DataParallel(simmatchv2())
+    model.load_state_dict(file["state_dict"])  # strict
+    values, saved, epoch, steps = published_checkpoints.to_training_state(file, 10)
+    method.fit_state(values)
+    assert_same(values, dict(method.state_dict()))
+    assert_same(saved, optimizer.state_dict())
+    assert (epoch, steps) == (4, 40)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda v: v.update(u_labels=v["u_labels"][:9]), "u_labels is"),
+        (lambda v: v.update(l_labels=v["l_labels"].argmax(1)), "l_labels is"),
+        (lambda v: v.update(ptr=v["ptr"].float()), "ptr is"),
+        (lambda v: v.update(da=v["da"][0]), "da is"),
+        (lambda v: v.pop("u_bank"), "u_bank is missing"),
+    ],
+)
+def test_a_damaged_simmatchv2_file_is_a_user_error(change, words):
+    _, _, state = published_v2()
+    values = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
+    change(values)
+    with pytest.raises(UserError, match=f"not a complete checkpoint of SimMatchV2: .*{words}"):
+        published_checkpoints.to_training_state({**state, "state_dict": values}, 1)
+
+
 def test_an_exported_state_loads_into_the_published_modules_and_trains(tmp_path):
     torch.manual_seed(0)
     method, optimizer = native()
@@ -410,5 +506,5 @@ def test_moco_v1_gives_no_head_and_other_heads_are_user_errors():
         published_checkpoints.moco_backbone(contents(MoCo(layers=3), "resnet18"))
     with pytest.raises(UserError, match="not a checkpoint of MoCo, but of FixMatch"):
         published_checkpoints.moco_backbone(contents(fixmatch(), "FixMatch"))
-    with pytest.raises(UserError, match="not a checkpoint of SimMatch, but of MoCo"):
+    with pytest.raises(UserError, match="not a checkpoint of SimMatch or SimMatchV2, but of MoCo"):
         published_checkpoints.to_method_state(contents(MoCo(), "resnet18"))
