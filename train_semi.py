@@ -232,7 +232,15 @@ def open_data(config: Config, ranks: RankLayout, device: torch.device) -> tuple[
     config.cls = len(data.classes)
     n_x = ranks.batch_size * ranks.virtual_ranks_per_process
     stream = Stream(
-        data, n_x, config.mu, config.seed, dist_utils.rank(), ranks.processes, config.steps_per_epoch
+        data,
+        n_x,
+        config.mu,
+        config.seed,
+        dist_utils.rank(),
+        ranks.processes,
+        config.steps_per_epoch,
+        config.labeled_sampler,
+        ranks.virtual_ranks_per_process,
     )
     if stream.steps_per_epoch == 0:
         raise UserError(

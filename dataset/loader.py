@@ -23,11 +23,11 @@ from dataset.rng import (
     REPLACE_X,
     VIEW_WEAK,
     VIEW_X,
-    permutation,
     shuffled,
     strong_stream_id,
     uniforms,
 )
+from dataset.samplers import ExactSampler, InfiniteSampler
 from dataset.source import BadImage, Files, Source
 from dataset.workers import PrefetchLoader
 from util.device import copy_async
@@ -120,8 +120,8 @@ class Stream(Dataset):
     """An endless dataset: step -> HostBatch of one rank. A rank is a process here: all its virtual ranks.
 
     An epoch is one pass over the unlabeled images in random order, without the incomplete last step; or, with
-    `steps_per_epoch`, that many steps, while passes follow one another. The labeled images follow one another
-    in random permutations, across epochs. Ranks take adjacent slices of the same order.
+    `steps_per_epoch`, that many steps, while passes follow one another. dataset/samplers.py has the order of
+    the labeled images.
     """
 
     def __init__(
@@ -133,14 +133,24 @@ class Stream(Dataset):
         rank: int = 0,
         world: int = 1,
         steps_per_epoch: int = 0,
+        labeled_sampler: str = "infinite",
+        virtual_ranks: int = 1,
     ):
-        """batch_size: labeled images per step and process; mu: unlabeled images for each of them."""
+        """batch_size: labeled images per step and process; mu: unlabeled images for each of them.
+        virtual_ranks: of a process. Raises UserError if an epoch has fewer images than the sampler needs.
+        """
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
         self.has_true_labels = bool((data.labels[data.unlabeled] >= 0).all())
-        steps_per_pass = len(data.unlabeled) // (self.n_u * world)
+        U, K, per_step = len(data.unlabeled), len(data.labeled), batch_size * world
+        steps_per_pass = U // (self.n_u * world)
         self.steps_per_epoch = steps_per_epoch or steps_per_pass
-        self.pass_length = len(data.unlabeled) if steps_per_epoch else steps_per_pass * self.n_u * world
+        pass_length = U if steps_per_epoch else steps_per_pass * self.n_u * world
+        self.unlabeled = InfiniteSampler(U, pass_length, seed, ORDER_U)
+        self.labeled: InfiniteSampler | ExactSampler = InfiniteSampler(K, K, seed, ORDER_X)
+        if labeled_sampler == "exact":
+            length = self.steps_per_epoch * per_step
+            self.labeled = ExactSampler(K, length, per_step, virtual_ranks, seed, ORDER_X)
 
     def bank_ready(self, step: int) -> bool:
         """True from the first epoch that begins after every labeled image has been seen."""
@@ -160,13 +170,14 @@ class Stream(Dataset):
     def __getitem__(self, step: int) -> HostBatch:
         data = self.data
         bad: list[tuple[str, str]] = []
-        K, U = len(data.labeled), len(data.unlabeled)
-        index, passes = self._order(step, self.n_x, K, K, ORDER_X)                      # [B], [B]
+        positions = self.labeled.positions(step, self.n_x, self.rank, self.world)       # [B]
+        index, passes = self.labeled.draw(positions)                                    # [B], [B]
         views = [(data.weak_view, VIEW_X)]
         (x,), index = self._views(views, data.labeled, index, passes, self._same_class, REPLACE_X, bad)
         y = torch.from_numpy(data.labels[data.labeled[index]])                          # [B]
 
-        u_index, passes = self._order(step, self.n_u, U, self.pass_length, ORDER_U)     # [muB], [muB]
+        positions = self.unlabeled.positions(step, self.n_u, self.rank, self.world)     # [muB]
+        u_index, passes = self.unlabeled.draw(positions)                                # [muB], [muB]
         strong_views = [(view, strong_stream_id(v)) for v, view in enumerate(data.strong_views)]
         views = [(data.weak_view, VIEW_WEAK), *strong_views]
         u_views, u_index = self._views(views, data.unlabeled, u_index, passes, None, REPLACE_U, bad)
@@ -176,22 +187,6 @@ class Stream(Dataset):
             true_labels = torch.from_numpy(data.labels[data.unlabeled[u_index]])        # [muB]
         return HostBatch(x, y, torch.from_numpy(index), u_weak, tuple(u_strong), true_labels, bad)
     # fmt: on
-
-    def _order(
-        self, step: int, n: int, total: int, pass_length: int, stream_id: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the indices of this rank's n images of the step, in a list of `total`, and the pass of each:
-        [n], [n].
-
-        A pass uses the first `pass_length` images of a permutation of its own.
-        """
-        position = np.arange(n) + (step * self.world + self.rank) * n  # in the endless order of all ranks [n]
-        passes, position = np.divmod(position, pass_length)  # [n], [n]
-        index = np.empty(n, np.int64)
-        for number in np.unique(passes).tolist():
-            in_pass = passes == number  # [n]
-            index[in_pass] = permutation(total, self.seed, stream_id, number)[position[in_pass]]
-        return index, passes
 
     def _views(
         self,

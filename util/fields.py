@@ -114,6 +114,12 @@ class _Shared:
         8, "labeled images per rank and step (B)", above=0, at_most=100_000, aliases=("-b",)
     )
     mu: int = arg(5, "unlabeled images per labeled image", above=0, at_most=1000)
+    labeled_sampler: str = arg(
+        "infinite",
+        "order of the labeled images: infinite (permutations follow one another, across epochs) or exact "
+        "(each epoch has its own permutations, cut to its length, and shows every labeled image)",
+        choices=("infinite", "exact"),
+    )
     # network
     backbone: str = arg("resnet50_encoder", "name of a backbone in models/network.py")
     cls: int = arg(
