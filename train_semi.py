@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dataset.bank_age import bank_row_ages
-from dataset.build import build_data, check_output_dirs, view_sides
+from dataset.build import build_data, check_output_dirs
 from dataset.findings import start_warnings
 from dataset.loader import Data, EvalLoader, HostBatch, Stream, to_device
 from dataset.workers import PrefetchLoader, check_shared_memory
@@ -247,7 +247,7 @@ def open_data(config: Config, ranks: RankLayout, device: torch.device) -> tuple[
             f"one step takes {stream.n_u * ranks.processes} unlabeled images, but there are "
             f"{len(data.unlabeled)}: lower --batch-size or --mu"
         )
-    needs = least_needs(config, view_sides(config), data.channels, stream.n_x, stream.n_u, len(data.labeled))
+    needs = least_needs(config, data.sides(), data.channels, stream.n_x, stream.n_u, len(data.labeled))
     check_memory(needs, *memory_of(device))
     if dist_utils.rank() == 0:  # here already, because building the networks takes a second
         print(
@@ -263,7 +263,7 @@ def new_state(config: Config, data: Data, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)
     try:
         method = build_method(config, data.channels, torch.from_numpy(data.labels[data.labeled])).to(device)
-        method.check_views(*view_sides(config))
+        method.check_views(*data.sides())
     except ValueError as error:
         raise UserError(str(error)) from None
     optimizer = build_optimizer(config, method.student)

@@ -9,7 +9,6 @@ from typing import Any
 from dataset import imagenet
 from dataset.imagenet import Validation
 from dataset.loader import Data, View
-from dataset.views import strong_views
 from util.declarations import METHODS
 from util.errors import UserError
 
@@ -17,7 +16,6 @@ from util.errors import UserError
 # file and a line of this table, which util/declarations.py reads. The module has these functions, whose
 # parameters are settings by name:
 # build(..., on_device, lists) -> Data; lists: whose published splits the method uses without --split
-# side(view, ...) -> the side in pixels of a view of that name
 # eval_view_for_files(..., on_device) -> View, if the network can also classify image files from elsewhere
 # searched_dirs(...) -> the directories that are searched for images, if there are any
 DATASETS = {
@@ -40,12 +38,6 @@ def _module(config: Any) -> Any:
     if config.dataset not in DATASETS:
         raise UserError(f"unknown dataset {config.dataset!r}; known: {', '.join(DATASETS)}")
     return import_module(DATASETS[config.dataset])
-
-
-def view_sides(config: Any) -> tuple[int, ...]:
-    """Return the sides in pixels of the weak and the strong views. Raises UserError if a view is unknown."""
-    side = _module(config).side
-    return tuple(_call(side, config, view=view) for view in (config.weak, *strong_views(config.strong)))
 
 
 def check_output_dirs(config: Any, *outputs: Path) -> None:
@@ -85,7 +77,6 @@ def build_data(config: Any, gpu: bool) -> Data:
     `device_views: auto` applies the last stages of the views. Raises UserError if the data set cannot be
     built with these settings.
     """
-    view_sides(config)  # so that a view that is unknown is reported before the images are listed
     build = _module(config).build
     known = {"on_device": _on_device(config, gpu), "lists": METHODS[config.method].defaults["split"]}
     data: Data = _call(build, config, **known)

@@ -15,6 +15,13 @@ from dataset.loader import Data, HostTensors, SplitId, View
 from dataset.source import Arrays
 
 # util/declarations.py reads these literals from the source.
+SETTINGS = {
+    "strong_views": (
+        1,
+        "number of strong views of each unlabeled image",
+        {"above": 0, "at_most": 100},
+    )
+}
 USES = ("labels_per_class",)
 
 FILE = Path(__file__).with_name("digits.npz")
@@ -22,8 +29,9 @@ MEAN, STD = 4.88, 6.02  # of the pixel values of all 1,797 images, which range f
 SIZE = 16  # side of a view: resampling at 8×8 would blur the digit
 
 
-def build(labels_per_class: int, seed: int) -> Data:
-    """Build the digits with `labels_per_class` labeled images per class, drawn by `seed`.
+def build(labels_per_class: int, seed: int, strong_views: int = 1) -> Data:
+    """Build the digits with `labels_per_class` labeled images per class, drawn by `seed`, and
+    `strong_views` strong views, which differ in their random numbers.
 
     All 1,437 training images are unlabeled images, the labeled images too; the other 360 are test images.
     Raises UserError if a class has too few images.
@@ -40,16 +48,12 @@ def build(labels_per_class: int, seed: int) -> Data:
         test_images=Arrays(images[test]),
         test_labels=labels[test],
         weak_view=WEAK,
-        strong_views=(STRONG,),
+        strong_views=strong_views * (STRONG,),
         eval_view=EVAL_VIEW,
         classes=[str(c) for c in range(10)],
         channels=1,
         split=SplitId(f"digits-{labels_per_class}-seed{seed}", sha),
     )
-
-
-def side(view: str) -> int:
-    return SIZE
 
 
 def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
@@ -80,7 +84,7 @@ Transform = Callable[[Sequence[np.ndarray], np.ndarray], Tensor]
 
 def _view(num_uniforms: int, transform: Transform) -> View:
     """A view that is made entirely on the CPU."""
-    return View(num_uniforms, partial(_as_tuple, transform), itemgetter(0))
+    return View(num_uniforms, partial(_as_tuple, transform), itemgetter(0), SIZE)
 
 
 def _as_tuple(transform: Transform, images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:

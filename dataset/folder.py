@@ -11,6 +11,7 @@ from dataset import imagenet, listing, splits
 from dataset.assemble import assemble, choose_split
 from dataset.loader import Data
 from dataset.source import LabeledFiles
+from dataset.views import IMAGENET_NORM, photo_views
 from util.errors import UserError
 from util.files import user_path
 
@@ -69,6 +70,7 @@ def build(
     of the test images, by default data/val/; without both, the share `val_share` of each class of data is
     drawn by `seed` as test images. Raises UserError.
     """
+    views = photo_views(weak, strong, "eval", IMAGENET_NORM, on_device, image_size)
     if not data:
         raise UserError("dataset folder needs --data DIR, a folder with one folder of images for each class")
     root = user_path(data)
@@ -126,10 +128,10 @@ def build(
         chosen = choose_split(train, split, labels_per_class, anno_percent, seed)
     if unlabeled_root is not None:
         train = _add_unlabeled(train, test, unlabeled_root)
-    return assemble(train, test, chosen, weak, strong, image_size, on_device)
+    return assemble(train, test, chosen, views)
 
 
-side, eval_view_for_files = imagenet.side, imagenet.eval_view_for_files
+eval_view_for_files = imagenet.eval_view_for_files
 
 
 def searched_dirs(data: str, unlabelled: str, val: str) -> list[Path]:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import listing, views
+from dataset import listing
 from dataset.assemble import assemble, choose_split
 from dataset.loader import Data, View
 from dataset.source import BadImage, LabeledFiles
-from dataset.views import IMAGENET_NORM, photo_view, pipeline
+from dataset.views import IMAGENET_NORM, photo_view, photo_views, pipeline
 from util.errors import UserError
 from util.files import user_path
 
@@ -40,7 +40,7 @@ SETTINGS = {
     "weak": ("weak", "weak view, of labeled and unlabeled images: a name in dataset/views.py"),
     "strong": (
         "moco",
-        "strong view of unlabeled images: a name in dataset/views.py (moco, rand, stack, ...)",
+        "strong views of unlabeled images: names in dataset/views.py (moco, rand, stack, ...), with commas",
     ),
     "image_size": (
         224,
@@ -127,6 +127,7 @@ def build(
     those of val/ are test images. lists: see choose_split. Raises UserError if the images or the split cannot
     be used.
     """
+    views = photo_views(weak, strong, "eval", IMAGENET_NORM, on_device, image_size)
     root = find_root(data)
     train, val = ImagenetPercentV2(root, "train"), ImagenetPercentV2(root, "val")
     hint = "labels of a list are positions among the sorted class folders, from 0"
@@ -140,11 +141,7 @@ def build(
             if a != b:
                 raise UserError(f"{root}: label {label} is {a} in train/ and {b} in val/; {hint}")
     chosen = choose_split(train, split, labels_per_class, anno_percent, seed, lists)
-    return assemble(train, val, chosen, weak, strong, image_size, on_device)
-
-
-def side(view: str, image_size: int) -> int:
-    return views.side(pipeline(view, image_size))
+    return assemble(train, val, chosen, views)
 
 
 def eval_view_for_files(image_size: int, on_device: bool) -> View:

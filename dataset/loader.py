@@ -46,7 +46,8 @@ class View(NamedTuple):
 
     num_uniforms: int
     cpu_transform: Callable[[Sequence, np.ndarray], HostTensors]  # n images, uniforms [n, num_uniforms]
-    device_transform: Callable[[HostTensors], Tensor]  # -> normalized [n, c, h, w] float32
+    device_transform: Callable[[HostTensors], Tensor]  # -> normalized [n, c, side, side] float32
+    side: int  # in pixels
 
 
 class SplitId(NamedTuple):
@@ -76,6 +77,10 @@ class Data(NamedTuple):
     channels: int                   # of the images of a view
     split: SplitId
     # fmt: on
+
+    def sides(self) -> tuple[int, ...]:
+        """Return the sides in pixels of the weak and the strong views."""
+        return tuple(view.side for view in (self.weak_view, *self.strong_views))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the numbers of images, the classes and, in their order, the names of image

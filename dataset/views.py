@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -247,34 +247,41 @@ CIFAR100_NORM = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
 def pipeline(name: str, size: int = 224) -> tuple[Stage, ...]:
-    """Return the stages of PIPELINES[name], with crops scaled by size / 224. Raises UserError if unknown."""
+    """Return the stages of PIPELINES[name], with crops scaled by size / 224 and rounded to whole pixels.
+    Raises UserError if unknown.
+    """
     if name not in PIPELINES:
         raise UserError(f"unknown view {name!r}; known: {', '.join(PIPELINES)}")
     return tuple(_scaled(stage, size / 224) for stage in PIPELINES[name])
 
 
-def side(stages: Sequence[Stage]) -> int:
-    """Return the side in pixels of a view; without a crop, an image of CIFAR keeps its 32."""
-    return getattr(stages[0], "size", 32) if stages else 32
-
-
-def strong_views(names: str) -> tuple[str, ...]:
-    """Split the setting `strong`, names of views with commas between them."""
-    return tuple(name.strip() for name in names.split(","))
-
-
 def _scaled(stage: Stage, factor: float) -> Stage:
     if isinstance(stage, ResizedCrop):
-        return replace(stage, size=round(stage.size * factor))
+        return replace(stage, size=max(1, round(stage.size * factor)))
     if isinstance(stage, CenterCrop):
         return replace(stage, size=round(stage.size * factor), resize=round(stage.resize * factor))
     return stage
 
 
-def photo_view(
-    stages: Sequence[Stage], norm: tuple[Sequence[float], Sequence[float]], on_device: bool
-) -> View:
-    """Build the view of RGB PIL images with these stages. norm: (mean, std) of values from 0 to 1.
+Norm = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of values from 0 to 1
+
+
+def photo_views(
+    weak: str, strong: str, eval_name: str, norm: Norm, on_device: bool, size: int = 224
+) -> dict[str, Any]:
+    """Return the fields weak_view, strong_views and eval_view of Data. strong: names with commas between
+    them. Raises UserError if a name is unknown.
+    """
+
+    def view(name: str) -> View:
+        return photo_view(pipeline(name.strip(), size), norm, on_device)
+
+    strong_views = tuple(map(view, strong.split(",")))
+    return {"weak_view": view(weak), "strong_views": strong_views, "eval_view": view(eval_name)}
+
+
+def photo_view(stages: Sequence[Stage], norm: Norm, on_device: bool) -> View:
+    """Build the view of RGB PIL images with these stages.
 
     on_device: the last stages, as long as device_views has them, are applied on the training device, and a
     faster resize is used; otherwise PIL applies all stages.
@@ -288,6 +295,7 @@ def photo_view(
         sum(stage.num_uniforms for stage in stages),
         partial(_cpu_transform, tuple(stages), on_cpu, resize),
         partial(_device_transform, device_stages, *norm),
+        getattr(stages[0], "size", 32) if stages else 32,  # without a crop, an image of CIFAR keeps its 32
     )
 
 

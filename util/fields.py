@@ -249,7 +249,11 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 MAY_CHANGE_ON_RESUME = frozenset(name for name, f in FIELDS.items() if f.metadata["may_change"])
 ALIASES = {name: f.metadata["aliases"] for name, f in FIELDS.items() if f.metadata["aliases"]}
 # Flags of the published command line that set another field.
-SHORTHANDS = {"randaug": ("strong", "rand"), "stack": ("strong", "stack")}
+SHORTHANDS = {
+    "randaug": ("strong", "rand"),
+    "stack": ("strong", "stack"),
+    "multicrop": ("strong", "multicrop_224,multicrop_192,multicrop_160,multicrop_120,multicrop_96"),
+}
 
 
 def broken_rule(name: str, value: Any) -> str:

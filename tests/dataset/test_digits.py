@@ -6,6 +6,7 @@ import torch
 
 from dataset import digits
 from dataset.digits import MEAN, STD, eval_view, strong, weak
+from dataset.loader import Stream
 from util.errors import UserError
 
 NONE = np.empty((0, 0))  # eval_view views draw nothing
@@ -112,3 +113,9 @@ def test_the_cutout_is_background_and_the_ink_only_fades():
     around = ink[3:13, 3:13].clone()
     around[1:9, 1:9] = 16 * float(np.exp(-0.5))
     torch.testing.assert_close(around, torch.full((10, 10), 16 * float(np.exp(-0.5))), rtol=0, atol=1e-3)
+
+
+def test_several_strong_views_are_the_same_transform_with_numbers_of_their_own():
+    one, three = (Stream(digits.build(1, 0, views), 2, 3, seed=0)[4] for views in (1, 3))
+    assert torch.equal(one.u_strong[0][0], three.u_strong[0][0]) and len(three.u_strong) == 3
+    assert len({view.numpy().tobytes() for (view,) in three.u_strong}) == 3

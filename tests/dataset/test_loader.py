@@ -57,8 +57,11 @@ def numbered(labeled, unlabeled, bad=(), bad_tests=()):
         1,
         lambda images, u: (torch.from_numpy(np.stack(images)[:, None] + u[:, :, None, None]),),
         lambda raw: raw[0],
+        2,
     )
-    eval_view = View(0, lambda images, u: (torch.from_numpy(np.stack(images)[:, None]),), lambda raw: raw[0])
+    eval_view = View(
+        0, lambda images, u: (torch.from_numpy(np.stack(images)[:, None]),), lambda raw: raw[0], 2
+    )
     return Data(
         images=Numbers(n, bad),
         labels=np.arange(n) % 3,
