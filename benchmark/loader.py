@@ -2,8 +2,9 @@
 
 These pipelines read the same JPEG files in turn, in one process with one thread: torchvision's transforms on
 PIL images, written as usual; this project's views without device views; and the CPU part of its views with
-device views, for the views weak and moco, and for weak and the five of --multicrop. The files are made from the given photographs, resized to 500×375 and encoded again. Without
---photos, scikit-learn's two sample photographs are used if it is installed.
+device views. Two views are weak and moco, six are weak and the five of --multicrop. The files are made from
+the given photographs, resized to 500×375 and encoded again. Without --photos, scikit-learn's two sample
+photographs are used if it is installed.
 """
 
 import itertools
