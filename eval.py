@@ -83,9 +83,9 @@ import numpy as np
 import torch
 
 from dataset.build import build_data, build_validation, eval_view_for_files
+from dataset.eval_loader import EvalLoader, ImageLoader
 from dataset.listing import list_images
-from dataset.loader import EvalData, EvalLoader, ImageLoader, SplitId
-from dataset.source import Files
+from dataset.loader import Data, EvalData, SplitId
 from dataset.workers import check_shared_memory
 from models import METHODS, build_network
 from models.network import BACKBONES, Network
@@ -189,7 +189,7 @@ def open_network(path: Path, overrides: Mapping[str, Any], teacher: bool) -> tup
     return contents, networks[teacher]
 
 
-def load_test_set(contents: Contents, device: torch.device) -> EvalData:
+def load_test_set(contents: Contents, device: torch.device) -> Data | EvalData:
     """Return the images to evaluate a checkpoint on: the test images of its run, or ImageNet's val/ for a
     published one. Raises UserError if they do not match the checkpoint.
     """
@@ -237,8 +237,7 @@ def predict(contents: Contents, network: Network, folder: Path, output: Path) ->
     logits_of = checked(network.to(device), contents.path)
 
     def predicted() -> Iterator[tuple[str, list[float], list[int]]]:
-        files, all_rows = Files(images.root, images.names), np.arange(len(images.names))
-        loader = ImageLoader(files, view, all_rows, config.workers, device)
+        loader = ImageLoader(images, view, np.arange(len(images)), config.workers, device)
         if warning := check_shared_memory():
             print(warning, flush=True)
         for x, rows in loader.batches(bad):

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from dataset.bank_age import bank_row_ages
 from dataset.build import build_data, check_output_dirs
+from dataset.eval_loader import EvalLoader
 from dataset.findings import start_warnings
-from dataset.loader import Data, EvalLoader, HostBatch, Stream, to_device
+from dataset.loader import Data, HostBatch, Stream, to_device
 from dataset.workers import PrefetchLoader, check_shared_memory
 from eval import OVERRIDES, evaluate_checkpoint
 from models import (

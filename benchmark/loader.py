@@ -33,7 +33,8 @@ from dataset.listing import list_images  # noqa: E402
 from dataset.loader import Data, HostTensors, SplitId, Stream, View  # noqa: E402
 from dataset.rng import uniforms  # noqa: E402
 from dataset.source import Files, decode  # noqa: E402
-from dataset.views import IMAGENET_NORM, MULTICROP, Stage, photo_view, pipeline  # noqa: E402
+from dataset.stages import Stage  # noqa: E402
+from dataset.views import IMAGENET_NORM, MULTICROP, photo_view, pipeline  # noqa: E402
 from dataset.workers import PrefetchLoader  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
@@ -204,7 +205,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder, photos, args.images)
-        source = Files(folder, list_images(folder).names)
+        source = list_images(folder)
         paths = [source.name(row) for row in range(len(source))]
         pil_views, device, pil_six, six = (
             [photo_view(pipeline(name), IMAGENET_NORM, on_device) for name in ("weak", *strong)]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset import imagenet
-from dataset.imagenet import Validation
-from dataset.loader import Data, View
+from dataset.loader import Data, EvalData, View
 from util.declarations import METHODS
 from util.errors import UserError
 
@@ -88,7 +87,7 @@ def build_data(config: Any, gpu: bool) -> Data:
     return data
 
 
-def build_validation(config: Any, gpu: bool) -> Validation:
+def build_validation(config: Any, gpu: bool) -> EvalData:
     """Return the images of val/ of the ImageNet folder config.data, on which published checkpoints are
     evaluated. Raises UserError if they cannot be found.
     """

@@ -4,13 +4,10 @@ that name, or use --data.
 
 import os
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from dataset import listing
 from dataset.assemble import assemble, choose_split
-from dataset.loader import Data, View
+from dataset.loader import Data, EvalData, View
 from dataset.source import BadImage, LabeledFiles
 from dataset.views import IMAGENET_NORM, photo_view, photo_views, pipeline
 from util.errors import UserError
@@ -152,19 +149,10 @@ def searched_dirs(data: str) -> list[Path]:
     return [find_root(data) / part for part in ("train", "val")]
 
 
-class Validation(NamedTuple):
-    """val/ alone; the fields are named as in `Data`."""
-
-    test_images: LabeledFiles
-    test_labels: np.ndarray  # [M] int64
-    eval_view: View
-    classes: list[str]  # [C]
-
-
-def validation(data: str, image_size: int, on_device: bool) -> Validation:
+def validation(data: str, image_size: int, on_device: bool) -> EvalData:
     """Return ImageNet's val/ without train/ and without a split. Raises UserError if it cannot be found."""
     val = ImagenetPercentV2(find_root(data), "val")
-    return Validation(val, val.labels, eval_view_for_files(image_size, on_device), val.classes)
+    return EvalData(val, val.labels, eval_view_for_files(image_size, on_device), val.classes)
 
 
 def _base(file: Path, folder: Path) -> Path:

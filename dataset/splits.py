@@ -196,7 +196,7 @@ def basenames(names: np.ndarray) -> np.ndarray:
     return out
 
 
-def names_by_class(images: listing.Listing | LabeledFiles) -> dict[str, np.ndarray]:
+def names_by_class(images: LabeledFiles) -> dict[str, np.ndarray]:
     """Return a dict of class -> names [n] bytes, for `make`. Classes without images are left out."""
     order = np.argsort(images.labels, kind="stable")
     counts = np.bincount(images.labels, minlength=len(images.classes))  # [C]

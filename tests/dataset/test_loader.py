@@ -9,8 +9,9 @@ import torch
 from trees import imagenet
 
 from dataset import digits
+from dataset.eval_loader import EvalLoader, ImageChunks
 from dataset.imagenet import build as imagenet_data
-from dataset.loader import Data, EvalLoader, ImageChunks, SplitId, Stream, View
+from dataset.loader import Data, SplitId, Stream, View
 from dataset.rng import (
     ORDER_U,
     ORDER_X,

@@ -12,11 +12,7 @@ from PIL import Image, ImageFilter
 
 from dataset import device_views, views
 from dataset.randaugment import CIFAR, IMAGENET, OPS, RandAugment
-from dataset.views import (
-    CIFAR10_NORM,
-    IMAGENET_NORM,
-    MULTICROP,
-    PIPELINES,
+from dataset.stages import (
     Blur,
     CenterCrop,
     Cutout,
@@ -26,10 +22,8 @@ from dataset.views import (
     PadCrop,
     ResizedCrop,
     Solarize,
-    photo_view,
-    photo_views,
-    pipeline,
 )
+from dataset.views import CIFAR10_NORM, IMAGENET_NORM, MULTICROP, PIPELINES, photo_view, photo_views, pipeline
 from util.errors import UserError
 
 N = 20_000
