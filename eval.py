@@ -232,7 +232,7 @@ def predict(contents: Contents, network: Network, folder: Path, output: Path) ->
     device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
     if dist_utils.world_size() > 1:
         raise UserError("--predict runs in a single process: start it without torchrun or srun")
-    view, _ = eval_view_for_files(config, gpu=device.type == "cuda")
+    view = eval_view_for_files(config, gpu=device.type == "cuda")
     images, bad = list_images(folder), BadImages(config.on_bad_image)
     logits_of = checked(network.to(device), contents.path)
 

@@ -17,5 +17,5 @@ def bank_row_ages(stream: Stream, done: int) -> np.ndarray:
     # These hold a whole permutation: the current one is incomplete, and the one before it may be cut.
     recent = np.arange(max(0, seen - 3 * total), seen)  # positions
     last = np.full(total, -1)  # the last position of each image   [K]
-    last[stream.labeled.draw(recent)[0]] = recent  # of an index that occurs twice, the later one stays
+    last[stream.labeled.at(recent)[0]] = recent  # of an index that occurs twice, the later one stays
     return np.where(last < 0, -1, done - 1 - last // per_step)  # [K]

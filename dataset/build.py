@@ -53,16 +53,17 @@ def check_output_dirs(config: Any, *outputs: Path) -> None:
                 )
 
 
-def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:
-    """Return the evaluation view of image files for a network of this config, and the number of channels.
-    It needs no training data. Raises UserError if the network cannot classify image files.
+def eval_view_for_files(config: Any, gpu: bool) -> View:
+    """Return the evaluation view of image files for a network of this config. It needs no training data.
+    Raises UserError if the network cannot classify image files.
     """
     found = getattr(_module(config), "eval_view_for_files", None)
     if found is None:
         raise UserError(
             f"a network for {config.dataset} cannot classify image files: its training images are not files"
         )
-    return _call(found, config, on_device=_on_device(config, gpu)), 3
+    view: View = _call(found, config, on_device=_on_device(config, gpu))
+    return view
 
 
 def _on_device(config: Any, gpu: bool) -> bool:
@@ -91,4 +92,6 @@ def build_validation(config: Any, gpu: bool) -> EvalData:
     """Return the images of val/ of the ImageNet folder config.data, on which published checkpoints are
     evaluated. Raises UserError if they cannot be found.
     """
-    return imagenet.validation(config.data, config.image_size, _on_device(config, gpu))
+    val = imagenet.ImagenetPercentV2(imagenet.find_root(config.data), "val")
+    view = imagenet.eval_view_for_files(config.image_size, _on_device(config, gpu))
+    return EvalData(val, val.labels, view, val.classes)

@@ -1,7 +1,7 @@
 """1,797 handwritten digits, 8×8 gray (digits_SOURCE.md). They are part of the repository."""
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 
@@ -15,13 +15,7 @@ from dataset.loader import Data, HostTensors, SplitId, View
 from dataset.source import Arrays
 
 # util/declarations.py reads these literals from the source.
-SETTINGS = {
-    "strong_views": (
-        1,
-        "number of strong views of each unlabeled image",
-        {"above": 0, "at_most": 100},
-    )
-}
+SETTINGS = {"strong_views": (1, "number of strong views of an unlabeled image", {"above": 0, "at_most": 100})}
 USES = ("labels_per_class",)
 
 FILE = Path(__file__).with_name("digits.npz")
@@ -56,17 +50,17 @@ def build(labels_per_class: int, seed: int, strong_views: int = 1) -> Data:
     )
 
 
-def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:
     """n images [8, 8] uint8, 0 to 16 -> normalized [n, 1, 16, 16] float32."""
     return _normalize(_affine(images, torch.zeros(len(images), 6), degrees=0, shift=0, stretch=0, shear=0))
 
 
-def weak(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+def weak(images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:
     """Rotate, shift, stretch and shear weakly. n images [8, 8] uint8, u [n, 6] -> [n, 1, 16, 16] float32."""
     return _normalize(_affine(images, _signed(u), degrees=10, shift=0.5, stretch=0.15, shear=0.2))
 
 
-def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+def strong(images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:
     """Rotate, shift, stretch and shear strongly, fade the ink, and cut out a square. n images [8, 8] uint8,
     u [n, 10] -> [n, 1, 16, 16] float32.
 
@@ -79,23 +73,14 @@ def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     return _normalize(_cutout(x, center=8 * torch.stack(position, 1), side=4.5 * side))
 
 
-Transform = Callable[[Sequence[np.ndarray], np.ndarray], Tensor]
+WEAK, STRONG, EVAL_VIEW = (
+    View(num_uniforms, transform, itemgetter(0), SIZE)  # entirely on the CPU
+    for num_uniforms, transform in ((6, weak), (10, strong), (0, eval_view))
+)
 
 
-def _view(num_uniforms: int, transform: Transform) -> View:
-    """A view that is made entirely on the CPU."""
-    return View(num_uniforms, partial(_as_tuple, transform), itemgetter(0), SIZE)
-
-
-def _as_tuple(transform: Transform, images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:
-    return (transform(images, u),)
-
-
-WEAK, STRONG, EVAL_VIEW = _view(6, weak), _view(10, strong), _view(0, eval_view)
-
-
-def _normalize(x: Tensor) -> Tensor:
-    return (x - MEAN) / STD
+def _normalize(x: Tensor) -> HostTensors:
+    return ((x - MEAN) / STD,)
 
 
 def _signed(u: np.ndarray) -> Tensor:

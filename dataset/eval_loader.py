@@ -69,15 +69,15 @@ class ImageLoader:
                 yield to_device(self.view, tensors, self.device), rows
 
 
-class EvalLoader:
+class EvalLoader(ImageLoader):
     """Loads a rank's share of the test images; every image is in exactly one share."""
 
     def __init__(self, data: Data | EvalData, rank: int, world: int, workers: int, device: torch.device):
         share = np.arange(rank, len(data.test_labels), world)  # [m]
-        self.images = ImageLoader(data.test_images, data.eval_view, share, workers, device)
+        super().__init__(data.test_images, data.eval_view, share, workers, device)
         self.labels = torch.from_numpy(data.test_labels)  # [M]
 
     def batches(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x [n, c, h, w], y [n]) on the device. Unreadable images go to `bad` instead."""
-        for x, rows in self.images.batches(bad):
+        for x, rows in super().batches(bad):
             yield x, copy_async(self.labels[rows], x.device)

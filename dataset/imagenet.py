@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataset import listing
 from dataset.assemble import assemble, choose_split
-from dataset.loader import Data, EvalData, View
+from dataset.loader import Data, View
 from dataset.source import BadImage, LabeledFiles
 from dataset.views import IMAGENET_NORM, photo_view, photo_views, pipeline
 from util.errors import UserError
@@ -147,12 +147,6 @@ def eval_view_for_files(image_size: int, on_device: bool) -> View:
 
 def searched_dirs(data: str) -> list[Path]:
     return [find_root(data) / part for part in ("train", "val")]
-
-
-def validation(data: str, image_size: int, on_device: bool) -> EvalData:
-    """Return ImageNet's val/ without train/ and without a split. Raises UserError if it cannot be found."""
-    val = ImagenetPercentV2(find_root(data), "val")
-    return EvalData(val, val.labels, eval_view_for_files(image_size, on_device), val.classes)
 
 
 def _base(file: Path, folder: Path) -> Path:

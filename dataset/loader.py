@@ -145,11 +145,11 @@ class Stream(Dataset):
         steps_per_pass = U // (self.n_u * world)
         self.steps_per_epoch = steps_per_epoch or steps_per_pass
         pass_length = U if steps_per_epoch else steps_per_pass * self.n_u * world
-        self.unlabeled = InfiniteSampler(U, pass_length, seed, ORDER_U)
-        self.labeled: InfiniteSampler | ExactSampler = InfiniteSampler(K, K, seed, ORDER_X)
+        self.unlabeled = InfiniteSampler(U, pass_length, (seed, ORDER_U))
+        self.labeled: InfiniteSampler | ExactSampler = InfiniteSampler(K, K, (seed, ORDER_X))
         if labeled_sampler == "exact":
             length = self.steps_per_epoch * per_step
-            self.labeled = ExactSampler(K, length, per_step, virtual_ranks, seed, ORDER_X)
+            self.labeled = ExactSampler(K, length, per_step, virtual_ranks, (seed, ORDER_X))
 
     def bank_ready(self, step: int) -> bool:
         """True from the first epoch that begins after every labeled image has been seen."""
@@ -166,14 +166,12 @@ class Stream(Dataset):
     def __getitem__(self, step: int) -> HostBatch:
         data = self.data
         bad: list[tuple[str, str]] = []
-        positions = self.labeled.positions(step, self.n_x, self.rank, self.world)       # [B]
-        index, passes = self.labeled.draw(positions)                                    # [B], [B]
+        index, passes = self.labeled.draw(step, self.n_x, self.rank, self.world)        # [B], [B]
         views = [(data.weak_view, VIEW_X)]
         (x,), index = self._views(views, data.labeled, index, passes, REPLACE_X, bad)
         y = torch.from_numpy(data.labels[data.labeled[index]])                          # [B]
 
-        positions = self.unlabeled.positions(step, self.n_u, self.rank, self.world)     # [muB]
-        u_index, passes = self.unlabeled.draw(positions)                                # [muB], [muB]
+        u_index, passes = self.unlabeled.draw(step, self.n_u, self.rank, self.world)    # [muB], [muB]
         strong_views = [(view, strong_stream_id(v)) for v, view in enumerate(data.strong_views)]
         views = [(data.weak_view, VIEW_WEAK), *strong_views]
         u_views, u_index = self._views(views, data.unlabeled, u_index, passes, REPLACE_U, bad)

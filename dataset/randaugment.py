@@ -33,12 +33,8 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
-def _translate_x(image: Image.Image, v: float) -> Image.Image:
-    return _affine(image, 1, 0, int(v * image.size[0]), 0, 1, 0)
-
-
-def _translate_y(image: Image.Image, v: float) -> Image.Image:
-    return _affine(image, 1, 0, 0, 0, 1, int(v * image.size[1]))
+def _translate(image: Image.Image, x: float, y: float) -> Image.Image:
+    return _affine(image, 1, 0, int(x * image.width), 0, 1, int(y * image.height))
 
 
 def _solarize_add(image: Image.Image, v: float) -> Image.Image:
@@ -69,8 +65,8 @@ def _ops(strength: float, bias: float, share: float) -> list[Op]:
         Op("shear_y", lambda image, v: _affine(image, 1, 0, 0, v, 1, 0), 0.3, signed=True),
         Op("solarize", lambda image, v: ImageOps.solarize(image, 256 - int(v)), 256, integer=True),
         Op("solarize_add", _solarize_add, 110, signed=True, integer=True),
-        Op("translate_x", _translate_x, share, signed=True),
-        Op("translate_y", _translate_y, share, signed=True),
+        Op("translate_x", lambda image, v: _translate(image, v, 0), share, signed=True),
+        Op("translate_y", lambda image, v: _translate(image, 0, v), share, signed=True),
     ]
 
 

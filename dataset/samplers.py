@@ -18,21 +18,16 @@ class InfiniteSampler:
 
     n: int  # number of images
     pass_length: int  # number of images of each permutation that are used
-    seed: int
-    stream_id: int
+    key: tuple[int, ...]  # seed and stream id
 
-    def positions(self, step: int, batch_size: int, rank: int, world: int) -> np.ndarray:
-        """Return the positions of the images of a process in a step: [batch_size]."""
-        return (step * world + rank) * batch_size + np.arange(batch_size)
+    def draw(self, step: int, batch_size: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of the images of a process in a step, and their passes: [batch_size] each."""
+        return self.at((step * world + rank) * batch_size + np.arange(batch_size))
 
-    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the index of the image at each position, and its pass: [m], [m]."""
         passes, offset = np.divmod(positions, self.pass_length)  # [m], [m]
-        index = np.empty_like(positions)
-        for number in np.unique(passes).tolist():
-            in_pass = passes == number  # [m]
-            index[in_pass] = permutation(self.n, self.seed, self.stream_id, number)[offset[in_pass]]
-        return index, passes
+        return _look_up(self.n, self.key, passes[:, None], offset), passes
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,7 @@ class ExactSampler:
     epoch_length: int  # number of images that all ranks draw in an epoch
     images_per_step: int
     virtual_ranks: int  # of each process; their images are concatenated
-    seed: int
-    stream_id: int
+    key: tuple[int, ...]  # seed and stream id
 
     def __post_init__(self) -> None:
         if 0 < self.epoch_length < self.n:  # an epoch without a step is reported elsewhere
@@ -58,20 +52,25 @@ class ExactSampler:
                 "--labeled-sampler infinite"
             )
 
-    def positions(self, step: int, batch_size: int, rank: int, world: int) -> np.ndarray:
-        """Return the positions of the images of a process in a step: [batch_size]."""
-        ranks = rank * self.virtual_ranks + np.arange(self.virtual_ranks)  # [V]
-        first = step * world * batch_size + ranks  # [V]
-        stride = world * self.virtual_ranks
-        return (first[:, None] + stride * np.arange(batch_size // self.virtual_ranks)).flatten()  # [V·B]
+    def draw(self, step: int, batch_size: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of the images of a process in a step, and their passes: [batch_size] each."""
+        V = self.virtual_ranks
+        ranks = rank * V + np.arange(V)  # [V]
+        own = ranks[:, None] + world * V * np.arange(batch_size // V)  # positions in the step [V, B]
+        return self.at(step * world * batch_size + own.flatten())
 
-    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the index of the image at each position, and its pass: [m], [m]."""
         epochs, offset = np.divmod(positions, self.epoch_length)  # [m], [m]
         in_epoch, offset = np.divmod(offset, self.n)  # number of the permutation in its epoch [m], [m]
-        passes = epochs * -(-self.epoch_length // self.n) + in_epoch  # [m]
-        index = np.empty_like(positions)
-        for epoch, k in {*zip(epochs.tolist(), in_epoch.tolist())}:
-            in_pass = (epochs == epoch) & (in_epoch == k)  # [m]
-            index[in_pass] = permutation(self.n, self.seed, self.stream_id, epoch, k)[offset[in_pass]]
-        return index, passes
+        index = _look_up(self.n, self.key, np.stack([epochs, in_epoch], 1), offset)  # [m]
+        return index, epochs * -(-self.epoch_length // self.n) + in_epoch
+
+
+def _look_up(n: int, key: tuple[int, ...], numbers: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Return item offset[i] of the permutation of n images whose key is `key` and then numbers[i]: [m]."""
+    index = np.empty_like(offset)
+    for own in np.unique(numbers, axis=0).tolist():
+        in_pass = (numbers == own).all(1)  # [m]
+        index[in_pass] = permutation(n, *key, *own)[offset[in_pass]]
+    return index

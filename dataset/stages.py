@@ -6,7 +6,7 @@ stages that dataset/device_views.py has too can be applied in batches on the tra
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -18,11 +18,12 @@ from dataset.randaugment import RandAugment
 @dataclass(frozen=True)
 class ResizedCrop:
     """A crop with a share `scale` of the image's area and an aspect ratio of 3/4 to 4/3, resized to
-    size × size (bilinear).
+    size × size (bilinear). fast: by PyTorch, to an array, so that no stage of Pillow can follow.
     """
 
     size: int
     scale: tuple[float, float]
+    fast: bool = False
     num_uniforms: ClassVar[int] = 22
 
     def sample(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -47,7 +48,9 @@ class ResizedCrop:
         center = np.stack([center_left, center_top, center_w, center_h], 1)  # [n, 4]
         return np.where(fits.any(1)[:, None], np.stack([left, top, w, h], 1), center)  # [n, 4]
 
-    def pil(self, image: Image.Image, p: np.ndarray) -> Image.Image:
+    def pil(self, image: Image.Image, p: np.ndarray) -> Any:
+        if self.fast:
+            return device_views.crop_resize(image, p.tolist(), self.size)
         left, top, w, h = map(int, p)
         crop = image.crop((left, top, left + w, top + h))
         return crop.resize((self.size, self.size), Image.Resampling.BILINEAR)

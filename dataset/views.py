@@ -1,6 +1,6 @@
 """Views of photographs: the table of the recipes' pipelines of stages, and how a view is made of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -96,22 +96,20 @@ def photo_view(stages: Sequence[Stage], norm: Norm, on_device: bool) -> View:
     on_cpu = len(stages)  # the number of stages that are applied on the CPU
     while on_device and on_cpu and type(stages[on_cpu - 1]).__name__ in device_views.STAGES:
         on_cpu -= 1
-    resize = device_views.crop_resize if on_device else None
+    if on_device and on_cpu and isinstance(last := stages[on_cpu - 1], ResizedCrop):
+        stages = [*stages[: on_cpu - 1], replace(last, fast=True), *stages[on_cpu:]]
     names = [type(stage).__name__ for stage in stages[on_cpu:]]
     mean, std = norm
     return View(
         sum(stage.num_uniforms for stage in stages),
-        partial(_cpu_transform, tuple(stages), on_cpu, resize),
+        partial(_cpu_transform, tuple(stages), on_cpu),
         partial(device_views.finish, stages=names, mean=mean, std=std),
         getattr(stages[0], "size", 32) if stages else 32,  # without a crop, an image of CIFAR keeps its 32
     )
 
 
-Resize = Callable[[Image.Image, Sequence[float], int], np.ndarray]
-
-
 def _cpu_transform(
-    stages: Sequence[Stage], on_cpu: int, resize: Resize | None, images: Sequence[Image.Image], u: np.ndarray
+    stages: Sequence[Stage], on_cpu: int, images: Sequence[Image.Image], u: np.ndarray
 ) -> HostTensors:
     """Apply the first `on_cpu` stages -> pixels [n, h, w, 3] uint8, the other stages' parameters [n, k]."""
     sizes = np.array([image.size for image in images], float)  # [n, 2]
@@ -120,18 +118,9 @@ def _cpu_transform(
         p = stage.sample(u[:, column : column + stage.num_uniforms], sizes)  # [n, k]
         params.append(p.astype(np.float32))  # on both paths, so that they apply the same parameters
         column += stage.num_uniforms
-    pixels = [
-        _apply(image, stages[:on_cpu], [p[i] for p in params], resize) for i, image in enumerate(images)
-    ]
+    pixels = []
+    for i, image in enumerate(images):
+        for stage, p in zip(stages[:on_cpu], params):
+            image = stage.pil(image, p[i])
+        pixels.append(np.asarray(image))  # [h, w, 3]
     return (torch.from_numpy(np.stack(pixels)), *map(torch.from_numpy, params[on_cpu:]))
-
-
-def _apply(
-    image: Image.Image, stages: Sequence[Stage], params: Sequence[np.ndarray], resize: Resize | None
-) -> np.ndarray:
-    """Apply the stages to one image -> [h, w, 3] uint8. `resize` replaces Pillow's in a last ResizedCrop."""
-    for k, (stage, p) in enumerate(zip(stages, params)):
-        if resize and k == len(stages) - 1 and isinstance(stage, ResizedCrop):
-            return resize(image, p.tolist(), stage.size)
-        image = stage.pil(image, p)
-    return np.asarray(image)

@@ -16,8 +16,7 @@ from util.errors import UserError
 def drawn(sampler, steps, batch_size, world):
     """[step][rank] -> indices of that process."""
     return [
-        [sampler.draw(sampler.positions(step, batch_size, rank, world))[0].tolist() for rank in range(world)]
-        for step in steps
+        [sampler.draw(step, batch_size, rank, world)[0].tolist() for rank in range(world)] for step in steps
     ]
 
 
@@ -31,7 +30,7 @@ def test_infinite_equals_a_loop_that_reshuffles_when_the_list_runs_out(world, pa
 
     images = endless()
     expected = [[[next(images) for _ in range(3)] for _ in range(world)] for _ in range(20)]
-    assert drawn(InfiniteSampler(7, pass_length, 5, ORDER_X), range(20), 3, world) == expected
+    assert drawn(InfiniteSampler(7, pass_length, (5, ORDER_X)), range(20), 3, world) == expected
 
 
 def exact_by_a_loop(epoch, n, steps, batch_size, ranks, seed):
@@ -47,7 +46,7 @@ def exact_by_a_loop(epoch, n, steps, batch_size, ranks, seed):
 @pytest.mark.parametrize("processes, virtual", [(1, 1), (1, 4), (2, 2), (4, 1), (3, 1)])
 def test_exact_equals_a_loop_over_ranks_on_any_number_of_processes(processes, virtual):
     n, steps, batch_size, ranks = 7, 5, 3, processes * virtual
-    sampler = ExactSampler(n, steps * batch_size * ranks, batch_size * ranks, virtual, 5, ORDER_X)
+    sampler = ExactSampler(n, steps * batch_size * ranks, batch_size * ranks, virtual, (5, ORDER_X))
     for epoch in range(3):
         expected = exact_by_a_loop(epoch, n, steps, batch_size, ranks, seed=5)
         for step in range(steps):
@@ -57,17 +56,17 @@ def test_exact_equals_a_loop_over_ranks_on_any_number_of_processes(processes, vi
 
 
 def test_exact_shows_an_image_in_every_epoch_and_never_twice_in_a_pass():
-    sampler = ExactSampler(7, 30, 6, 1, 0, ORDER_X)  # 4 permutations and 2 images of a fifth
-    index, passes = sampler.draw(np.arange(90))
+    sampler = ExactSampler(7, 30, 6, 1, (0, ORDER_X))  # 4 permutations and 2 images of a fifth
+    index, passes = sampler.at(np.arange(90))
     assert len({*zip(index.tolist(), passes.tolist())}) == 90
     assert all(set(epoch) == set(range(7)) for epoch in index.reshape(3, 30).tolist())
     assert index[:30].tolist() != index[30:60].tolist()
-    assert index.tolist() != ExactSampler(7, 30, 6, 1, 1, ORDER_X).draw(np.arange(90))[0].tolist()
+    assert index.tolist() != ExactSampler(7, 30, 6, 1, (1, ORDER_X)).at(np.arange(90))[0].tolist()
 
 
 def test_exact_refuses_an_epoch_that_cannot_show_every_image(train, tmp_path):
     with pytest.raises(UserError, match="all 7 labeled images .* only 6: lower --mu"):
-        ExactSampler(7, 6, 2, 1, 0, ORDER_X)
+        ExactSampler(7, 6, 2, 1, (0, ORDER_X))
     flags = ["--labeled-sampler", "exact", "--mu", "5", "--labels-per-class", "30"]
     run = train(tmp_path / "run", *flags)  # 28 steps of 10 labeled images
     one_line(run.returncode, run.stderr, "all 300 labeled images", "only 280", "--steps-per-epoch 30 or more")
@@ -106,10 +105,8 @@ def test_a_run_with_the_exact_sampler_resumes_to_the_same_bits(train, tmp_path):
     ]
     whole = train(tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr
-    first = train(tmp_path / "part", *flags)
-    assert first.returncode == 0
-    previous = tmp_path / "part" / "last.previous.pth"
-    previous.rename(tmp_path / "part" / "last.pth")
+    assert train(tmp_path / "part", *flags).returncode == 0
+    (tmp_path / "part" / "last.previous.pth").rename(tmp_path / "part" / "last.pth")
     assert "continues from" in train(tmp_path / "part", *flags).stdout
     assert difference(tmp_path / "whole", tmp_path / "part") == ""
     changed = train(tmp_path / "part", *flags[2:])
