@@ -66,8 +66,8 @@ class Imagenet(LabeledFiles):
 
     def __init__(self, root: Path, part: str):
         """part: train or val. Raises UserError if it cannot be found or listed."""
-        folder, file = Path(root) / part, Path(root) / f"{part}.txt"
-        if not Path(root).is_dir():
+        folder, file = root / part, root / f"{part}.txt"
+        if not root.is_dir():
             raise UserError(
                 f"ImageNet folder {root} does not exist: edit IMAGENET_ROOT at the top of "
                 "dataset/imagenet.py, set the environment variable of that name, or use --data"
@@ -75,7 +75,9 @@ class Imagenet(LabeledFiles):
         if not folder.is_dir() and not file.exists():
             raise UserError(f"ImageNet folder {root} has no {part}/; it needs train/ and val/")
         if file.exists():
-            images = listing.read_list(file, _base(file, folder))
+            images = listing.read_list(file, folder)
+            if (root / images.names[0]).is_file():
+                images.root = root.resolve()
         elif any(entry.is_dir() for entry in os.scandir(folder)):
             images = listing.scan(folder)
         else:
@@ -147,9 +149,3 @@ def eval_view_for_files(image_size: int, on_device: bool) -> View:
 
 def searched_dirs(data: str) -> list[Path]:
     return [find_root(data) / part for part in ("train", "val")]
-
-
-def _base(file: Path, folder: Path) -> Path:
-    """Find the folder that the paths of a list are relative to: `folder`, or the one that holds it."""
-    first = listing.entries(listing.read_bytes(file), str(file))[1][0]
-    return file.parent if (file.parent / first).is_file() else folder
