@@ -162,7 +162,8 @@ RULES = (
     ),
     Rule(
         "stale bank",
-        "a bank row is older than two passes over the labeled images, a row in use was never written, or "
+        "a bank row is older than two passes over the labeled images (three with --labeled-sampler exact), a "
+        "row in use was never written, or "
         "bank_drift is above 0.5 in the last 3 diagnostics events after warm-up",
         detectors.stale_bank,
         "a larger --batch-size or a lower --lr",
