@@ -65,9 +65,9 @@ import numpy as np
 import torch
 
 from dataset.build import build_data, build_validation, eval_view_for_files
+from dataset.eval_loader import EvalLoader, ImageLoader
 from dataset.listing import list_images
-from dataset.loader import EvalData, EvalLoader, ImageLoader, SplitId
-from dataset.source import Files
+from dataset.loader import Data, EvalData, SplitId
 from dataset.workers import check_shared_memory
 from models import METHODS, build_network
 from models.network import BACKBONES, Network
@@ -167,7 +167,7 @@ def open_checkpoint(path: Path, overrides: Mapping[str, Any]) -> tuple[Contents,
     return contents, networks
 
 
-def load_test_set(contents: Contents, device: torch.device) -> EvalData:
+def load_test_set(contents: Contents, device: torch.device) -> Data | EvalData:
     """Return the images to evaluate a checkpoint on: the test images of its run, or ImageNet's val/ for a
     published one. Raises UserError if they do not match the checkpoint.
     """
@@ -210,13 +210,12 @@ def predict(contents: Contents, network: Network, folder: Path, output: Path) ->
     device = dist_utils.dist_init(config.device, config.timeout_minutes, config.port)
     if dist_utils.world_size() > 1:
         raise UserError("--predict runs in a single process: start it without torchrun or srun")
-    view, _ = eval_view_for_files(config, gpu=device.type == "cuda")
+    view = eval_view_for_files(config, gpu=device.type == "cuda")
     images, bad = list_images(folder), BadImages(config.on_bad_image)
     logits_of = checked(network.to(device), contents.path)
 
     def predicted() -> Iterator[tuple[str, list[float], list[int]]]:
-        files, all_rows = Files(images.root, images.names), np.arange(len(images.names))
-        loader = ImageLoader(files, view, all_rows, config.workers, device)
+        loader = ImageLoader(images, view, np.arange(len(images)), config.workers, device)
         if warning := check_shared_memory():
             print(warning, flush=True)
         for x, rows in loader.batches(bad):

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from dataset.bank_age import bank_row_ages
-from dataset.build import build_data, check_output_dirs, view_sides
+from dataset.build import build_data, check_output_dirs
+from dataset.eval_loader import EvalLoader
 from dataset.findings import start_warnings
-from dataset.loader import Data, EvalLoader, HostBatch, Stream, to_device
+from dataset.loader import Data, HostBatch, Stream, to_device
 from dataset.workers import PrefetchLoader, check_shared_memory
 from eval import OVERRIDES, evaluate_checkpoint
 from models import (
@@ -243,14 +244,22 @@ def open_data(config: Config, ranks: RankLayout, device: torch.device) -> tuple[
     config.cls = len(data.classes)
     n_x = ranks.batch_size * ranks.virtual_ranks_per_process
     stream = Stream(
-        data, n_x, config.mu, config.seed, dist_utils.rank(), ranks.processes, config.steps_per_epoch
+        data,
+        n_x,
+        config.mu,
+        config.seed,
+        dist_utils.rank(),
+        ranks.processes,
+        config.steps_per_epoch,
+        config.labeled_sampler,
+        ranks.virtual_ranks_per_process,
     )
     if stream.steps_per_epoch == 0:
         raise UserError(
             f"one step takes {stream.n_u * ranks.processes} unlabeled images, but there are "
             f"{len(data.unlabeled)}: lower --batch-size or --mu"
         )
-    check_memory(view_sides(config), data.channels, stream.n_x, stream.n_u, *memory_of(device))
+    check_memory(data.sides(), data.channels, stream.n_x, stream.n_u, *memory_of(device))
     if dist_utils.rank() == 0:  # here already, because building the networks takes a second
         print(
             f"{config.method} on {data.split}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, "
@@ -267,7 +276,7 @@ def new_state(run: Run) -> TrainState:
     try:
         labels = torch.from_numpy(data.labels[data.labeled])  # [K]
         method = build_method(config, data.channels, labels, unlabeled_per_step).to(run.device)
-        method.check_views(*view_sides(config))
+        method.check_views(*data.sides())
     except ValueError as error:
         raise UserError(str(error)) from None
     optimizer = build_optimizer(config, method.student)

@@ -1,9 +1,10 @@
-"""Images per second and core with two views each: python benchmark/loader.py [--photos A.jpg B.jpg]
+"""Images per second and core with two or six views each: python benchmark/loader.py [--photos A.jpg B.jpg]
 
-Three pipelines read the same JPEG files in turn, in one process with one thread: torchvision's transforms on
+These pipelines read the same JPEG files in turn, in one process with one thread: torchvision's transforms on
 PIL images, written as usual; this project's views without device views; and the CPU part of its views with
-device views. The files are made from the given photographs, resized to 500×375 and encoded again. Without
---photos, scikit-learn's two sample photographs are used if it is installed.
+device views. Two views are weak and moco, six are weak and the five of --multicrop. The files are made from
+the given photographs, resized to 500×375 and encoded again. Without --photos, scikit-learn's two sample
+photographs are used if it is installed.
 """
 
 import itertools
@@ -32,7 +33,8 @@ from dataset.listing import list_images  # noqa: E402
 from dataset.loader import Data, HostTensors, SplitId, Stream, View  # noqa: E402
 from dataset.rng import uniforms  # noqa: E402
 from dataset.source import Files, decode  # noqa: E402
-from dataset.views import IMAGENET_NORM, Stage, photo_view, pipeline  # noqa: E402
+from dataset.stages import Stage  # noqa: E402
+from dataset.views import IMAGENET_NORM, MULTICROP, photo_view, pipeline  # noqa: E402
 from dataset.workers import PrefetchLoader  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
@@ -84,7 +86,7 @@ def torchvision_views(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     return USUAL_WEAK(image), USUAL_STRONG(image)
 
 
-def two_views(views: Sequence[View], images: list[Any], rows: np.ndarray) -> list[HostTensors]:
+def make_views(views: Sequence[View], images: list[Any], rows: np.ndarray) -> list[HostTensors]:
     passes = np.zeros(len(rows), np.int64)
     return [
         view.cpu_transform(images, uniforms(rows, view.num_uniforms, 0, k, passes))
@@ -203,10 +205,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder, photos, args.images)
-        source = Files(folder, list_images(folder).names)
+        source = list_images(folder)
         paths = [source.name(row) for row in range(len(source))]
-        pil_views, device = (
-            [photo_view(pipeline(view), IMAGENET_NORM, on_device) for view in ("weak", "moco")]
+        pil_views, device, pil_six, six = (
+            [photo_view(pipeline(name), IMAGENET_NORM, on_device) for name in ("weak", *strong)]
+            for strong in (["moco"], MULTICROP)
             for on_device in (False, True)
         )
 
@@ -217,12 +220,14 @@ def main() -> None:
         def use(views: Sequence[View], rows: np.ndarray) -> None:
             for start in range(0, len(rows), 40):  # the recipe has 40 unlabeled images per rank and step
                 chunk = rows[start : start + 40]
-                two_views(views, [source[row] for row in chunk.tolist()], chunk)
+                make_views(views, [source[row] for row in chunk.tolist()], chunk)
 
         pipelines: dict[str, Callable[[np.ndarray], None]] = {
             "torchvision on PIL, as usual": use_torchvision,
             "device views off (PIL)": partial(use, pil_views),
             "device views on, CPU part": partial(use, device),
+            "six views, device views off (PIL)": partial(use, pil_six),
+            "six views, device views on, CPU part": partial(use, six),
         }
         speeds: dict[str, list[float]] = {label: [] for label in pipelines}
         chunks = itertools.cycle(np.array_split(np.arange(len(paths)), max(1, len(paths) // args.a_round)))
@@ -237,7 +242,10 @@ def main() -> None:
         for label, values in speeds.items():
             ratio = statistics.median(v / b for v, b in zip(values[1:], base[1:]))  # the first turn warms up
             print(f"| {label} | {statistics.median(values[1:]):.0f} | {ratio:.2f} |")
-        print(f"\nMedians of {args.rounds} turns of {args.a_round} images with two views each, one thread.\n")
+        _, *two_and_six = (values[1:] for values in speeds.values())
+        off, on = (statistics.median(two / six for two, six in zip(*two_and_six[k::2])) for k in range(2))
+        print(f"\nSix views take {off:.2f} (off) and {on:.2f} (on) times as long as two.")
+        print(f"Medians of {args.rounds} turns of {args.a_round} images with two views or six, one thread.\n")
         print("| part | ms |\n|---|---|")
         rounds = [time_parts(paths[:100]) for _ in range(3)]
         for k, (part, _) in enumerate(rounds[0]):

@@ -1,11 +1,12 @@
 """Builds a data set of image files whose labeled images are those of a split."""
 
+from typing import Any
+
 import numpy as np
 
 from dataset import splits
 from dataset.loader import Data, SplitId
 from dataset.source import LabeledFiles
-from dataset.views import IMAGENET_NORM, photo_view, pipeline, strong_views
 from util.errors import UserError
 
 PUBLISHED_SHARES = {0.01: "1p", 0.1: "10p"}  # the published lists of --anno-percent: simmatch-1p, …
@@ -33,18 +34,10 @@ def choose_split(
     return splits.make(names, percent=anno_percent, seed=seed)
 
 
-def assemble(
-    train: LabeledFiles,
-    test: LabeledFiles,
-    chosen: splits.Split,
-    weak: str,
-    strong: str,
-    image_size: int,
-    on_device: bool,
-) -> Data:
+def assemble(train: LabeledFiles, test: LabeledFiles, chosen: splits.Split, views: dict[str, Any]) -> Data:
     """Build a data set of these files with the labeled images of the split `chosen`; the other images of
-    `train` are unlabeled. Raises UserError if an image of the split has no label, or a class has no labeled
-    image.
+    `train` are unlabeled. views: what `dataset.views.photo_views` returns. Raises UserError if an image of
+    the split has no label, or a class has no labeled image.
     """
     labeled = splits.find_rows(chosen, train.names.array, str(train.root))  # [K]
     unlabeled = splits.complement(labeled, len(train))  # [U]
@@ -64,12 +57,8 @@ def assemble(
         unlabeled=unlabeled,
         test_images=test,
         test_labels=test.labels,
-        weak_view=photo_view(pipeline(weak, image_size), IMAGENET_NORM, on_device),
-        strong_views=tuple(
-            photo_view(pipeline(name, image_size), IMAGENET_NORM, on_device) for name in strong_views(strong)
-        ),
-        eval_view=photo_view(pipeline("eval", image_size), IMAGENET_NORM, on_device),
         classes=train.classes,
         channels=3,
         split=SplitId(chosen.id, chosen.sha256),
+        **views,
     )

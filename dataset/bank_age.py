@@ -3,7 +3,6 @@
 import numpy as np
 
 from dataset.loader import Stream
-from dataset.rng import ORDER_X, permutation
 
 
 def bank_row_ages(stream: Stream, done: int) -> np.ndarray:
@@ -15,8 +14,8 @@ def bank_row_ages(stream: Stream, done: int) -> np.ndarray:
     """
     total, per_step = len(stream.data.labeled), stream.n_x * stream.world
     seen = done * per_step  # images
-    last = np.full(total, -1)  # the last position of each image in the sequence of all passes   [K]
-    for number in range(max(0, seen // total - 1), seen // total + 1):  # the last full and the current pass
-        order = permutation(total, stream.seed, ORDER_X, number)[: seen - number * total]
-        last[order] = number * total + np.arange(len(order))
+    # These hold a whole permutation: the current one is incomplete, and the one before it may be cut.
+    recent = np.arange(max(0, seen - 3 * total), seen)  # positions
+    last = np.full(total, -1)  # the last position of each image   [K]
+    last[stream.labeled.at(recent)[0]] = recent  # of an index that occurs twice, the later one stays
     return np.where(last < 0, -1, done - 1 - last // per_step)  # [K]

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dataset import imagenet
-from dataset.imagenet import Validation
-from dataset.loader import Data, View
-from dataset.views import strong_views
+from dataset.loader import Data, EvalData, View
 from util.errors import UserError
 
 # name -> module, which is imported only if it is used, because torchvision takes seconds. A new data set is a
 # file and a line of this table, which util/fields.py reads. The module has these functions, whose
 # parameters are settings by name:
-# build(..., on_device) -> Data
-# side(view, ...) -> the side in pixels of a view of that name
 # eval_view_for_files(..., on_device) -> View, if the network can also classify image files from elsewhere
 # searched_dirs(...) -> the directories that are searched for images, if there are any
 DATASETS = {
@@ -41,12 +37,6 @@ def _module(config: Any) -> Any:
     return import_module(DATASETS[config.dataset])
 
 
-def view_sides(config: Any) -> tuple[int, ...]:
-    """Return the sides in pixels of the weak and the strong views. Raises UserError if a view is unknown."""
-    side = _module(config).side
-    return tuple(_call(side, config, view=view) for view in (config.weak, *strong_views(config.strong)))
-
-
 def check_output_dirs(config: Any, *outputs: Path) -> None:
     """Raise UserError if a directory that a run writes to lies in one that is searched for images: the next
     start would take it for a class, or its pictures for images.
@@ -61,16 +51,17 @@ def check_output_dirs(config: Any, *outputs: Path) -> None:
                 )
 
 
-def eval_view_for_files(config: Any, gpu: bool) -> tuple[View, int]:
-    """Return the evaluation view of image files for a network of this config, and the number of channels.
-    It needs no training data. Raises UserError if the network cannot classify image files.
+def eval_view_for_files(config: Any, gpu: bool) -> View:
+    """Return the evaluation view of image files for a network of this config. It needs no training data.
+    Raises UserError if the network cannot classify image files.
     """
     found = getattr(_module(config), "eval_view_for_files", None)
     if found is None:
         raise UserError(
             f"a network for {config.dataset} cannot classify image files: its training images are not files"
         )
-    return _call(found, config, on_device=_on_device(config, gpu)), 3
+    view: View = _call(found, config, on_device=_on_device(config, gpu))
+    return view
 
 
 def _on_device(config: Any, gpu: bool) -> bool:
@@ -84,7 +75,6 @@ def build_data(config: Any, gpu: bool) -> Data:
     `device_views: auto` applies the last stages of the views. Raises UserError if the data set cannot be
     built with these settings.
     """
-    view_sides(config)  # so that a view that is unknown is reported before the images are listed
     build = _module(config).build
     data: Data = _call(build, config, on_device=_on_device(config, gpu))
     if config.cls and len(data.classes) != config.cls:
@@ -95,8 +85,10 @@ def build_data(config: Any, gpu: bool) -> Data:
     return data
 
 
-def build_validation(config: Any, gpu: bool) -> Validation:
+def build_validation(config: Any, gpu: bool) -> EvalData:
     """Return the images of val/ of the ImageNet folder config.data, on which published checkpoints are
     evaluated. Raises UserError if they cannot be found.
     """
-    return imagenet.validation(config.data, config.image_size, _on_device(config, gpu))
+    val = imagenet.ImagenetPercentV2(imagenet.find_root(config.data), "val")
+    view = imagenet.eval_view_for_files(config.image_size, _on_device(config, gpu))
+    return EvalData(val, val.labels, view, val.classes)

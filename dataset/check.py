@@ -1,8 +1,8 @@
 """Check a data set: python -m dataset.check CONFIG [--field value ...] [--sample N] [--report FILE]
 
 It builds the data set that train_semi.py would train on, reads every image, and prints what is in order (ok),
-what is worth knowing (note) and what has to be fixed (BAD). Exit code 0: nothing is BAD, 1: something is BAD,
-2: the data set cannot be built.
+what is worth knowing (note) and what has to be fixed (BAD). CONFIG and the fields are those of train_semi.py,
+whose --help describes them. Exit code 0: nothing is BAD; 1: something is BAD; 2: it cannot be built.
 """
 
 import os
@@ -15,12 +15,7 @@ from util.files import check_output, starts_with
 
 
 def main() -> None:
-    parser = Parser(
-        "Check the data set that train_semi.py would train on: read every image, and print what is in order "
-        "(ok), what is worth knowing (note) and what has to be fixed (BAD). Exit code 0: nothing is BAD, 1: "
-        "something is BAD, 2: the data set cannot be built. CONFIG and the fields are those of "
-        "train_semi.py, whose --help describes them."
-    )
+    parser = Parser(__doc__)
     parser.usage = "python -m dataset.check CONFIG [--field value ...] [--sample N] [--report FILE]"
     parser.add_argument(
         "--sample", type=int, default=0, metavar="N", help="read only N images, drawn by the seed; 0: all"

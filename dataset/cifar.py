@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dataset import splits, views
+from dataset import splits
 from dataset.loader import Data, SplitId, View
 from dataset.source import Arrays
-from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, photo_view, pipeline, strong_views
+from dataset.views import CIFAR10_NORM, CIFAR100_NORM, CIFAR_FILES, photo_view, photo_views
 from util.errors import UserError
 from util.files import user_path
 
@@ -29,6 +29,7 @@ def build(
     are downloaded if they are not in `data`. Raises UserError if they are damaged or cannot be downloaded.
     """
     kind, norm = SETS[dataset]
+    views = photo_views(weak, strong, "cifar_eval", norm, on_device)
     root = user_path(data or ROOT)
     train, test = (_open(kind, dataset, root, is_train) for is_train in (True, False))
     labels, test_labels = (np.array(part.targets, np.int64) for part in (train, test))  # [50000], [10000]
@@ -40,17 +41,11 @@ def build(
         unlabeled=np.arange(len(labels)),
         test_images=Arrays(test.data, pil=True),
         test_labels=test_labels,
-        weak_view=photo_view(pipeline(weak), norm, on_device),
-        strong_views=tuple(photo_view(pipeline(name), norm, on_device) for name in strong_views(strong)),
-        eval_view=photo_view(pipeline("cifar_eval"), norm, on_device),
         classes=list(train.classes),
         channels=3,
         split=SplitId(f"{dataset}-{labels_per_class}-seed{seed}", sha),
+        **views,
     )
-
-
-def side(view: str) -> int:
-    return views.side(pipeline(view))
 
 
 def eval_view_for_files(dataset: str, on_device: bool) -> View:

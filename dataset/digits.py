@@ -1,7 +1,7 @@
 """1,797 handwritten digits, 8×8 gray (digits_SOURCE.md). They are part of the repository."""
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from dataset.loader import Data, HostTensors, SplitId, View
 from dataset.source import Arrays
 
 # util/fields.py reads these literals from the source.
+SETTINGS = {"strong_views": (1, "number of strong views of an unlabeled image", "(0, 100]")}
 USES = ("labels_per_class",)
 
 FILE = Path(__file__).with_name("digits.npz")
@@ -22,8 +23,9 @@ MEAN, STD = 4.88, 6.02  # of the pixel values of all 1,797 images, which range f
 SIZE = 16  # side of a view: resampling at 8×8 would blur the digit
 
 
-def build(labels_per_class: int, seed: int) -> Data:
-    """Build the digits with `labels_per_class` labeled images per class, drawn by `seed`.
+def build(labels_per_class: int, seed: int, strong_views: int = 1) -> Data:
+    """Build the digits with `labels_per_class` labeled images per class, drawn by `seed`, and
+    `strong_views` strong views, which differ in their random numbers.
 
     All 1,437 training images are unlabeled images, the labeled images too; the other 360 are test images.
     Raises UserError if a class has too few images.
@@ -40,7 +42,7 @@ def build(labels_per_class: int, seed: int) -> Data:
         test_images=Arrays(images[test]),
         test_labels=labels[test],
         weak_view=WEAK,
-        strong_views=(STRONG,),
+        strong_views=strong_views * (STRONG,),
         eval_view=EVAL_VIEW,
         classes=[str(c) for c in range(10)],
         channels=1,
@@ -48,21 +50,17 @@ def build(labels_per_class: int, seed: int) -> Data:
     )
 
 
-def side(view: str) -> int:
-    return SIZE
-
-
-def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+def eval_view(images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:
     """n images [8, 8] uint8, 0 to 16 -> normalized [n, 1, 16, 16] float32."""
     return _normalize(_affine(images, torch.zeros(len(images), 6), degrees=0, shift=0, stretch=0, shear=0))
 
 
-def weak(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+def weak(images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:
     """Rotate, shift, stretch and shear weakly. n images [8, 8] uint8, u [n, 6] -> [n, 1, 16, 16] float32."""
     return _normalize(_affine(images, _signed(u), degrees=10, shift=0.5, stretch=0.15, shear=0.2))
 
 
-def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
+def strong(images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:
     """Rotate, shift, stretch and shear strongly, fade the ink, and cut out a square. n images [8, 8] uint8,
     u [n, 10] -> [n, 1, 16, 16] float32.
 
@@ -75,23 +73,14 @@ def strong(images: Sequence[np.ndarray], u: np.ndarray) -> Tensor:
     return _normalize(_cutout(x, center=8 * torch.stack(position, 1), side=4.5 * side))
 
 
-Transform = Callable[[Sequence[np.ndarray], np.ndarray], Tensor]
+WEAK, STRONG, EVAL_VIEW = (
+    View(num_uniforms, transform, itemgetter(0), SIZE)  # entirely on the CPU
+    for num_uniforms, transform in ((6, weak), (10, strong), (0, eval_view))
+)
 
 
-def _view(num_uniforms: int, transform: Transform) -> View:
-    """A view that is made entirely on the CPU."""
-    return View(num_uniforms, partial(_as_tuple, transform), itemgetter(0))
-
-
-def _as_tuple(transform: Transform, images: Sequence[np.ndarray], u: np.ndarray) -> HostTensors:
-    return (transform(images, u),)
-
-
-WEAK, STRONG, EVAL_VIEW = _view(6, weak), _view(10, strong), _view(0, eval_view)
-
-
-def _normalize(x: Tensor) -> Tensor:
-    return (x - MEAN) / STD
+def _normalize(x: Tensor) -> HostTensors:
+    return ((x - MEAN) / STD,)
 
 
 def _signed(u: np.ndarray) -> Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 from dataset import imagenet, listing, splits
 from dataset.assemble import assemble, choose_split
 from dataset.loader import Data
-from dataset.source import LabeledFiles
+from dataset.source import LabeledFiles, Names
+from dataset.views import IMAGENET_NORM, photo_views
 from util.errors import UserError
 from util.files import user_path
 
@@ -53,6 +54,7 @@ def build(
     of the test images, by default data/val/; without both, the share `val_share` of each class of data is
     drawn by `seed` as test images. Raises UserError.
     """
+    views = photo_views(weak, strong, "eval", IMAGENET_NORM, on_device, image_size)
     if not data:
         raise UserError("dataset folder needs --data DIR, a folder with one folder of images for each class")
     root = user_path(data)
@@ -87,8 +89,7 @@ def build(
         )
 
     if val_root is not None:
-        test = _scan_test(val_root, images.classes, train_root)
-        train_rows = np.arange(len(images.names))
+        train, test = images, _scan_test(val_root, images.classes, train_root)
     else:
         if not 0 < val_share < 1:
             raise UserError(
@@ -97,10 +98,7 @@ def build(
             )
         drawn = splits.make(splits.names_by_class(images), percent=val_share, seed=seed)
         test_rows = splits.find_rows(drawn, images.names.array)
-        test = _select(images, test_rows)
-        train_rows = splits.complement(test_rows, len(images.names))
-
-    train = _select(images, train_rows)
+        train, test = images.select(splits.complement(test_rows, len(images))), images.select(test_rows)
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
     if len(empty):
         raise UserError(f"class {train.classes[empty[0]]} has no image left to train on: lower --val-share")
@@ -110,10 +108,10 @@ def build(
         chosen = choose_split(train, split, labels_per_class, anno_percent, seed)
     if unlabeled_root is not None:
         train = _add_unlabeled(train, test, unlabeled_root)
-    return assemble(train, test, chosen, weak, strong, image_size, on_device)
+    return assemble(train, test, chosen, views)
 
 
-side, eval_view_for_files = imagenet.side, imagenet.eval_view_for_files
+eval_view_for_files = imagenet.eval_view_for_files
 
 
 def searched_dirs(data: str, unlabelled: str, val: str) -> list[Path]:
@@ -132,11 +130,6 @@ def _scan_test(root: Path, classes: list[str], train_root: Path) -> LabeledFiles
     return LabeledFiles(images.root, images.names, labels, classes)
 
 
-def _select(images: listing.Listing, rows: np.ndarray) -> LabeledFiles:
-    names = listing.Names(images.names.array[rows])
-    return LabeledFiles(images.root, names, images.labels[rows], images.classes)
-
-
 def _add_unlabeled(train: LabeledFiles, test: LabeledFiles, folder: Path) -> LabeledFiles:
     """Append to `train` the images below `folder`, with label −1 and absolute paths as names."""
     images = listing.list_images(folder)
@@ -148,10 +141,10 @@ def _add_unlabeled(train: LabeledFiles, test: LabeledFiles, folder: Path) -> Lab
                 f"--unlabelled {folder} also holds {len(shared)} of the {kind} folder's images, the first is "
                 f"{os.fsdecode(paths[shared[0]])}: give a folder without them"
             )
-    names = listing.Names(np.concatenate([train.names.array, paths]))
+    names = Names(np.concatenate([train.names.array, paths]))
     labels = np.concatenate([train.labels, np.full(len(paths), -1)])  # [N]
     return LabeledFiles(train.root, names, labels, train.classes)
 
 
-def _paths(root: Path, names: listing.Names) -> np.ndarray:
+def _paths(root: Path, names: Names) -> np.ndarray:
     return np.char.add(os.fsencode(root) + b"/", names.array)  # [n] bytes

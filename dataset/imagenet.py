@@ -4,15 +4,12 @@ that name, or use --data.
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from dataset import listing, views
+from dataset import listing
 from dataset.assemble import assemble, choose_split
 from dataset.loader import Data, View
 from dataset.source import BadImage, LabeledFiles
-from dataset.views import IMAGENET_NORM, photo_view, pipeline
+from dataset.views import IMAGENET_NORM, photo_view, photo_views, pipeline
 from util.errors import UserError
 from util.files import user_path
 
@@ -54,8 +51,8 @@ class Imagenet(LabeledFiles):
 
     def __init__(self, root: Path, part: str):
         """part: train or val. Raises UserError if it cannot be found or listed."""
-        folder, file = Path(root) / part, Path(root) / f"{part}.txt"
-        if not Path(root).is_dir():
+        folder, file = root / part, root / f"{part}.txt"
+        if not root.is_dir():
             raise UserError(
                 f"ImageNet folder {root} does not exist: edit IMAGENET_ROOT at the top of "
                 "dataset/imagenet.py, set the environment variable of that name, or use --data"
@@ -63,7 +60,9 @@ class Imagenet(LabeledFiles):
         if not folder.is_dir() and not file.exists():
             raise UserError(f"ImageNet folder {root} has no {part}/; it needs train/ and val/")
         if file.exists():
-            images = listing.read_list(file, _base(file, folder))
+            images = listing.read_list(file, folder)
+            if (root / images.names[0]).is_file():
+                images.root = root.resolve()
         elif any(entry.is_dir() for entry in os.scandir(folder)):
             images = listing.scan(folder)
         else:
@@ -112,6 +111,7 @@ def build(
     those of val/ are test images. lists: see choose_split. Raises UserError if the images or the split cannot
     be used.
     """
+    views = photo_views(weak, strong, "eval", IMAGENET_NORM, on_device, image_size)
     root = find_root(data)
     train, val = ImagenetPercentV2(root, "train"), ImagenetPercentV2(root, "val")
     hint = "labels of a list are positions among the sorted class folders, from 0"
@@ -125,11 +125,7 @@ def build(
             if a != b:
                 raise UserError(f"{root}: label {label} is {a} in train/ and {b} in val/; {hint}")
     chosen = choose_split(train, split, labels_per_class, anno_percent, seed, lists)
-    return assemble(train, val, chosen, weak, strong, image_size, on_device)
-
-
-def side(view: str, image_size: int) -> int:
-    return views.side(pipeline(view, image_size))
+    return assemble(train, val, chosen, views)
 
 
 def eval_view_for_files(image_size: int, on_device: bool) -> View:
@@ -138,24 +134,3 @@ def eval_view_for_files(image_size: int, on_device: bool) -> View:
 
 def searched_dirs(data: str) -> list[Path]:
     return [find_root(data) / part for part in ("train", "val")]
-
-
-class Validation(NamedTuple):
-    """val/ alone; the fields are named as in `Data`."""
-
-    test_images: LabeledFiles
-    test_labels: np.ndarray  # [M] int64
-    eval_view: View
-    classes: list[str]  # [C]
-
-
-def validation(data: str, image_size: int, on_device: bool) -> Validation:
-    """Return ImageNet's val/ without train/ and without a split. Raises UserError if it cannot be found."""
-    val = ImagenetPercentV2(find_root(data), "val")
-    return Validation(val, val.labels, eval_view_for_files(image_size, on_device), val.classes)
-
-
-def _base(file: Path, folder: Path) -> Path:
-    """Find the folder that the paths of a list are relative to: `folder`, or the one that holds it."""
-    first = listing.entries(listing.read_bytes(file), str(file))[1][0]
-    return file.parent if (file.parent / first).is_file() else folder

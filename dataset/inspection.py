@@ -54,14 +54,13 @@ class NumberedImages(Dataset):
         in_memory_test = number >= len(self.train) and not isinstance(source, Files)
         return f"test {source.name(row)}" if in_memory_test else source.name(row)
 
-    def __getitem__(self, numbers: np.ndarray) -> tuple[bytes, list[tuple[str, str]], set[str], float]:
-        """Return a RECORD of each image, as bytes; (name, cause) of each unreadable image; the folders of the
-        others; and the seconds of reading and decoding.
+    def __getitem__(self, numbers: np.ndarray) -> tuple[bytes, list[tuple[str, str]], float]:
+        """Return a RECORD of each image, as bytes; (name, cause) of each unreadable image; and the seconds of
+        reading and decoding.
         """
-        records, unreadable, folders, seconds = np.zeros(len(numbers), RECORD), [], set(), 0.0
+        records, unreadable, seconds = np.zeros(len(numbers), RECORD), [], 0.0
         for record, number in zip(records, numbers.tolist()):
             source, row = self.find(number)
-            name = self.name(number)
             start = time.perf_counter()
             try:
                 image = source[row]
@@ -69,15 +68,14 @@ class NumberedImages(Dataset):
                 pixels = np.asarray(image)  # [h, w] or [h, w, 3]
                 content = _read_file(source, row, record) if isinstance(source, Files) else pixels.tobytes()
             except (BadImage, OSError) as error:  # OSError: it was decoded, but cannot be read a second time
-                unreadable.append((name, str(error)))
+                unreadable.append((self.name(number), str(error)))
             else:
                 digest = hashlib.blake2b(content, digest_size=16).digest()
                 record["digest"] = np.frombuffer(digest, np.uint64)
                 record["bytes"], record["size"] = len(content), pixels.shape[1::-1]
                 record["one_color"] = (pixels == pixels[:1, :1]).all()
                 record["readable"] = True
-                folders.add(os.path.dirname(name))
-        return records.tobytes(), unreadable, folders, seconds
+        return records.tobytes(), unreadable, seconds
 
 
 def _read_file(source: Files, row: int, record: np.void) -> bytes:
@@ -110,7 +108,7 @@ def check_data(data: Data, config: Config, sample: int, findings: Findings) -> N
             if not np.isin([labeled, len(data.images) + test], numbers).all():  # else it is found below
                 name = data.test_images.name(test)
                 findings.add_case(images.name(labeled), "labeled in test", f"the same as {name}")
-    records, folders, seconds = read_images(images, numbers, config.workers, findings)  # [n]
+    records, seconds = read_images(images, numbers, config.workers, findings)  # [n]
     usable = np.setdiff1d(np.flatnonzero(sets == LABELED), numbers[~records["readable"]])
     for c in np.setdiff1d(np.arange(len(data.classes)), labels[usable]).tolist():
         findings.add_case(data.classes[c], "class without labeled", f"label {c}")
@@ -128,6 +126,7 @@ def check_data(data: Data, config: Config, sample: int, findings: Findings) -> N
             detail = "{} {} x {} pixels".format(records["format"][i].decode(), *sides[i])
             findings.add_case(images.name(int(numbers[i])), problem, detail.strip())
     if is_file and len(records):
+        folders = {os.path.dirname(images.name(number)) for number in numbers.tolist()}
         describe_files(records, total, folders, seconds, config.workers, findings)
 
 
@@ -177,23 +176,22 @@ def check_settings(data: Data, config: Config, test_labels: np.ndarray, findings
 
 def read_images(
     images: NumberedImages, numbers: np.ndarray, workers: int, findings: Findings
-) -> tuple[np.ndarray, set[str], float]:
-    """Read the images in workers -> RECORDs [n], their folders, and the seconds that workers spent."""
-    records, folders, seconds, done = np.zeros(len(numbers), RECORD), set(), 0.0, 0
+) -> tuple[np.ndarray, float]:
+    """Read the images in workers -> RECORDs [n], and the seconds that workers spent."""
+    records, seconds, done = np.zeros(len(numbers), RECORD), 0.0, 0
     size = max(1, min(64, len(numbers) // (4 * max(1, workers))))  # at least a few chunks for each worker
     chunks = np.split(numbers, range(size, len(numbers), size))
     start = last_print = time.monotonic()
-    for raw, unreadable, chunk_folders, chunk_seconds in PrefetchLoader(images, chunks, workers, False):
+    for raw, unreadable, chunk_seconds in PrefetchLoader(images, chunks, workers, False):
         chunk = np.frombuffer(raw, RECORD)
         records[done : done + len(chunk)] = chunk
         done, seconds, now = done + len(chunk), seconds + chunk_seconds, time.monotonic()
-        folders |= chunk_folders
         for name, cause in unreadable:
             findings.add_case(name, "unreadable", cause)
         if now - last_print > 5 or done == len(numbers):
             last_print, left = now, (now - start) / done * (len(numbers) - done)
             print(f"{done:,} of {len(numbers):,} images, {left:,.0f} s to go", file=sys.stderr, flush=True)
-    return records, folders, seconds
+    return records, seconds
 
 
 def check_duplicates(

@@ -7,15 +7,15 @@ import os
 import re
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from dataset import listing_cache
 from dataset.listing_cache import Tree, time_stamps
+from dataset.source import Files, LabeledFiles, Names
 from util.errors import UserError, printable
 from util.files import special_file, user_path
 
@@ -27,32 +27,7 @@ MAX_CLASSES = 10**6  # a larger label is a mistake in the list, and would cost m
 INTEGER = re.compile("[+-]?[0-9]{1,18}")
 
 
-class Names:
-    """A sequence of file names in one array. Every worker gets a copy; a list of strings would take three
-    times the memory.
-    """
-
-    def __init__(self, array: np.ndarray):
-        self.array = array  # [N] bytes of one width, that of the longest name
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, row: int) -> str:
-        return os.fsdecode(self.array[row])
-
-    def __iter__(self) -> Iterator[str]:
-        return map(os.fsdecode, self.array.tolist())
-
-
-class Listing(NamedTuple):
-    root: Path
-    classes: list[str]  # names, in the order of the labels     [C]
-    names: Names  # paths relative to root                [N]
-    labels: np.ndarray  #                                       [N] int64
-
-
-def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool = False) -> Listing:
+def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool = False) -> LabeledFiles:
     """List the tree root/<class>/<image> (root/<class>/…/<image> if `recursive`), sorted by class, then by
     name, as bytes.
 
@@ -72,19 +47,19 @@ def scan(root: str | Path, cache_dir: str | Path | None = None, recursive: bool 
             if cache and tree.mtimes.max() < start_ns - TIMESTAMP_NS:
                 listing_cache.save(cache, tree)
     labels = np.repeat(np.arange(len(tree.classes), dtype=np.int64), tree.counts)  # [N]
-    return Listing(root, [os.fsdecode(c) for c in tree.classes], Names(tree.names), labels)
+    return LabeledFiles(root, Names(tree.names), labels, [os.fsdecode(c) for c in tree.classes])
 
 
-def list_images(root: str | Path) -> Listing:
-    """List all images below root, in any nesting, sorted as bytes. The labels are −1. There is no cache."""
+def list_images(root: str | Path) -> Files:
+    """List all images below root, in any nesting, sorted as bytes. There is no cache."""
     root = _folder(root)
     names = sorted(_walk(os.fsencode(root), b"", True, ())[0])
     if not names:
         raise UserError(f"folder {root} holds no images; check the path")
-    return Listing(root, [], Names(np.array(names)), np.full(len(names), -1, np.int64))
+    return Files(root, Names(np.array(names)))
 
 
-def read_list(file: str | Path, root: str | Path) -> Listing:
+def read_list(file: str | Path, root: str | Path) -> LabeledFiles:
     """Read a list file with lines `path label`: paths are relative to root, labels count from 0. No image is
     looked up.
 
@@ -112,7 +87,7 @@ def read_list(file: str | Path, root: str | Path) -> Listing:
         class_names = {}
     classes = [class_names.get(c, str(c)) for c in range(max(values) + 1)]
     _check_class_names(classes, str(file))
-    return Listing(root, classes, Names(np.array([path.encode() for path in paths])), labels)
+    return LabeledFiles(root, Names(np.array([path.encode() for path in paths])), labels, classes)
 
 
 def entries(data: bytes, where: str) -> tuple[list[int], list[str], list[str | None]]:

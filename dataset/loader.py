@@ -7,8 +7,8 @@ on the training device. What is copied to the device is small: uint8 pixels and 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +23,14 @@ from dataset.rng import (
     REPLACE_X,
     VIEW_WEAK,
     VIEW_X,
-    permutation,
     shuffled,
     strong_stream_id,
     uniforms,
 )
+from dataset.samplers import ExactSampler, InfiniteSampler
 from dataset.source import BadImage, Files, Source
-from dataset.workers import PrefetchLoader
 from util.device import copy_async
 from util.errors import UserError
-from util.run.train_state import BadImages
 
 # What cpu_transform returns and device_transform takes: pixels [n, ...], then the parameters [n, k] of each
 # stage that is left for the device.
@@ -46,7 +44,8 @@ class View(NamedTuple):
 
     num_uniforms: int
     cpu_transform: Callable[[Sequence, np.ndarray], HostTensors]  # n images, uniforms [n, num_uniforms]
-    device_transform: Callable[[HostTensors], Tensor]  # -> normalized [n, c, h, w] float32
+    device_transform: Callable[[HostTensors], Tensor]  # -> normalized [n, c, side, side] float32
+    side: int  # in pixels
 
 
 class SplitId(NamedTuple):
@@ -77,6 +76,10 @@ class Data(NamedTuple):
     split: SplitId
     # fmt: on
 
+    def sides(self) -> tuple[int, ...]:
+        """Return the sides in pixels of the weak and the strong views."""
+        return tuple(view.side for view in (self.weak_view, *self.strong_views))
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the numbers of images, the classes and, in their order, the names of image
         files without folders. It does not depend on where the data are stored.
@@ -89,17 +92,13 @@ class Data(NamedTuple):
         return digest.hexdigest()
 
 
-class EvalData(Protocol):
-    """The test images of a data set; `Data` and `dataset.imagenet.Validation` have these fields."""
+class EvalData(NamedTuple):
+    """Test images without training images; the fields are named as those of `Data`."""
 
-    @property
-    def test_images(self) -> Source: ...  # [M]
-    @property
-    def test_labels(self) -> np.ndarray: ...  # [M] int64
-    @property
-    def eval_view(self) -> View: ...
-    @property
-    def classes(self) -> list[str]: ...  # [C]
+    test_images: Files  # [M]
+    test_labels: np.ndarray  # [M] int64
+    eval_view: View
+    classes: list[str]  # [C]
 
 
 class HostBatch(NamedTuple):
@@ -120,8 +119,8 @@ class Stream(Dataset):
     """An endless dataset: step -> HostBatch of one rank. A rank is a process here: all its virtual ranks.
 
     An epoch is one pass over the unlabeled images in random order, without the incomplete last step; or, with
-    `steps_per_epoch`, that many steps, while passes follow one another. The labeled images follow one another
-    in random permutations, across epochs. Ranks take adjacent slices of the same order.
+    `steps_per_epoch`, that many steps, while passes follow one another. dataset/samplers.py has the order of
+    the labeled images.
     """
 
     def __init__(
@@ -133,14 +132,24 @@ class Stream(Dataset):
         rank: int = 0,
         world: int = 1,
         steps_per_epoch: int = 0,
+        labeled_sampler: str = "infinite",
+        virtual_ranks: int = 1,
     ):
-        """batch_size: labeled images per step and process; mu: unlabeled images for each of them."""
+        """batch_size: labeled images per step and process; mu: unlabeled images for each of them.
+        virtual_ranks: of a process. Raises UserError if an epoch has fewer images than the sampler needs.
+        """
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         self.n_x, self.n_u = batch_size, batch_size * mu
         self.has_true_labels = bool((data.labels[data.unlabeled] >= 0).all())
-        steps_per_pass = len(data.unlabeled) // (self.n_u * world)
+        U, K, per_step = len(data.unlabeled), len(data.labeled), batch_size * world
+        steps_per_pass = U // (self.n_u * world)
         self.steps_per_epoch = steps_per_epoch or steps_per_pass
-        self.pass_length = len(data.unlabeled) if steps_per_epoch else steps_per_pass * self.n_u * world
+        pass_length = U if steps_per_epoch else steps_per_pass * self.n_u * world
+        self.unlabeled = InfiniteSampler(U, pass_length, (seed, ORDER_U))
+        self.labeled: InfiniteSampler | ExactSampler = InfiniteSampler(K, K, (seed, ORDER_X))
+        if labeled_sampler == "exact":
+            length = self.steps_per_epoch * per_step
+            self.labeled = ExactSampler(K, length, per_step, virtual_ranks, (seed, ORDER_X))
 
     def bank_ready(self, step: int) -> bool:
         """True from the first epoch that begins after every labeled image has been seen."""
@@ -148,28 +157,24 @@ class Stream(Dataset):
         return epoch_start > 0 and epoch_start * self.n_x * self.world >= len(self.data.labeled)
 
     def item_bytes(self) -> int:
-        """Return the size of an item's tensors."""
-        weak, *strong = (
-            view_bytes(self.data.images, v) for v in (self.data.weak_view, *self.data.strong_views)
-        )
-        return self.n_x * (weak + 16) + self.n_u * (
-            weak + sum(strong) + 8
-        )  # 16, 8: labels and indices, int64
+        """Return the size of an item's tensors; labels and indices are int64."""
+        views = (self.data.weak_view, *self.data.strong_views)
+        weak, *strong = (view_bytes(self.data.images, view) for view in views)
+        return self.n_x * (weak + 8 + 8) + self.n_u * (weak + sum(strong) + 8)
 
     # fmt: off
     def __getitem__(self, step: int) -> HostBatch:
         data = self.data
         bad: list[tuple[str, str]] = []
-        K, U = len(data.labeled), len(data.unlabeled)
-        index, passes = self._order(step, self.n_x, K, K, ORDER_X)                      # [B], [B]
+        index, passes = self.labeled.draw(step, self.n_x, self.rank, self.world)        # [B], [B]
         views = [(data.weak_view, VIEW_X)]
-        (x,), index = self._views(views, data.labeled, index, passes, self._same_class, REPLACE_X, bad)
+        (x,), index = self._views(views, data.labeled, index, passes, REPLACE_X, bad)
         y = torch.from_numpy(data.labels[data.labeled[index]])                          # [B]
 
-        u_index, passes = self._order(step, self.n_u, U, self.pass_length, ORDER_U)     # [muB], [muB]
+        u_index, passes = self.unlabeled.draw(step, self.n_u, self.rank, self.world)    # [muB], [muB]
         strong_views = [(view, strong_stream_id(v)) for v, view in enumerate(data.strong_views)]
         views = [(data.weak_view, VIEW_WEAK), *strong_views]
-        u_views, u_index = self._views(views, data.unlabeled, u_index, passes, None, REPLACE_U, bad)
+        u_views, u_index = self._views(views, data.unlabeled, u_index, passes, REPLACE_U, bad)
         u_weak, *u_strong = u_views
         true_labels = None
         if self.has_true_labels:
@@ -177,36 +182,19 @@ class Stream(Dataset):
         return HostBatch(x, y, torch.from_numpy(index), u_weak, tuple(u_strong), true_labels, bad)
     # fmt: on
 
-    def _order(
-        self, step: int, n: int, total: int, pass_length: int, stream_id: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the indices of this rank's n images of the step, in a list of `total`, and the pass of each:
-        [n], [n].
-
-        A pass uses the first `pass_length` images of a permutation of its own.
-        """
-        position = np.arange(n) + (step * self.world + self.rank) * n  # in the endless order of all ranks [n]
-        passes, position = np.divmod(position, pass_length)  # [n], [n]
-        index = np.empty(n, np.int64)
-        for number in np.unique(passes).tolist():
-            in_pass = passes == number  # [n]
-            index[in_pass] = permutation(total, self.seed, stream_id, number)[position[in_pass]]
-        return index, passes
-
     def _views(
         self,
         views: list[tuple[View, int]],
         rows: np.ndarray,
         index: np.ndarray,
         passes: np.ndarray,
-        candidates: Callable[[int], np.ndarray] | None,
-        stream_id: int,
+        replace_id: int,
         bad: list[tuple[str, str]],
     ) -> tuple[list[HostTensors], np.ndarray]:
         """Apply each view to images[rows[index]], at most `max_decoded` at a time.
 
         Also return the indices that were used after replacing unreadable images.
-        views: (view, stream id of its random numbers). candidates, stream_id, bad: see `_load`.
+        views: (view, stream id of its random numbers). replace_id, bad: see `_load`.
         """
         parts: list[list[HostTensors]] = [[] for _ in views]
         index = index.copy()
@@ -214,76 +202,37 @@ class Stream(Dataset):
         for chunk in np.split(np.arange(n), range(at_most, n, at_most)):
             images = []
             for i in chunk.tolist():
-                image, index[i] = self._load(int(index[i]), rows, candidates, stream_id, bad)
+                image, index[i] = self._load(int(index[i]), rows, replace_id, bad)
                 images.append(image)
-            for part, (view, view_stream_id) in zip(parts, views):
-                u = uniforms(rows[index[chunk]], view.num_uniforms, self.seed, view_stream_id, passes[chunk])
+            for part, (view, stream_id) in zip(parts, views):
+                u = uniforms(rows[index[chunk]], view.num_uniforms, self.seed, stream_id, passes[chunk])
                 part.append(view.cpu_transform(images, u))
         return [concatenate(part) for part in parts], index
 
-    def _same_class(self, index: int) -> np.ndarray:
-        labels = self.data.labels[self.data.labeled]  # [K]
-        return np.flatnonzero(labels == labels[index])
-
     def _load(
-        self,
-        index: int,
-        rows: np.ndarray,
-        candidates: Callable[[int], np.ndarray] | None,
-        stream_id: int,
-        bad: list[tuple[str, str]],
+        self, index: int, rows: np.ndarray, replace_id: int, bad: list[tuple[str, str]]
     ) -> tuple[object, int]:
         """Load images[rows[index]]; return it with its index.
 
-        An unreadable image is appended to `bad` and replaced by another one, always the same: one of
-        `candidates(index)` or, if that is None, of all images. Raises UserError if none of the first 1,000 of
-        these, in random order, can be read.
+        An unreadable image is appended to `bad` and replaced by another one, always the same: a labeled image
+        (`replace_id` is REPLACE_X) by one of its class. Raises UserError if none of the first 1,000 of these,
+        in random order, can be read.
         """
         source = self.data.images
         try:
             return source[int(rows[index])], index
         except BadImage as error:
             bad.append((source.name(int(rows[index])), str(error)))
-        others = candidates(index) if candidates else np.arange(len(rows))
-        for other in others[shuffled(len(others), self.seed, stream_id, index)][:1000].tolist():
+        others = np.arange(len(rows))
+        if replace_id == REPLACE_X:
+            labels = self.data.labels[rows]  # [K]
+            others = np.flatnonzero(labels == labels[index])
+        for other in others[shuffled(len(others), self.seed, replace_id, index)][:1000].tolist():
             try:
                 return source[int(rows[other])], other
             except BadImage:
                 pass  # it is reported when it is drawn itself
         raise UserError(f"{bad[-1][0]}: {bad[-1][1]}; fix or remove it: no other image could replace it")
-
-
-class ImageChunks(Dataset):
-    """chunk -> (tensors, rows [n], bad): images of a source in the view of an evaluation, `size` at a time.
-
-    Unreadable images are left out, because a replacement would count in the accuracy.
-    """
-
-    def __init__(self, source: Source, view: View, rows: np.ndarray, size: int = 256):
-        self.source, self.view = source, view
-        self.chunks = np.split(rows, range(size, len(rows), size))
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def item_bytes(self) -> int:
-        """Return the size of the tensors of the first chunk, which no other chunk exceeds."""
-        return len(self.chunks[0]) * (view_bytes(self.source, self.view) + 8)  # 8: a row, int64
-
-    def __getitem__(self, chunk: int) -> tuple[HostTensors, Tensor, list[tuple[str, str]]]:
-        parts, rows, bad = [], [], []
-        wanted, at_most = self.chunks[chunk], self.source.max_decoded
-        for few_rows in np.split(wanted, range(at_most, len(wanted), at_most)):
-            images = []
-            for row in few_rows.tolist():
-                try:
-                    images.append(self.source[row])
-                    rows.append(row)
-                except BadImage as error:
-                    bad.append((self.source.name(row), str(error)))
-            if images:
-                parts.append(self.view.cpu_transform(images, np.empty((len(images), 0))))
-        return concatenate(parts), torch.tensor(rows, dtype=torch.long), bad
 
 
 def concatenate(parts: Sequence[HostTensors]) -> HostTensors:
@@ -295,42 +244,6 @@ def view_bytes(source: Source, view: View) -> int:
     """Return the size of what `cpu_transform` returns for an image of `source`; it is the same for all."""
     image = Image.new("RGB", (256, 256)) if isinstance(source, Files) else source[0]
     return sum(tensor.nbytes for tensor in view.cpu_transform([image], np.zeros((1, view.num_uniforms))))
-
-
-class ImageLoader:
-    """Loads the given rows of a source, in order, in one view, any number of times."""
-
-    def __init__(self, source: Source, view: View, rows: np.ndarray, workers: int, device: torch.device):
-        chunks = ImageChunks(source, view, rows)
-        self.view, self.device = view, device
-        self.chunks = PrefetchLoader(
-            chunks,
-            range(len(chunks)),
-            workers,
-            pin_memory=device.type == "cuda",
-            item_bytes=chunks.item_bytes(),
-        )
-
-    def batches(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (x [n, c, h, w] on the device, rows [n]). Unreadable images go to `bad` instead."""
-        for tensors, rows, unreadable in self.chunks:
-            bad.add(unreadable)
-            if len(rows):
-                yield to_device(self.view, tensors, self.device), rows
-
-
-class EvalLoader:
-    """Loads a rank's share of the test images; every image is in exactly one share."""
-
-    def __init__(self, data: EvalData, rank: int, world: int, workers: int, device: torch.device):
-        share = np.arange(rank, len(data.test_labels), world)  # [m]
-        self.images = ImageLoader(data.test_images, data.eval_view, share, workers, device)
-        self.labels = torch.from_numpy(data.test_labels)  # [M]
-
-    def batches(self, bad: BadImages) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (x [n, c, h, w], y [n]) on the device. Unreadable images go to `bad` instead."""
-        for x, rows in self.images.batches(bad):
-            yield x, copy_async(self.labels[rows], x.device)
 
 
 def to_device(view: View, tensors: HostTensors, device: torch.device) -> Tensor:

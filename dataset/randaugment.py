@@ -6,7 +6,6 @@ signed op is negative with probability ½.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,12 +33,8 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
-def _translate_x(image: Image.Image, v: float) -> Image.Image:
-    return _affine(image, 1, 0, int(v * image.size[0]), 0, 1, 0)
-
-
-def _translate_y(image: Image.Image, v: float) -> Image.Image:
-    return _affine(image, 1, 0, 0, 0, 1, int(v * image.size[1]))
+def _translate(image: Image.Image, x: float, y: float) -> Image.Image:
+    return _affine(image, 1, 0, int(x * image.width), 0, 1, int(y * image.height))
 
 
 def _solarize_add(image: Image.Image, v: float) -> Image.Image:
@@ -47,66 +42,36 @@ def _solarize_add(image: Image.Image, v: float) -> Image.Image:
     return ImageOps.solarize(image.point([min(255, max(0, i + int(v))) for i in range(256)] * 3), 128)
 
 
-def _enhance(
-    enhancer: Callable[[Image.Image], ImageEnhance._Enhance], image: Image.Image, v: float
-) -> Image.Image:
-    return enhancer(image).enhance(v)
+def _ops(strength: float, bias: float, share: float) -> list[Op]:
+    """Return the operations in the order of the recipes. strength, bias: of the four enhancements; share: of
+    the side that a translation moves the image by.
+    """
 
+    def enhance(name: str, enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Op:
+        return Op(name, lambda image, v: enhancer(image).enhance(v), strength, bias)
 
-AUTOCONTRAST = Op("autocontrast", lambda image, v: ImageOps.autocontrast(image))
-EQUALIZE = Op("equalize", lambda image, v: ImageOps.equalize(image))
-IDENTITY = Op("identity", lambda image, v: image)
-INVERT = Op("invert", lambda image, v: ImageOps.invert(image))
-POSTERIZE = Op("posterize", lambda image, v: ImageOps.posterize(image, int(v)), 4, 4, integer=True)
-ROTATE = Op("rotate", lambda image, v: image.rotate(v), 30, signed=True)
-SHEAR_X = Op("shear_x", lambda image, v: _affine(image, 1, v, 0, 0, 1, 0), 0.3, signed=True)
-SHEAR_Y = Op("shear_y", lambda image, v: _affine(image, 1, 0, 0, v, 1, 0), 0.3, signed=True)
-SOLARIZE = Op("solarize", lambda image, v: ImageOps.solarize(image, 256 - int(v)), 256, integer=True)
-SOLARIZE_ADD = Op("solarize_add", _solarize_add, 110, signed=True, integer=True)
-
-
-def _enhancements(max: float, bias: float) -> list[Op]:
     return [
-        Op("brightness", partial(_enhance, ImageEnhance.Brightness), max, bias),
-        Op("color", partial(_enhance, ImageEnhance.Color), max, bias),
-        Op("contrast", partial(_enhance, ImageEnhance.Contrast), max, bias),
-        Op("sharpness", partial(_enhance, ImageEnhance.Sharpness), max, bias),
+        Op("autocontrast", lambda image, v: ImageOps.autocontrast(image)),
+        enhance("brightness", ImageEnhance.Brightness),
+        enhance("color", ImageEnhance.Color),
+        enhance("contrast", ImageEnhance.Contrast),
+        enhance("sharpness", ImageEnhance.Sharpness),
+        Op("equalize", lambda image, v: ImageOps.equalize(image)),
+        Op("identity", lambda image, v: image),
+        Op("invert", lambda image, v: ImageOps.invert(image)),
+        Op("posterize", lambda image, v: ImageOps.posterize(image, int(v)), 4, 4, integer=True),
+        Op("rotate", lambda image, v: image.rotate(v), 30, signed=True),
+        Op("shear_x", lambda image, v: _affine(image, 1, v, 0, 0, 1, 0), 0.3, signed=True),
+        Op("shear_y", lambda image, v: _affine(image, 1, 0, 0, v, 1, 0), 0.3, signed=True),
+        Op("solarize", lambda image, v: ImageOps.solarize(image, 256 - int(v)), 256, integer=True),
+        Op("solarize_add", _solarize_add, 110, signed=True, integer=True),
+        Op("translate_x", lambda image, v: _translate(image, v, 0), share, signed=True),
+        Op("translate_y", lambda image, v: _translate(image, 0, v), share, signed=True),
     ]
 
 
-def _translations(share: float) -> list[Op]:
-    return [
-        Op("translate_x", _translate_x, share, signed=True),
-        Op("translate_y", _translate_y, share, signed=True),
-    ]
-
-
-IMAGENET = [
-    AUTOCONTRAST,
-    *_enhancements(1.8, 0.1),
-    EQUALIZE,
-    IDENTITY,
-    INVERT,
-    POSTERIZE,
-    ROTATE,
-    SHEAR_X,
-    SHEAR_Y,
-    SOLARIZE,
-    SOLARIZE_ADD,
-    *_translations(0.45),
-]
-CIFAR = [
-    AUTOCONTRAST,
-    *_enhancements(0.9, 0.05),
-    EQUALIZE,
-    IDENTITY,
-    POSTERIZE,
-    ROTATE,
-    SHEAR_X,
-    SHEAR_Y,
-    SOLARIZE,
-    *_translations(0.3),
-]
+IMAGENET = _ops(1.8, 0.1, 0.45)
+CIFAR = [op for op in _ops(0.9, 0.05, 0.3) if op.name not in ("invert", "solarize_add")]
 OPS = {"imagenet": IMAGENET, "cifar": CIFAR}
 
 

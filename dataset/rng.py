@@ -33,9 +33,9 @@ def uniforms(
 
 
 @lru_cache(maxsize=8)
-def permutation(n: int, seed: int, stream_id: int, number: int) -> np.ndarray:
-    """Return the order [n] of the images in pass `number`, cached because all steps of the pass need it."""
-    return shuffled(n, seed, stream_id, number)
+def permutation(n: int, *key: int) -> np.ndarray:
+    """Return the order [n] of the images in a pass, cached because all steps of the pass need it."""
+    return shuffled(n, *key)
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:

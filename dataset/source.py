@@ -1,14 +1,15 @@
 """Sources of images: arrays in memory, or files, whose content is not trusted."""
 
 import io
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dataset.listing import Names
 from util.files import reason, special_file
 
 # Pillow refuses images of more than twice as many pixels: those above 17,000 × 17,000 may exhaust the memory.
@@ -51,6 +52,24 @@ class Arrays:
         return f"image {row}"
 
 
+class Names:
+    """A sequence of file names in one array. Every worker gets a copy; a list of strings would take three
+    times the memory.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.array = array  # [N] bytes of one width, that of the longest name
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, row: int) -> str:
+        return os.fsdecode(self.array[row])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self.array.tolist())
+
+
 class Files:
     """Image files below `root`, or wherever `read` finds them; [row] is a decoded RGB PIL image."""
 
@@ -87,6 +106,10 @@ class LabeledFiles(Files):
     def __init__(self, root: Path, names: Names, labels: np.ndarray, classes: list[str]):
         super().__init__(root, names)
         self.labels, self.classes = labels, classes
+
+    def select(self, rows: np.ndarray) -> "LabeledFiles":
+        """Return the images of these rows [n], with the same classes."""
+        return LabeledFiles(self.root, Names(self.names.array[rows]), self.labels[rows], self.classes)
 
 
 def decode(file: Path | bytes) -> Image.Image:

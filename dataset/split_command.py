@@ -57,18 +57,13 @@ def describe(splits: Sequence[Split]) -> str:
             )
     without_folders = any(not (np.char.find(s.names, b"/") >= 0).all() for s in splits)
     sets = [set((basenames(s.names) if without_folders else s.names).tolist()) for s in splits]
+    pairs = [*zip(splits, sets)]
     width = max(9, max(len(s.id) for s in splits)) + 2
     if len(splits) > 1:
         lines += ["images in common:", " " * width + "".join(s.id.rjust(width) for s in splits)]
+        lines += [a.id.ljust(width) + "".join(f"{len(x & y):,}".rjust(width) for y in sets) for a, x in pairs]
         lines += [
-            a.id.ljust(width) + "".join(f"{len(x & y):,}".rjust(width) for y in sets)
-            for a, x in zip(splits, sets)
-        ]
-        lines += [
-            f"{a.id} is contained in {b.id}"
-            for a, x in zip(splits, sets)
-            for b, y in zip(splits, sets)
-            if a is not b and x <= y
+            f"{a.id} is contained in {b.id}" for a, x in pairs for b, y in pairs if a is not b and x <= y
         ]
     return "\n".join(lines)
 

@@ -177,26 +177,15 @@ def find_rows(split: Split, names: np.ndarray, where: str = "the data set") -> n
 
 def complement(rows: np.ndarray, n: int) -> np.ndarray:
     """Return the rows among 0 … n − 1 that are not in `rows`, in order: int64."""
-    rest = np.ones(n, bool)
-    rest[rows] = False
-    return np.flatnonzero(rest)
+    return np.delete(np.arange(n), rows)
 
 
 def basenames(names: np.ndarray) -> np.ndarray:
     """Cut paths [N] bytes after their last "/" -> file names [N] bytes."""
-    names = np.ascontiguousarray(names)
-    letters = names.view(np.uint8).reshape(len(names), -1)  # [N, width]
-    row, column = np.divmod(np.flatnonzero(letters.reshape(-1) == ord("/")), letters.shape[1])
-    start = np.zeros(len(names), np.int64)  # [N]
-    start[row] = column + 1  # the last "/" of a row is assigned last, and stays
-    out = np.empty_like(names)
-    for first in np.flatnonzero(np.bincount(start)):  # the folders have only a few different lengths
-        same = start == first
-        out[same] = np.ascontiguousarray(letters[same, first:]).view(f"S{letters.shape[1] - first}")[:, 0]
-    return out
+    return np.array([name.rpartition(b"/")[2] for name in names.tolist()], bytes)
 
 
-def names_by_class(images: listing.Listing | LabeledFiles) -> dict[str, np.ndarray]:
+def names_by_class(images: LabeledFiles) -> dict[str, np.ndarray]:
     """Return a dict of class -> names [n] bytes, for `make`. Classes without images are left out."""
     order = np.argsort(images.labels, kind="stable")
     counts = np.bincount(images.labels, minlength=len(images.classes))  # [C]

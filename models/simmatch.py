@@ -265,13 +265,14 @@ RULES = (
     ),
     (
         "stale bank",
-        "a bank row is older than two passes over the labeled images, a row in use was never written, or "
-        "bank_drift is above 0.5 in the last 3 diagnostics events after warm-up",
+        "a bank row is older than two passes over the labeled images (three with --labeled-sampler exact), a "
+        "row in use was never written, or bank_drift is above 0.5 in the last 3 diagnostics events after "
+        "warm-up",
         "a larger --batch-size or a lower --lr",
         (
             0,
             "bank_age_max",
-            "value > 2 * bank_pass",
+            "value > (3 if exact else 2) * bank_pass",
             "the oldest bank row is {value} steps old; a pass over the labeled images takes {bank_pass} "
             "steps",
         ),

@@ -9,13 +9,15 @@ from dataset.loader import Stream
 from util.config import Config
 
 
+@pytest.mark.parametrize("sampler", ["infinite", "exact"])
 @pytest.mark.parametrize(
     "labels_per_class, batch_size, world",
     [(1, 10, 1), (1, 3, 1), (2, 7, 1), (4, 3, 2), (1, 12, 2), (3, 4, 3)],
 )
-def test_ages_equal_those_counted_step_by_step(labels_per_class, batch_size, world):
+def test_ages_equal_those_counted_step_by_step(labels_per_class, batch_size, world, sampler):
     data = build_data(Config(dataset="digits", cls=10, labels_per_class=labels_per_class), gpu=False)
-    ranks = [Stream(data, batch_size, 1, seed=5, rank=rank, world=world) for rank in range(world)]
+    steps = -(-46 // (batch_size * world))  # of an epoch, which ends within a pass
+    ranks = [Stream(data, batch_size, 1, 5, rank, world, steps, sampler) for rank in range(world)]
     written = np.full(len(data.labeled), -1)
     for step in range(24):
         for stream in ranks:

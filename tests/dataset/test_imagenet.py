@@ -13,12 +13,12 @@ from trees import cifar10, imagenet, picture
 
 from dataset import cifar as cifar_module
 from dataset import imagenet as imagenet_module
-from dataset import splits
+from dataset import source, splits
 from dataset.build import build_data
 from dataset.imagenet import ImagenetPercentV2
 from dataset.loader import Stream, to_device
 from dataset.workers import PrefetchLoader
-from util.config import Config
+from util.config import Config, parse
 from util.errors import UserError
 
 
@@ -42,6 +42,20 @@ def build(root, **fields):
         ),
         gpu=False,
     )
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "folder"])
+def test_multicrop_has_five_views_of_an_image_that_is_decoded_once(dataset, tmp_path, monkeypatch):
+    config = parse(["--checkpoint", "a.pth", "--multicrop", "--image-size", "64", "--dataset", dataset], "")
+    data = build(imagenet(tmp_path), dataset=dataset, image_size=64, strong=config.strong, device_views="on")
+    assert data.sides() == (64, 64, 55, 46, 34, 27)
+    decoded = []
+    monkeypatch.setattr(source, "to_rgb", lambda image: decoded.append(image) or image.convert("RGB"))
+    item = Stream(data, 2, 3, seed=0)[0]
+    assert len(decoded) == 2 + 6
+    views = zip(data.strong_views, item.u_strong, strict=True)
+    shapes = [tuple(to_device(view, raw, torch.device("cpu")).shape) for view, raw in views]
+    assert shapes == [(6, 3, side, side) for side in data.sides()[1:]]
 
 
 @pytest.mark.parametrize("flat_val", [False, True])

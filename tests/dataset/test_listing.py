@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dataset import listing, listing_cache
-from dataset.listing import Names, list_images, read_list, scan
+from dataset.listing import list_images, read_list, scan
+from dataset.source import Names
 from util.errors import UserError
 
 

@@ -9,8 +9,9 @@ import torch
 from trees import imagenet
 
 from dataset import digits
+from dataset.eval_loader import EvalLoader, ImageChunks
 from dataset.imagenet import build as imagenet_data
-from dataset.loader import Data, EvalLoader, ImageChunks, SplitId, Stream, View
+from dataset.loader import Data, SplitId, Stream, View
 from dataset.rng import (
     ORDER_U,
     ORDER_X,
@@ -57,8 +58,11 @@ def numbered(labeled, unlabeled, bad=(), bad_tests=()):
         1,
         lambda images, u: (torch.from_numpy(np.stack(images)[:, None] + u[:, :, None, None]),),
         lambda raw: raw[0],
+        2,
     )
-    eval_view = View(0, lambda images, u: (torch.from_numpy(np.stack(images)[:, None]),), lambda raw: raw[0])
+    eval_view = View(
+        0, lambda images, u: (torch.from_numpy(np.stack(images)[:, None]),), lambda raw: raw[0], 2
+    )
     return Data(
         images=Numbers(n, bad),
         labels=np.arange(n) % 3,

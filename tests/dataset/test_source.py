@@ -13,8 +13,7 @@ from PIL import EpsImagePlugin, Image, features
 from torch.utils.data import Dataset
 
 from dataset import source
-from dataset.listing import Names
-from dataset.source import Arrays, BadImage, Files, decode
+from dataset.source import Arrays, BadImage, Files, Names, decode
 from dataset.workers import PrefetchLoader
 
 H, W = 40, 64

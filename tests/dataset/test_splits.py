@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, one_line
 
 from dataset import split_command
-from dataset.listing import Listing, Names
+from dataset.source import LabeledFiles, Names
 from dataset.split_command import class_of, describe
 from dataset.splits import (
     PUBLISHED,
@@ -275,7 +275,7 @@ def test_a_share_of_each_class_is_drawn():
         assert [
             *Counter(map(class_of, split.names.tolist())).values()
         ] == expected and split.id == f"percent-{percent}-seed3"
-    gap = Listing(None, ["none", "b"], Names(np.array([b"b/1.png"])), np.array([1]))
+    gap = LabeledFiles("", Names(np.array([b"b/1.png"])), np.array([1]), ["none", "b"])
     assert make(names_by_class(gap), percent=1).names.tolist() == [b"b/1.png"]
 
 

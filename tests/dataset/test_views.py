@@ -12,11 +12,7 @@ from PIL import Image, ImageFilter
 
 from dataset import device_views, views
 from dataset.randaugment import CIFAR, IMAGENET, OPS, RandAugment
-from dataset.views import (
-    CIFAR10_NORM,
-    IMAGENET_NORM,
-    MULTICROP,
-    PIPELINES,
+from dataset.stages import (
     Blur,
     CenterCrop,
     Cutout,
@@ -26,9 +22,8 @@ from dataset.views import (
     PadCrop,
     ResizedCrop,
     Solarize,
-    photo_view,
-    pipeline,
 )
+from dataset.views import CIFAR10_NORM, IMAGENET_NORM, MULTICROP, PIPELINES, photo_view, photo_views, pipeline
 from util.errors import UserError
 
 N = 20_000
@@ -279,18 +274,20 @@ def test_evaluation_is_resize_and_center_crop():
     torch.testing.assert_close(x[0], TF.normalize(TF.to_tensor(expected), *IMAGENET_NORM), rtol=0, atol=1e-5)
 
 
-def test_moco_equals_torchvision_with_the_same_parameters():
-    """The stages of moco, applied one after the other with torchvision's functions."""
-    image, view = photo(300, 200), PIPELINES["moco"]
+@pytest.mark.parametrize("name", ["moco", *MULTICROP])
+def test_moco_and_multicrop_equal_torchvision_with_the_same_parameters(name):
+    """The stages, applied one after the other with torchvision's functions."""
+    image, view = photo(300, 200), PIPELINES[name]
+    size = MULTICROP.get(name, (224, ()))[0]
     rng = np.random.default_rng(1)
     for _ in range(10):
         u = rng.random((1, sum(stage.num_uniforms for stage in view)))
         x = image
-        box, flip, jitter, grayscale, blur = [
+        box, flip, jitter, grayscale, blur, *solarize = [
             stage.sample(part, np.array([[300.0, 200.0]]))[0].astype(np.float32)
             for stage, part in zip(view, np.split(u, np.cumsum([s.num_uniforms for s in view])[:-1], 1))
         ]
-        x = TF.resized_crop(x, int(box[1]), int(box[0]), int(box[3]), int(box[2]), [224, 224])
+        x = TF.resized_crop(x, int(box[1]), int(box[0]), int(box[3]), int(box[2]), [size, size])
         x = TF.hflip(x) if flip[0] else x
         if jitter[0]:
             for k in device_views.ORDERS[int(jitter[1])]:
@@ -299,6 +296,7 @@ def test_moco_equals_torchvision_with_the_same_parameters():
                 )
         x = TF.rgb_to_grayscale(x, 3) if grayscale[0] else x
         x = x.filter(ImageFilter.GaussianBlur(float(blur[1]))) if blur[0] else x
+        x = TF.solarize(x, 128) if solarize and solarize[0] else x
         ours = photo_view(view, IMAGENET_NORM, on_device=False)
         got = ours.device_transform(ours.cpu_transform([image], u))[0]
         torch.testing.assert_close(got, TF.normalize(TF.to_tensor(x), *IMAGENET_NORM), rtol=0, atol=1e-5)
@@ -394,6 +392,9 @@ def test_cifar_views_and_other_sizes_have_the_right_shape():
             32,
         )
     assert pipeline("eval", 56) == (CenterCrop(64, 56),)
+    for size, sides in ((224, [224, 192, 160, 120, 96]), (32, [32, 27, 23, 17, 14]), (1, [1] * 5)):
+        views = photo_views("weak", ",".join(MULTICROP), "eval", IMAGENET_NORM, True, size)
+        assert [view.side for view in views["strong_views"]] == sides and views["weak_view"].side == size
     with pytest.raises(UserError, match="unknown view 'strongest'"):
         pipeline("strongest")
 

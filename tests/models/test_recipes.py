@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 from dataset.loader import Data, Stream
+from dataset.views import MULTICROP
 from models import build_method
 from util.config import Config, parse, to_dict
 from util.errors import UserError
@@ -195,6 +196,7 @@ def test_the_published_flags_and_their_defaults():
         ("--schedule 10 20", "schedule", [10, 20]),
         ("--randaug", "strong", "rand"),
         ("--stack", "strong", "stack"),
+        ("--multicrop", "strong", ",".join(MULTICROP)),
         ("--norm BN", "norm", "BN"),
         ("--seed 5", "seed", 5),
         ("--eman --ema-m 0.99", "ema_m", 0.99),
@@ -213,6 +215,7 @@ def test_published_flags(flags, field, value):
     [
         ("--randaug --stack", "--randaug and --stack both choose"),
         ("--stack --strong moco", "--stack and --strong both choose"),
+        ("--multicrop --strong moco", "--multicrop and --strong both choose"),
         ("--norm SyncBN", "None or BN"),
         ("--checkpoint a/b.pth", "a file name"),
     ],

@@ -165,6 +165,7 @@ DIGITS = "dataset: digits\nlabels_per_class: 1\n"
         # the data set does not use it
         (DIGITS, "--strong rand", ["--strong", "dataset digits", "imagenet, cifar10, cifar100 and folder"]),
         (DIGITS, "--randaug", ["--randaug", "dataset digits"]),
+        (DIGITS, "--multicrop", ["--multicrop", "dataset digits"]),
         (DIGITS, "--strong no_such_view", ["--strong", "dataset digits"]),
         (DIGITS + "strong: rand", "", ["strong in ", "mine.yaml", "dataset digits"]),
         (DIGITS, "--weak moco", ["--weak", "dataset digits"]),

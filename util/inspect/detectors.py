@@ -45,6 +45,7 @@ class Check:
     event (an expression does not hold if one is missing or null), and:
     value, key: the value that is judged, and its name; weight: of its loss term, 0 if it is switched off
     C: number of classes; accuracy: of the teacher, in percent; ln: logarithm; shares: text of most or least
+    exact: whether an epoch has its own permutations of the labeled images
     n, s (in `what`): the number of bad events, and "s" if there are several
     """
 
@@ -65,6 +66,7 @@ class Check:
             "key": key,
             "weight": getattr(run.config, f"lambda_{key.partition('_')[2]}", 1),
             "C": run.config.cls,
+            "exact": run.config.labeled_sampler == "exact",
             "accuracy": _teacher_accuracy(run),
             "ln": math.log,
             "shares": _shares,

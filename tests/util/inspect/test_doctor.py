@@ -227,6 +227,8 @@ MORE_FAULTS = [  # rule, change, settings, whether the rule finds it
     ("start in the teacher", train(0), {"ema_m": 0.97}, True),
     ("start in the teacher", train(0), {"ema_m": 0.96}, False),
     ("start in the teacher", train(0), {"ema_m": 0.97, "epochs": 4}, False),
+    ("stale bank", diagnostics(1, bank_age_max=3), {"labeled_sampler": "exact"}, False),
+    ("stale bank", diagnostics(1, bank_age_max=4), {"labeled_sampler": "exact"}, True),
     ("stale bank", diagnostics(1, bank_unwritten=1), {}, True),
     ("stale bank", diagnostics(6, bank_unwritten=1, q_entropy=None), {}, False),
     ("stale bank", diagnostics(3, bank_drift=0.6), {}, True),
