@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from util.effect import without_effect
+from util.fields import defaults_of
 
 # Settings that do not change what a run computes.
 WITHOUT_EFFECT = ("output_dir", "workers", "save_freq")
@@ -41,12 +42,10 @@ def difference(a: Path, b: Path) -> str:
 
 def _state(folder: Path, name: str) -> dict[str, Any]:
     state = weights(folder, name)
-    unused = without_effect(SimpleNamespace(**state["config"]))
-    config = {
-        key: value
-        for key, value in state["config"].items()
-        if key not in WITHOUT_EFFECT and key not in unused
-    }
+    # A checkpoint of before has no value of a setting that came later.
+    config = {**defaults_of(state["config"]["method"]), **state["config"]}
+    unused = {*WITHOUT_EFFECT, *without_effect(SimpleNamespace(**config))}
+    config = {key: value for key, value in config.items() if key not in unused}
     return {**state, "config": config, "sha256": ""}  # the checksum depends on them
 
 

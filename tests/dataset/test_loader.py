@@ -217,7 +217,7 @@ def test_every_test_image_is_in_one_share(world, workers):
 def test_the_size_of_an_item_is_that_of_its_tensors(tmp_path):
     imagenet(tmp_path)
     photos = [
-        imagenet_data(str(tmp_path), "", 1, 0, 0, "weak", "moco,multicrop_96", size, on_device)
+        imagenet_data(str(tmp_path), "", 1, 0, 0, "weak", "moco,multicrop_96", size, on_device, "")
         for size, on_device in ((32, True), (48, False))
     ]
     for data in (digits.build(labels_per_class=3, seed=0), *photos):

@@ -408,7 +408,7 @@ def test_the_shared_rules_name_no_value_of_a_method():
 def test_the_rules_of_a_method_name_values_of_its_log(method):
     module, _, kind = models.METHODS[method].partition(":")
     own = set(getattr(import_module(module), kind).diagnostic_names)
-    known = own | {*PSEUDO_LABEL_KEYS, "value", "accuracy", "C", "n", "s", "ln"}
+    known = own | {*PSEUDO_LABEL_KEYS, "value", "accuracy", "C", "n", "s", "ln", "exact"}
     for _, _, _, *checks in METHODS[method].rules:
         for _, key, bad, what in checks:
             names = {*compile(bad, "", "eval").co_names, *compile(f"f{what!r}", "", "eval").co_names}
