@@ -199,10 +199,8 @@ def test_a_published_simmatchv2_command_is_the_recipe(weight, share, name):
         key: typed[key] for key in typed if key not in WHERE
     }
     assert typed["output_dir"] == f"checkpoints/300ep-res50-{name}"
-    evaluate = (
-        f"--method simmatchv2 --evaluate --anno-percent {share} --norm_feat --k 256 --checkpoint x/y.pth"
-    )
-    assert parse(evaluate.split(), "").evaluate
+    evaluate = f"--method simmatchv2 --evaluate --anno-percent {share} --norm_feat --k 256"
+    assert parse([*evaluate.split(), "--checkpoint", "x/y.pth"], "").evaluate
 
 
 def test_simmatchv2_has_its_published_defaults():
