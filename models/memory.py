@@ -124,7 +124,7 @@ class EMAPrior(nn.Module):
     def __init__(self, num_classes: int, m: float):
         super().__init__()
         self.da: Tensor
-        self.register_buffer("da", torch.full((num_classes,), 1 / num_classes))  # [C]
+        self.register_buffer("da", torch.ones(num_classes) / num_classes)  # [C]
         self.m = m
 
     def forward(self, log_p: Tensor) -> Tensor:

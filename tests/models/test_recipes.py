@@ -147,8 +147,9 @@ def test_the_published_evaluation_commands(share, name):
 
 
 V2 = (
-    "--method simmatchv2 --norm_feat --multicrop --alpha 0.1 --topn 128 --k 256 --lambda_nn 10 --lambda_ee {0} "
-    "--lambda_ne {0} --DA --da_m 0.9 --t 0.1 --fp16 --nesterov --lr 0.03 --epochs 300 --cos --warmup-epoch 5 "
+    "--method simmatchv2 --norm_feat --multicrop --alpha 0.1 --topn 128 --k 256 --lambda_nn 10 "
+    "--lambda_ee {0} --lambda_ne {0} --DA --da_m 0.9 --t 0.1 --fp16 --nesterov --lr 0.03 --epochs 300 "
+    "--cos --warmup-epoch 5 "
     "--anno-percent {1} --checkpoint checkpoints/300ep-res50-{2}.pth"
 )
 
