@@ -189,7 +189,7 @@ class SimMatchV2(Method):
         p = targets.p  # [muB, C]
         log_e_w, R = self.log_edges(targets.z_uw), len(self.queue.z)  # [muB, R]
         out = {
-            "queue_filled": p.new_tensor(self.queue.filled / R),
+            "queue_filled": p.new_full((), self.queue.filled / R),
             "edge_entropy": cross_entropy(log_e_w.exp(), log_e_w).mean() / math.log(max(R, 2)),
             "node_change": (self.propagate(targets) - p).abs().sum(dim=1).mean() / (2 * self.alpha or 1),
         }

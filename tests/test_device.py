@@ -24,6 +24,7 @@ DIGITS = (
 METHODS = {
     "simmatch": [],
     "simmatch, eman": ["--method", "simmatch", "--eman"],
+    "simmatchv2": ["--method", "simmatchv2", "--topn", "10", "--strong-views", "2", "--k", "2"],
     "single": ["--method", "simmatch_single"],
     "fixmatch": ["--method", "fixmatch"],
     "fixmatch, eman": ["--method", "fixmatch", "--eman"],

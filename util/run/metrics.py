@@ -109,7 +109,7 @@ class Meter:
             values["skipped"] = skipped
         self.names += tuple(name for name in values if name not in self.names)
         self.steps.append(step)
-        left_out = values["loss"].new_tensor(math.nan)
+        left_out = values["loss"].new_full((), math.nan)  # without a copy from the host
         self.rows.append(torch.stack([values.get(name, left_out).float() for name in self.names]))
 
     def state_dict(self) -> dict[str, Any]:
