@@ -1,4 +1,4 @@
-"""SimMatch, FixMatch and supervised on the digits: python benchmark/digits.py [--jobs 2] [--write README.md]
+"""All methods on the digits: python benchmark/digits.py [--jobs 2] [--write README.md]
 
 Trains every method with 10 and 40 labels and every seed by calling train_semi.py, and prints a table with the
 mean ± standard deviation over seeds of the final student's top-1. Finished runs in --runs are not repeated.
@@ -26,7 +26,13 @@ from util.config import changed_settings, parse, read_yaml  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 from util.inspect.report import read_evaluated_run  # noqa: E402
 
-METHODS = {"simmatch": "SimMatch", "fixmatch": "FixMatch", "supervised": "supervised"}
+METHODS = {
+    "simmatch": "SimMatch",
+    "simmatchv2": "SimMatchV2",
+    "fixmatch": "FixMatch",
+    "supervised": "supervised",
+}
+CONFIGS = dict.fromkeys(METHODS, "configs/digits.yaml") | {"simmatchv2": "configs/simmatchv2_digits.yaml"}
 LABELS = {1: "10 labels", 4: "40 labels"}
 MARKS = "<!-- digits table: written by benchmark/digits.py -->", "<!-- end of digits table -->"
 
@@ -35,14 +41,14 @@ def train(folder: Path, method: str, labels_per_class: int, seed: int, threads: 
     """Train one run, unless `folder` holds it -> (top-1 of the final student, seconds of the process)."""
     seconds = folder / "seconds"
     flags = [
-        *("--config", str(ROOT / "configs" / "digits.yaml"), "--output-dir", str(folder)),
+        *("--config", str(ROOT / CONFIGS[method]), "--output-dir", str(folder)),
         *("--method", method, "--labels-per-class", str(labels_per_class), "--seed", str(seed)),
         *("--eval-freq", "1000000"),
     ]
     if seconds.exists():
         if changed_settings(read_yaml(str(folder / "config.yaml")), parse(flags, "")):
             raise UserError(
-                f"{folder} holds a run with other settings than configs/digits.yaml has now: "
+                f"{folder} holds a run with other settings than {CONFIGS[method]} has now: "
                 "choose another --runs"
             )
     else:
