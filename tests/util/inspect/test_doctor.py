@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import models
 from models import SimMatch
+from models.simmatchv2 import SimMatchV2
 from util import fields
 from util.config import Config, read_yaml, to_yaml
 from util.fields import METHODS
@@ -389,10 +390,14 @@ def test_a_run_without_events_is_not_judged(mistake, tmp_path, monkeypatch, caps
 def test_the_docs_have_every_rule_and_key():
     text = (ROOT / "docs" / "DOCTOR.md").read_text()
     rows = re.findall(r"^\| (.+?) \| (.+) \| (.+) \|$", text.partition("## The rules")[2], re.M)
-    rules = [(rule.name, rule.description, rule.advice) for rule in SIMMATCH_RULES]
+    both = SIMMATCH_RULES + rules_of("simmatchv2")[len(RULES) :]
+    rules = [(rule.name, rule.description, rule.advice) for rule in both]
     assert [row for row in rows if row[0] != "rule"] == rules
     assert f"bank in use: {NOTE}" in " ".join(text.split())
     keys = text.partition("## The event")[2].partition("## The rules")[0]
+    keys, _, keys_v2 = keys.partition("| key of SimMatchV2")
+    own = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.+?) \|", keys_v2, re.M)))
+    assert own == [name for name in SimMatchV2.diagnostic_names if name != "prior_kl"]
     assert re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.+?) \|", keys, re.M))) == event_keys(
         SimMatch.loss_names, SimMatch.diagnostic_names
     )
