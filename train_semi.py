@@ -2,10 +2,9 @@
 [--field value …]
 """
 
-import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,6 @@ from dataset.workers import PrefetchLoader, check_shared_memory
 from eval import OVERRIDES, evaluate_checkpoint
 from models import (
     Batch,
-    Method,
     build_method,
     build_optimizer,
     configure_execution,
@@ -47,8 +45,8 @@ from util.run.cadence import Throughput, due_after
 from util.run.lock import RunLock
 from util.run.log import LEFT_OUT, REPLACED, Logger
 from util.run.memory import check_memory, memory_of
-from util.run.metrics import Meter, count_hits, join_hits
-from util.run.output_dir import init_output_dir
+from util.run.metrics import Meter, accuracies
+from util.run.output_dir import best_checkpoint, init_output_dir, last_checkpoint
 from util.run.ranks import RankLayout, plan_ranks, plan_ranks_on_resume
 from util.run.resume import (
     check_moco_path,
@@ -139,7 +137,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     if config.checkpoint and found is None:
         warnings.append(f"{last} does not exist: a new run starts and writes it")
     if dist_utils.rank() == 0:
-        warnings.append(init_output_dir(out, last.parent, to_yaml(config), new_run=found is None))
+        warnings.append(init_output_dir(out, last.parent, best, to_yaml(config), new_run=found is None))
         warnings += start_warnings(config, data, stream.steps_per_epoch) if start == 0 else []
     log = Logger(out, start, run.total, dist_utils.rank() == 0, config.on_save_error, state.evaluation_due)
     describe_run(run, state, log, warnings)
@@ -353,7 +351,10 @@ def evaluate_state(
     """
     dist_utils.begin_phase(f"step {state.step}: evaluation")
     unreadable = BadImages(run.config.on_bad_image)
-    scores = accuracies(state.method, eval_loader.batches(unreadable), run.config.cls, run.device)
+    networks = {"student": state.method.student, "teacher": state.method.teacher.net}
+    state.method.eval()
+    scores = accuracies(networks, eval_loader.batches(unreadable), run.config.cls, run.device)
+    state.method.train()
     if scores is None:
         return False
     log.eval(state.step, state.step // run.stream.steps_per_epoch, scores)
@@ -367,49 +368,10 @@ def evaluate_state(
     return True
 
 
-def last_checkpoint(config: Config) -> Path:
-    """Return the path of the checkpoint that the run resumes from."""
-    if config.checkpoint:
-        return user_path(
-            config.checkpoint if "/" in config.checkpoint else f"checkpoints/{config.checkpoint}"
-        )
-    return user_path(config.output_dir) / "last.pth"
-
-
-def best_checkpoint(config: Config, last: Path) -> Path:
-    """Return the path of the checkpoint with the best score, where the published program has it too."""
-    named = "/" in config.checkpoint
-    return last.with_stem(f"{last.stem}_best") if named else user_path(config.output_dir) / "best.pth"
-
-
 def overrides(config: Config) -> dict[str, Any]:
     """Return the fields OVERRIDES that differ from their defaults: they replace those of the checkpoint."""
     defaults = defaults_of(config.method)
     return {name: value for name in OVERRIDES if (value := getattr(config, name)) != defaults[name]}
-
-
-def accuracies(
-    method: Method, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device
-) -> dict[str, float] | None:
-    """Return student_top1, student_top5, teacher_top1 and teacher_top5, in percent, or None if a signal has
-    asked the run to stop meanwhile.
-
-    All ranks must call it; they first take over rank 0's BN statistics.
-    batches: this rank's (x [n, c, h, w], y [n]); the accuracy is that over the batches of all ranks.
-    """
-    method.eval()
-    networks = {"student": method.student, "teacher": method.teacher.net}
-    for network in networks.values():
-        dist_utils.broadcast_buffers(network)
-    until_stop = itertools.takewhile(lambda batch: not preempt.stop_requested(), batches)
-    hits = count_hits(list(networks.values()), until_stop, num_classes, device)
-    method.train()
-    if dist_utils.any_rank(preempt.stop_requested()):
-        return None
-    scores = {}
-    for name, result in zip(networks, join_hits(hits)):
-        scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
-    return scores
 
 
 def describe_run(run: Run, state: TrainState, log: Logger, warnings: list[str]) -> None:
@@ -431,8 +393,7 @@ def describe_run(run: Run, state: TrainState, log: Logger, warnings: list[str]) 
         log.print_line(f"continues from {run.last} at step {start}: {remaining}")
     else:
         best = best_checkpoint(config, run.last)
-        files = "config.yaml, log.jsonl, tb/" + (", best.pth" if best.name == "best.pth" else f"; {best}")
-        log.print_line(f"writes {config.output_dir}: {files}; and {run.last}")
+        log.print_line(f"writes {config.output_dir}: config.yaml, log.jsonl, tb/; {best} and {run.last}")
     log.log_start(start, *run.identity.split)
 
 

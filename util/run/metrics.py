@@ -1,16 +1,18 @@
 """Accuracy over a data set, and means of what training steps report."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from util import dist_utils
 from util.device import copy_async
 from util.errors import UserError
+from util.run import preempt
 
 
 class Accuracy(NamedTuple):
@@ -60,6 +62,30 @@ def join_hits(counts: Tensor) -> list[Accuracy]:
             )
         )
     return out
+
+
+def accuracies(
+    networks: dict[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+) -> dict[str, float] | None:
+    """Return NAME_top1 and NAME_top5 of each network, in percent, or None if a signal has asked the run to
+    stop meanwhile.
+
+    All ranks must call it; they first take over rank 0's BN statistics. networks: in eval mode. batches: this
+    rank's (x [n, c, h, w], y [n]); the accuracy is that over the batches of all ranks.
+    """
+    for network in networks.values():
+        dist_utils.broadcast_buffers(network)
+    until_stop = itertools.takewhile(lambda batch: not preempt.stop_requested(), batches)
+    hits = count_hits(list(networks.values()), until_stop, num_classes, device)
+    if dist_utils.any_rank(preempt.stop_requested()):
+        return None
+    scores = {}
+    for name, result in zip(networks, join_hits(hits)):
+        scores[f"{name}_top1"], scores[f"{name}_top5"] = result.top1, result.top5
+    return scores
 
 
 class Meter:

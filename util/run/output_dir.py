@@ -1,24 +1,42 @@
-"""The output directory of a run."""
+"""The output directory of a run, and its checkpoints, which may be elsewhere."""
 
 import os
 from pathlib import Path
 
+from util.config import Config
 from util.errors import UserError
-from util.files import write_atomically
+from util.files import user_path, write_atomically
 
 
-def init_output_dir(output_dir: Path, checkpoint_dir: Path, config_yaml: str, new_run: bool) -> str:
+def last_checkpoint(config: Config) -> Path:
+    """Return the path of the checkpoint that the run resumes from."""
+    if not config.checkpoint:
+        return user_path(config.output_dir) / "last.pth"
+    return user_path(config.checkpoint if "/" in config.checkpoint else f"checkpoints/{config.checkpoint}")
+
+
+def best_checkpoint(config: Config, last: Path) -> Path:
+    """Return the path of the checkpoint with the best score; it is beside a --checkpoint that is a path, as
+    in the published SimMatchV2.
+    """
+    named = "/" in config.checkpoint
+    return last.with_stem(f"{last.stem}_best") if named else user_path(config.output_dir) / "best.pth"
+
+
+def init_output_dir(
+    output_dir: Path, checkpoint_dir: Path, best: Path, config_yaml: str, new_run: bool
+) -> str:
     """Make both directories and write config.yaml into the first. Raises UserError if that is not possible.
 
-    new_run: whether nothing is resumed; if so, log.jsonl, best.pth and another config.yaml, of an earlier run
-    or of the user, are renamed and not overwritten. Return a line that names them, or "".
+    new_run: whether nothing is resumed; if so, log.jsonl, the file `best` and another config.yaml, of an
+    earlier run or of the user, are renamed and not overwritten. Return a line that names them, or "".
     """
     archived = []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
         config_file = output_dir / "config.yaml"
-        for path in (output_dir / "log.jsonl", output_dir / "best.pth", config_file):
+        for path in (output_dir / "log.jsonl", best, config_file):
             same = path == config_file and path.is_file() and path.read_bytes() == config_yaml.encode()
             if new_run and path.exists() and path.stat().st_size and not same:
                 names = (path.with_name(f"{path.name}.old{n}") for n in range(1, 10**6))

@@ -35,15 +35,15 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_a_new_run_archives_the_files_of_an_earlier_run(tmp_path):
-    assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == ""
+    assert init_output_dir(tmp_path, tmp_path, tmp_path / "best.pth", "a: 1\n", new_run=True) == ""
     for number in (1, 2):
         log = Logger(tmp_path, start=0, total=50, active=True)
         log.log_start(0, "a split", "12")
         log.train(10, 1, 5, VALUES)
         log.close()
         (tmp_path / "best.pth").write_text(f"model {number}")
-        assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=False) == ""
-        renamed = init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True)
+        assert init_output_dir(tmp_path, tmp_path, tmp_path / "best.pth", "a: 1\n", new_run=False) == ""
+        renamed = init_output_dir(tmp_path, tmp_path, tmp_path / "best.pth", "a: 1\n", new_run=True)
         assert renamed.endswith(f" were renamed: log.jsonl.old{number}, best.pth.old{number}")
         assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / "best.pth").exists()
         assert (tmp_path / f"log.jsonl.old{number}").read_text().count("\n") == 2
@@ -52,11 +52,13 @@ def test_a_new_run_archives_the_files_of_an_earlier_run(tmp_path):
 
 def test_a_config_of_the_user_is_renamed(tmp_path):
     (tmp_path / "config.yaml").write_text("# mine\na: 1\n")
-    renamed = init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True)
+    renamed = init_output_dir(tmp_path, tmp_path, tmp_path / "best.pth", "a: 1\n", new_run=True)
     assert renamed.endswith(" were renamed: config.yaml.old1")
     assert (tmp_path / "config.yaml.old1").read_text() == "# mine\na: 1\n"
-    assert init_output_dir(tmp_path, tmp_path, "a: 1\n", new_run=True) == ""
-    assert init_output_dir(tmp_path, tmp_path, "b: 1\n", new_run=False) == ""  # a resumed run
+    assert init_output_dir(tmp_path, tmp_path, tmp_path / "best.pth", "a: 1\n", new_run=True) == ""
+    assert (
+        init_output_dir(tmp_path, tmp_path, tmp_path / "best.pth", "b: 1\n", new_run=False) == ""
+    )  # a resumed run
 
 
 def test_bad_images_are_listed(tmp_path, capsys):
