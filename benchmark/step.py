@@ -7,10 +7,11 @@ ratio of the pixels that pass a network, of which those that have a backward cou
 instead times the parts of SimMatchV2's loss by themselves, and the node propagation in three ways.
 """
 
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +20,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from benchmark.digits import machine  # noqa: E402
 from models import Batch, Method, build_method, build_optimizer, configure_execution, train_step  # noqa: E402
-from models.simmatchv2 import propagate, series_length  # noqa: E402
+from models.simmatchv2 import SimMatchV2, Targets, propagate, series_length  # noqa: E402
 from util.config import Config, parse  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
@@ -46,7 +47,8 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def full_queue(method: Method) -> None:
     """Write every row of the queue, if the method has one."""
     if queue := getattr(method, "queue", None):
-        queue.p.copy_(torch.softmax(torch.randn_like(queue.p), dim=1))
+        queue.p.uniform_()
+        queue.p /= queue.p.sum(dim=1, keepdim=True)  # in place, so that no temporary sets the peak of memory
         queue.filled = len(queue.p)
 
 
@@ -77,66 +79,94 @@ def predicted(sides: list[int]) -> float:
     return (one_view + 3 * n * sum(area[1:])) / one_view
 
 
+class Outputs(nn.Module):
+    """A student whose forwards return the given outputs one after the other."""
+
+    def __init__(self, outputs: Iterable[tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.outputs = iter(outputs)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return next(self.outputs)
+
+
+def peak_megabytes(device: torch.device) -> float:
+    """Return the most memory so far: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
 def parts(config: Config, labeled: int, device: torch.device, turns: int) -> None:
-    """Print the times of the parts of the loss, and the memory of the state."""
+    """Print the times of the loss without the networks, and of propagation in three ways; and the memory."""
     torch.manual_seed(0)
-    n, C, D, R = B * MU, config.cls, config.dim, config.k * B * MU * RANKS
+    n, C, D, views = B * MU, config.cls, config.dim, len(SHARES)
+    config.backbone = "small_encoder"
+    labels = torch.arange(labeled) % C  # [K]
+    method = build_method(config, 3, labels, n * RANKS).to(device)
+    assert isinstance(method, SimMatchV2)
+    bank, queue = method.bank, method.queue
 
     def unit(rows: int) -> Tensor:
         return F.normalize(torch.randn(rows, D, device=device), dim=1)  # [rows, D]
 
     z, p = unit(n), torch.softmax(torch.randn(n, C, device=device), dim=1)  # [n, D], [n, C]
-    bank, labels = unit(labeled), torch.arange(labeled, device=device) % C  # [K, D], [K]
-    queue, queue_p = unit(R), torch.softmax(torch.randn(R, C, device=device), dim=1)  # [R, D], [R, C]
-    z_s = unit(5 * n).requires_grad_()  # [5n, D]
+    logits_s = torch.randn(B + views * n, C, device=device, requires_grad=True)  # [B+5n, C]
+    z_s = unit(B + views * n).requires_grad_()  # [B+5n, D]
+    sizes = [B + n, *[n] * (views - 1)]
+    index = torch.arange(B, device=device)
+    batch = Batch(z[:B], index, index, z, (z,) * views)
+    targets = Targets(z[:B], z, p, None)
+    full_queue(method)
 
-    def edges() -> None:
-        e_w = torch.softmax(z @ queue.T / config.t, dim=1)  # [n, R]
-        log_e_s = torch.log_softmax(z_s @ queue.T / config.t, dim=1)  # [5n, R]
-        loss = -(e_w * log_e_s.unflatten(0, (-1, n))).sum(-1).mean()
-        n_s = log_e_s.exp() @ queue_p  # [5n, C]
-        (loss - (p * n_s.clamp_min(1e-38).log().unflatten(0, (-1, n))).sum(-1).mean()).backward()
+    def loss() -> None:
+        student = Outputs(zip(logits_s.split(sizes), z_s.split(sizes)))
+        losses = method.losses(batch, targets, student, bank_ready=True).losses
+        torch.stack([*losses.values()]).sum().backward()
 
     def explicit(solve: bool, alpha: float) -> None:
-        nearest = (z @ bank.T).topk(config.topn, dim=1).indices  # [n, topn]
-        nodes = torch.cat([z[:, None], bank[nearest]], dim=1)  # [n, topn+1, D]
+        nearest = (z @ bank.z.T).topk(config.topn, dim=1).indices  # [n, topn]
+        nodes = torch.cat([z[:, None], bank.z[nearest]], dim=1)  # [n, topn+1, D]
         similarities = nodes @ nodes.transpose(1, 2) / config.t  # [n, topn+1, topn+1]
         similarities.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         system = torch.eye(config.topn + 1, device=device) - alpha * similarities.softmax(dim=2)
-        first = F.one_hot(torch.zeros(n, dtype=torch.long), config.topn + 1).float()[..., None].to(device)
+        first = F.one_hot(torch.zeros(n, dtype=torch.long, device=device), config.topn + 1).float()
         if solve:
-            torch.linalg.solve_ex(system.transpose(1, 2), first)
+            torch.linalg.solve_ex(system.transpose(1, 2), first[..., None])
         else:
             torch.linalg.inv_ex(system)
 
-    calls: dict[str, Callable[[], object]] = {"edges of six views, with their backward": edges}
+    before = peak_megabytes(device)
+    loss()
+    temporaries = peak_megabytes(device) - before
+    calls: dict[str, Callable[[], object]] = {"the loss of five views, with its backward": loss}
     for alpha in (0.1, 0.9):
-        terms = series_length(alpha, torch.float32)
+        terms, settings = series_length(alpha, torch.float32), dict(topn=config.topn, t=config.t, alpha=alpha)
         calls |= {
             f"propagation, alpha {alpha}: series of {terms} terms (used)": partial(
-                propagate, z, p, bank, labels, topn=config.topn, t=config.t, alpha=alpha
+                propagate, z, p, bank.z, bank.labels, **settings
             ),
             f"propagation, alpha {alpha}: one row solved": partial(explicit, True, alpha),
             f"propagation, alpha {alpha}: inverse": partial(explicit, False, alpha),
         }
+    for name, values in in_turn(calls, device, turns).items():
+        print(f"{1000 * statistics.median(values):8.1f} ms  {name}")
+    print(f"medians of {turns} turns; topn {config.topn}, {n} images, K = {labeled:,}, R = {len(queue.z):,}")
+    print(f"{sum(value.nbytes for value in bank.buffers()) / 1e6:8.1f} MB  bank")
+    print(f"{sum(value.nbytes for value in queue.buffers()) / 1e6:8.1f} MB  queue")
+    print(f"{temporaries:8.1f} MB  most memory in use during the first loss and backward, beyond that before")
+
+
+def in_turn(
+    calls: dict[str, Callable[[], object]], device: torch.device, turns: int
+) -> dict[str, list[float]]:
+    """Call each in turn -> the seconds of each, without the first turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
         for name, call in calls.items():
             if (taken := seconds(call, device)) and turn:
                 times[name].append(taken)
-    for name, values in times.items():
-        print(f"{1000 * statistics.median(values):8.1f} ms  {name}")
-    print(f"medians of {turns} turns; topn {config.topn}, {n} images, K = {labeled:,}, R = {R:,}")
-    megabytes = {
-        "bank": bank.nbytes + labels.nbytes,
-        "queue": queue.nbytes + queue_p.nbytes,
-        "edges of a strong view [muB, R], of which the backward keeps two for each view": 4 * n * R,
-        "similarities of the graph [muB, topn+1, topn+1]": 4 * n * (config.topn + 1) ** 2,
-    }
-    for name, size in megabytes.items():
-        print(f"{size / 1e6:8.1f} MB  {name}")
-    if device.type == "cuda":
-        print(f"{torch.cuda.max_memory_allocated() / 1e6:8.1f} MB  most of the device's memory in use")
+    return times
 
 
 def main() -> None:
@@ -161,11 +191,7 @@ def main() -> None:
         "simmatch": stepper(recipe("imagenet_1p"), sides[:1], args.labeled, device),
         "simmatchv2": stepper(recipe("simmatchv2_1p"), sides, args.labeled, device),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(args.turns + 1):
-        for name, step in steps.items():
-            if (taken := seconds(step, device)) and turn:
-                times[name].append(taken)
+    times = in_turn(steps, device, args.turns)
     for name, values in times.items():
         print(f"{name}: {statistics.median(values):.3f} s a step ({min(values):.3f}–{max(values):.3f})")
     ratio = statistics.median(b / a for a, b in zip(*times.values()))

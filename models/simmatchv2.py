@@ -170,7 +170,8 @@ class SimMatchV2(Method):
 
     def log_edges(self, z: Tensor) -> Tensor:
         """Embeddings z [n, D] -> log e [n, R]: how similar each is to the R rows of the queue."""
-        return torch.log_softmax(z @ self.queue.z.T / self.t, dim=1)
+        # The temperature divides z and not the larger product.
+        return torch.log_softmax(z / self.t @ self.queue.z.T, dim=1)
 
     def propagate(self, targets: Targets) -> Tensor:
         """Return the pseudo-labels [muB, C] of one rank after node propagation over the bank."""
