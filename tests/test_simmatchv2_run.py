@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -235,6 +236,46 @@ def check_log_and_reports(folder, command):
             assert all(isinstance(event[name], float) for name in SimMatchV2.loss_names), event
     done = command("-m", "util.doctor", folder)
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
-    done = command("-m", "util.report", folder, "--output", folder / "report.html")
-    assert done.returncode == 0, done.stderr
-    assert "loss_ne" in (folder / "report.html").read_text(encoding="utf-8")
+    done = command("-m", "util.report", folder, "--curves", folder / "curves.png")
+    assert done.returncode == 0 and "| simmatchv2 | " in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name, value", [("loss_ne", 3e38), ("loss_x", 1000.0)])
+def test_a_loss_in_fp16_that_is_not_finite_stops_the_run_in_one_line(name, value, mistake, tmp_path):
+    flag = ["--lr", value] if name == "loss_x" else ["--lambda-ne", value]
+    flags = [*SHORT, "--fp16", "--print-freq", "1", *flag, "--output-dir", tmp_path]
+    mistake(train_semi.main, flags, f"error: {name} is ", "training stops and keeps the last checkpoint")
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_and_counted_but_the_teacher_is_averaged(
+    monkeypatch, tmp_path
+):
+    """The scale is so large that the gradients of the last three of four steps overflow."""
+    take, states = train_semi.train_step, []
+
+    def step(method, student, optimizer, batches, *, step, scaler, **how):
+        if step == 1:
+            scaler.update(2.0**120)
+        states.append({key: value.clone() for key, value in method.state_dict().items()})
+        return take(method, student, optimizer, batches, step=step, scaler=scaler, **how)
+
+    monkeypatch.setattr(train_semi, "train_step", step)
+    monkeypatch.setattr(train_semi.torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=16.0))
+    flags = ["--fp16", "--epochs", "1", "--steps-per-epoch", "4", "--ema-m", "0.5", "--output-dir", tmp_path]
+    train_here(monkeypatch, *SHORT, *flags)
+    (event,) = (event for event in events(tmp_path) if event["event"] == "train")
+    assert event["skipped"] == 3
+    (_, before, after, _), weight = states, "fc.weight"
+    student, teacher = f"student.{weight}", f"teacher.net.{weight}"
+    assert torch.equal(before[student], after[student])
+    assert not torch.equal(states[0][student], before[student])
+    expected = (before[teacher] + before[student]) / 2
+    torch.testing.assert_close(after[teacher], expected, rtol=1e-6, atol=1e-8)
+    assert not torch.equal(before[teacher], after[teacher])
+    assert torch.equal(after["queue.ptr"], before["queue.ptr"] + 70)
+
+
+def test_a_queue_that_cannot_be_allocated_is_one_line(mistake, tmp_path):
+    """It would need 367 TB, more than a process can address."""
+    flags = "--k 1000000 --batch-size 100 --mu 14 --dim 65536 --output-dir".split()
+    mistake(train_semi.main, [*V2, *flags, tmp_path], "error: out of memory", "with simmatchv2, --k")
