@@ -29,10 +29,7 @@ from benchmark.ranks import environment, free_port  # noqa: E402
 from benchmark.same_run import difference, events  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
-FLAGS = [
-    *("--config", str(ROOT / "configs" / "digits.yaml")),
-    *"--device cpu --epochs 4 --eval-freq 1 --print-freq 4 --timeout-minutes 2".split(),
-]
+FLAGS = "--device cpu --epochs 4 --eval-freq 1 --print-freq 4 --timeout-minutes 2".split()
 # Of the runs that are killed. With print_freq 4, a checkpoint every 3 steps holds means in progress.
 KILLED_FLAGS = ["--workers", "2", "--save-freq", "3"]
 KINDS = {
@@ -56,11 +53,13 @@ class Case(NamedTuple):
 CASES = [
     Case("simmatch"),
     Case("simmatch", eman=True),
+    Case("simmatchv2"),
     Case("simmatch_single"),
     Case("fixmatch"),
     Case("fixmatch", eman=True),
     Case("supervised"),
     Case("simmatch", ranks=2),
+    Case("simmatchv2", ranks=2),
     Case("simmatch_single", ranks=2),
     Case("fixmatch", eman=True, ranks=2),
 ]
@@ -87,7 +86,9 @@ def start(case: Case, folder: Path, number: int, *flags: str) -> list[Rank]:
     `folder`.
     """
     env, ranks, port = {**os.environ, "OMP_NUM_THREADS": "1"}, [], free_port()
-    method = ["--method", case.method, *["--eman"] * case.eman, "--batch-size", str(10 // case.ranks)]
+    config = f"configs/{'simmatchv2_' * (case.method == 'simmatchv2')}digits.yaml"
+    method = ["--config", config, "--method", case.method, *["--eman"] * case.eman]
+    method += ["--batch-size", str(10 // case.ranks)]
     command = [sys.executable, "train_semi.py", *FLAGS, *method, *flags, "--output-dir", str(folder)]
     for rank in range(case.ranks):
         if case.ranks > 1:

@@ -42,6 +42,7 @@ DATA = {
 METHODS = (
     "--method simmatch",
     "--method simmatch --eman true",
+    "--method simmatchv2 --k 4 --topn 6",
     "--method simmatch_single",
     "--method fixmatch",
     "--method fixmatch --eman true",

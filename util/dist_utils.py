@@ -51,6 +51,8 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
     # Newer PyTorch has another name for the argument.
     renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
     no_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    # Without find_unused_parameters, DDP would change its buckets after the first step of a start, and so the
+    # order in which it adds three gradients or more: a resumed run would not have the same bits.
     return ddp(module, find_unused_parameters=True, **no_buffers)
 
 

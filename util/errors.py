@@ -46,6 +46,9 @@ def start_program(parse: Callable[[], object], output_may_be_lost: bool = False)
     _open_closed_streams()
     if output_may_be_lost:
         sys.stdout, sys.stderr = _without_write_errors(sys.stdout), _without_write_errors(sys.stderr)
+    # DDP warns if a step uses all parameters, although it cannot know that the next one does so too. PyTorch
+    # reads the variable when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     cli_main(parse)
     preempt.handle([signal.SIGINT], _end_at_once)
 
@@ -101,7 +104,7 @@ def _describe(error: Exception) -> tuple[str, int]:
     """
     last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
     if any(name in last_line for name in OUT_OF_MEMORY):
-        advice = "lower --batch-size, --mu, --image-size or --workers"
+        advice = "lower --batch-size, --mu, --image-size, --workers or, with simmatchv2, --k"
         return f"error: out of memory ({last_line[:200]}): {advice}", 2
     frames = [
         frame

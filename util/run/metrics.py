@@ -202,10 +202,17 @@ class Meter:
         self.steps, self.restored_rows, self.rows = [], [], []
         for step, row in zip(steps, means.tolist()):
             values = dict(zip(self.names, row))
-            if not math.isfinite(values["loss"]):
-                name = next(name for name, value in values.items() if not math.isfinite(value))
+            loss = values.pop("loss")
+            if not math.isfinite(loss):
+                # Beside a loss that is inf, NaN means that the step has left the term out.
+                terms = (
+                    (name, value)
+                    for name, value in values.items()
+                    if math.isinf(value) or math.isnan(value) and math.isnan(loss)
+                )
+                name, value = next(terms, ("loss", loss))
                 raise UserError(
-                    f"{name} is {values[name]} at step {step + 1}; training stops and keeps the last "
+                    f"{name} is {value} at step {step + 1}; training stops and keeps the last "
                     "checkpoint: try a lower --lr, or check the images of that step"
                 )
         mean = means.nanmean(dim=0) if means.isnan().any() else means.mean(dim=0)  # [names]

@@ -132,7 +132,7 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
     warning = state.method.fit_state(values)
     checkpoint.load_module(state.method, values, path)
     _check_indices(state.method, values, path)
-    state.optimizer.load_state_dict(optimizer)
+    _load_momentum(state, optimizer["state"])
     if content.get("scaler") and state.scaler.is_enabled():
         if not _is_scaler_state(content["scaler"], state.scaler):
             raise UserError(f"checkpoint {path} cannot be resumed: it has no valid 'scaler'")
@@ -145,13 +145,30 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
     return warning
 
 
+def _load_momentum(state: TrainState, momentum: dict[int, Any]) -> None:
+    """Load the momentum of SGD, whose parameters are numbered in the order of the student. The options, such
+    as the weight decay, stay those of the settings.
+    """
+    number = {p: k for k, p in enumerate(state.method.student.parameters())}
+    own = [number[p] for group in state.optimizer.param_groups for p in group["params"]]
+    values = {i: momentum[k] for i, k in enumerate(own) if k in momentum}
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
 def _is_scaler_state(saved: Any, scaler: torch.amp.GradScaler) -> bool:
+    """Return whether `saved` is a state of a GradScaler with which a run can go on."""
     own = scaler.state_dict()
+    if not own:
+        return True
+    if not conforms(saved, dict[str, float]) or own.keys() != saved.keys():
+        return False
+    steps, interval = saved["_growth_tracker"], saved["growth_interval"]
     return (
-        not own
-        or conforms(saved, dict[str, float])
-        and own.keys() == saved.keys()
-        and min(saved.values()) >= 0
+        0 < saved["scale"] <= torch.finfo(torch.float32).max
+        and 0 < saved["backoff_factor"] < 1 < saved["growth_factor"]
+        and type(steps) is type(interval) is int
+        and 0 <= steps < interval < 2**31
     )
 
 
