@@ -262,7 +262,8 @@ def example(method, *, eman=False, ranks=2, steps=2, dtype="float64", state=None
         'method_name = "simmatchv2"': f'method_name = "{method}"',
         "= False, 2, 8, torch.float64": f"= {eman}, {ranks}, {steps}, torch.{dtype}",
         "K, B, mu = 40, 4, 5": "K, B, mu = 40, 4, 2",
-        "shared = dict(": "shared = dict(threshold=0.15, ",
+        "topn=16, k=2": "topn=6, k=2",
+        "shared = dict(": "shared = dict(threshold=0.11, ",
     }
     if state is not None:
         line = next(line for line in text.splitlines() if line.startswith("published = "))
