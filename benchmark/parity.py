@@ -76,12 +76,13 @@ def rounding_error(dtype: torch.dtype) -> float:
     One rounding has an error of up to u, half the type's eps; 80 independent roundings have sqrt(80)·u; the
     worst of many outputs has four times as much.
 
-    SimMatchV2 needs no other bound. L_ne has the log of n_s, a sum of products of positive numbers, of which
-    none cancels: the relative error of n_s, which is the absolute error of its log, is at most that of its
-    worst product, two terms of a softmax. n_s is far from underflow: e is at least exp(−2/t)/R = 4e-11 for
-    t = 0.1 and R = 48 rows. Where rounding exchanges the last of the nearest bank rows for another one, a
-    pseudo-label changes by at most alpha/topn = 0.006, since the smallest of topn weights is at most their
-    mean; in fp16 that is below 72u = 0.035, and in float32 it needs two similarities equal to 1e-7.
+    SimMatchV2 needs no other bound. L_ne has the log of n_s, a sum of positive products of the terms of a
+    softmax, e_s, with constants of the queue. Nothing cancels, so that the relative error of n_s, which is
+    the absolute error of its log, is at most that of the worst term of e_s, as in SimMatch's L_in; L_ne is
+    above 1. n_s is far from underflow: e_s is at least exp(−2/t)/R = 3e-11 for t = 0.1 and R up to 64 rows.
+    Where rounding exchanges the last of the nearest bank rows for another one, a pseudo-label changes by at
+    most about alpha/topn = 0.006, since the smallest of topn weights is at most their mean. In fp16 that is
+    below 72u = 0.035, and in float32 it takes two similarities that are equal to 1e-7.
     """
     return 4 * math.sqrt(ROUNDINGS) * torch.finfo(dtype).eps / 2
 
@@ -144,10 +145,10 @@ def replay(
         )
 
 
-def columns(method: str) -> dict[str, str]:
-    """The columns of a method's table, each with the prefix of its keys, or "" if it is not of the state."""
+def columns(method: str) -> list[str]:
+    """The columns of a method's table that have a bound."""
     problem = PROBLEMS[method]
-    return dict.fromkeys((*problem.losses, "pseudo"), "") | problem.states | STATES
+    return [*problem.losses, "pseudo", *problem.states, *STATES]
 
 
 def differences(
@@ -161,30 +162,30 @@ def differences(
     """The relative difference of each of the columns; "argmax": the share of pseudo-labels with the same
     class; "flips": the number of images with another mask.
 
-    With a flip, the masked loss and the gradients are not comparable, and their differences are nan, as is
-    that of a loss which neither of both has in this step.
+    With a flip, the masked loss and the gradients are not comparable, and their differences are nan.
     """
-    out = {}
-    for column, prefix in columns(method).items():
-        keys = [key for key in step.after if prefix and key.startswith(prefix)]
+    problem = PROBLEMS[method]
+    out = {name: loss_difference(terms.get(name), step.terms.get(name)) for name in problem.losses}
+    out["pseudo"] = relative(pseudo, step.pseudo_label)
+    for column, prefix in (problem.states | STATES).items():
+        keys = [key for key in step.after if key.startswith(prefix)]
         same = keys and set(keys) == {key for key in state if key.startswith(prefix)}
-        if column == "pseudo":
-            out[column] = relative(pseudo, step.pseudo_label)
-        elif not prefix and column not in (terms | step.terms):
-            out[column] = math.nan
-        elif not prefix and column in terms and column in step.terms:
-            a, b = (torch.tensor(own[column], dtype=torch.float64) for own in (terms, step.terms))
-            out[column] = relative(a, b)
-        elif not same:
-            out[column] = math.inf
-        elif column == "momentum":
+        out[column] = math.inf
+        if same and column == "momentum":
             out[column] = distance([state[key] for key in keys], [step.after[key] for key in keys])
-        else:
+        elif same:
             out[column] = max(relative(state[key], step.after[key]) for key in keys)
     out["argmax"] = (pseudo.cpu().argmax(1) == step.pseudo_label.argmax(1)).double().mean().item()
     out["flips"] = (mask.cpu() != step.mask).sum().item()
-    incomparable = (PROBLEMS[method].masked_loss, "student", "momentum") if out["flips"] else ()
+    incomparable = (problem.masked_loss, "student", "momentum") if out["flips"] else ()
     return out | dict.fromkeys(incomparable, math.nan)
+
+
+def loss_difference(a: float | None, b: float | None) -> float:
+    """|a − b| / |b|; nan if both steps leave the loss out, inf if only one of them does."""
+    if a is None or b is None:
+        return math.nan if a is b else math.inf
+    return relative(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

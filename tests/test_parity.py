@@ -281,7 +281,7 @@ def run_example(*args, **settings):
     return space
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("eman", [False, True])
 @pytest.mark.parametrize("method", METHODS)
