@@ -1,12 +1,12 @@
-"""Compares the training step with a reference in float64: python benchmark/parity.py [--only ROW …] [--free]
-[--write docs/results/parity.md]
+"""Compares the training step with a reference in float64: python benchmark/parity.py [--method NAME …]
+[--only ROW …] [--free] [--write docs/results/parity.md]
 
-The reference, written with plain loops, is tests/reference.py. In every mode, each production step starts
-from the reference's state, cast to the mode's type, on the same batches. With --free, it continues from its
-own state, which shows how rounding errors grow; bounds are not checked then. A row holds the largest relative
-difference over the steps. For a loss term, it is |a − b| / |b|; for tensors, max |a − b| / max |b| of the
-worst tensor; for SGD's momentum, which shows gradients and weight decay, ‖a − b‖ / ‖b‖ over all parameters
-together. Exit code 1 if a bound is broken.
+The references, written with plain loops, are tests/reference.py and, for SimMatchV2, tests/reference_v2.py.
+In every mode, each production step starts from the reference's state, cast to the mode's type, on the same
+batches. With --free, it continues from its own state, which shows how rounding errors grow; bounds are not
+checked then. A row holds the largest relative difference over the steps. For a loss term, it is
+|a − b| / |b|; for tensors, max |a − b| / max |b| of the worst tensor; for SGD's momentum, which shows
+gradients and weight decay, ‖a − b‖ / ‖b‖ over all parameters together. Exit code 1 if a bound is broken.
 """
 
 import math
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map  # noqa: E402
 
 from benchmark import marked_file  # noqa: E402
 from benchmark.digits import machine  # noqa: E402
-from benchmark.parity_steps import LABELS, SIDE, B, K, Step, settings, trajectory  # noqa: E402
+from benchmark.parity_steps import LABELS, MU, PROBLEMS, SIDE, B, K, Step, settings, trajectory  # noqa: E402
 from benchmark.ranks import call_on_ranks  # noqa: E402
 from dataset.views import IMAGENET_NORM, photo_view, pipeline  # noqa: E402
 from models import Batch, build_method, build_optimizer, configure_execution, train_step  # noqa: E402
@@ -37,19 +37,13 @@ from util.config import Config  # noqa: E402
 from util.errors import Parser, UserError, cli_main  # noqa: E402
 
 MARKS = "<!-- parity of {}: written by benchmark/parity.py -->", "<!-- end of parity of {} -->"
+VIEWS = "device views"  # the table whose marks do not name a method
 SCALE = 2.0**10  # of the loss in fp16, small enough that the scaler skips no step
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOSSES = ("loss_x", "loss_u", "loss_in")
-STATES = {
-    "prior": ("align.",),
-    "bank": ("bank.",),
-    "student": ("student.",),
-    "teacher": ("teacher.",),
-    "momentum": ("momentum.",),
-}
-COLUMNS = (*LOSSES, "pseudo", *STATES)
-# These depend on the outputs of two networks, or on two terms of a softmax: their bound is twice as large.
-TWICE = (*LOSSES, "pseudo", "prior")
+STATES = {"student": "student.", "teacher": "teacher.", "momentum": "momentum."}  # of every method
+# These depend on one network. All others depend on the outputs of two networks, or on two terms of a softmax:
+# their bound is twice as large.
+ONCE = ("bank", "queue_z", "student", "teacher")
 ROUNDINGS = 4 * 20  # four in each of ResNet-18's 18 layers and of the head's two
 
 
@@ -73,7 +67,7 @@ class Mode(NamedTuple):
             return 1e-10
         if column == "momentum":
             return gradient_error(dtype)
-        return 1e-5 if dtype == torch.float32 else (2 if column in TWICE else 1) * rounding_error(dtype)
+        return 1e-5 if dtype == torch.float32 else (1 if column in ONCE else 2) * rounding_error(dtype)
 
 
 def rounding_error(dtype: torch.dtype) -> float:
@@ -81,6 +75,14 @@ def rounding_error(dtype: torch.dtype) -> float:
 
     One rounding has an error of up to u, half the type's eps; 80 independent roundings have sqrt(80)·u; the
     worst of many outputs has four times as much.
+
+    SimMatchV2 needs no other bound. L_ne has the log of n_s, a sum of positive products of the terms of a
+    softmax, e_s, with constants of the queue. Nothing cancels, so that the relative error of n_s, which is
+    the absolute error of its log, is at most that of the worst term of e_s, as in SimMatch's L_in; L_ne is
+    above 1. n_s is far from underflow: e_s is at least exp(−2/t)/R = 3e-11 for t = 0.1 and R up to 64 rows.
+    Where rounding exchanges the last of the nearest bank rows for another one, a pseudo-label changes by at
+    most about alpha/topn = 0.006, since the smallest of topn weights is at most their mean. In fp16 that is
+    below 72u = 0.035, and in float32 it takes two similarities that are equal to 1e-7.
     """
     return 4 * math.sqrt(ROUNDINGS) * torch.finfo(dtype).eps / 2
 
@@ -91,8 +93,8 @@ def gradient_error(dtype: torch.dtype) -> float:
     An activation that is as close to 0 as its rounding error may change its sign, and its gradient is then
     lost or added. Activations are normal, with a density of 0.4 at 0; the mean of their errors is
     0.8·sqrt(80)·u; 17 layers have a ReLU. This gives sqrt(17·0.4·0.8·9u), and twice that for the worst step.
-    In any type, one activation of the last layer may change its sign: one of 2·2·512·12 (small_encoder:
-    4·4·128·12), of which half are above 0, has 1/sqrt(12,288) of the norm.
+    In any type, one activation of the last layer may change its sign: one of 2·2·512·12, of which half are
+    above 0, has 1/sqrt(12,288) of the norm. small_encoder and SimMatchV2's further views have more.
     """
     flipped = 17 * 0.4 * 0.8 * math.sqrt(ROUNDINGS) * torch.finfo(dtype).eps / 2
     return 2 * math.sqrt(flipped) + 1 / math.sqrt(12288)
@@ -103,7 +105,7 @@ def replay(
 ) -> Iterator[dict[str, float]]:
     """Run the production steps -> the `differences` of each. All processes of the mode must call it."""
     device, dtype = torch.device(mode.device), torch.float64 if mode.precision == "fp64" else torch.float32
-    method = build_method(config, 3, LABELS).to(device, dtype)
+    method = build_method(config, 3, LABELS, mode.ranks * config.mu * B).to(device, dtype)
     configure_execution(method, mode.precision.replace("fp64", "fp32"), mode.channels_last, mode.compiled)
     student = dist_utils.wrap_ddp(method.student)
     optimizer = build_optimizer(config, method.student)
@@ -132,8 +134,9 @@ def replay(
             for name, p in names.items()
             if optimizer.state[p].get("momentum_buffer") is not None
         }
-        assert output.pseudo_label is not None and output.mask is not None  # SimMatch has both
+        assert output.pseudo_label is not None and output.mask is not None  # both methods have them
         yield differences(
+            config.method,
             step,
             {name: dist_utils.all_mean(term).item() for name, term in output.losses.items()},
             dist_utils.all_gather(output.pseudo_label),
@@ -142,24 +145,31 @@ def replay(
         )
 
 
-def differences(
-    step: Step, terms: dict[str, float], pseudo: Tensor, mask: Tensor, state: dict[str, Tensor]
-) -> dict[str, float]:
-    """The relative difference of each of COLUMNS; "argmax": the share of pseudo-labels with the same class;
-    "flips": the number of images with another mask.
+def columns(method: str) -> list[str]:
+    """The columns of a method's table that have a bound."""
+    problem = PROBLEMS[method]
+    return [*problem.losses, "pseudo", *problem.states, *STATES]
 
-    With a flip, L_u and the gradients are not comparable, and their differences are nan.
+
+def differences(
+    method: str,
+    step: Step,
+    terms: dict[str, float],
+    pseudo: Tensor,
+    mask: Tensor,
+    state: dict[str, Tensor],
+) -> dict[str, float]:
+    """The relative difference of each of the columns; "argmax": the share of pseudo-labels with the same
+    class; "flips": the number of images with another mask.
+
+    With a flip, the masked loss and the gradients are not comparable, and their differences are nan.
     """
-    out = {
-        name: relative(
-            torch.tensor(terms[name], dtype=torch.float64), torch.tensor(value, dtype=torch.float64)
-        )
-        for name, value in step.terms.items()
-    }
+    problem = PROBLEMS[method]
+    out = {name: loss_difference(terms.get(name), step.terms.get(name)) for name in problem.losses}
     out["pseudo"] = relative(pseudo, step.pseudo_label)
-    for column, starts in STATES.items():
-        keys = [key for key in step.after if key.startswith(starts)]
-        same = keys and set(keys) == {key for key in state if key.startswith(starts)}
+    for column, prefix in (problem.states | STATES).items():
+        keys = [key for key in step.after if key.startswith(prefix)]
+        same = keys and set(keys) == {key for key in state if key.startswith(prefix)}
         out[column] = math.inf
         if same and column == "momentum":
             out[column] = distance([state[key] for key in keys], [step.after[key] for key in keys])
@@ -167,7 +177,15 @@ def differences(
             out[column] = max(relative(state[key], step.after[key]) for key in keys)
     out["argmax"] = (pseudo.cpu().argmax(1) == step.pseudo_label.argmax(1)).double().mean().item()
     out["flips"] = (mask.cpu() != step.mask).sum().item()
-    return out | (dict.fromkeys(("loss_u", "student", "momentum"), math.nan) if out["flips"] else {})
+    incomparable = (problem.masked_loss, "student", "momentum") if out["flips"] else ()
+    return out | dict.fromkeys(incomparable, math.nan)
+
+
+def loss_difference(a: float | None, b: float | None) -> float:
+    """|a − b| / |b|; nan if both steps leave the loss out, inf if only one of them does."""
+    if a is None or b is None:
+        return math.nan if a is b else math.inf
+    return relative(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -189,7 +207,7 @@ def worst(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The largest differences over the steps; nan where no step was comparable."""
     out = {
         name: max((row[name] for row in rows if not math.isnan(row[name])), default=math.nan)
-        for name in COLUMNS
+        for name in rows[0]
     }
     return out | {
         "argmax": sum(row["argmax"] for row in rows) / len(rows),
@@ -198,7 +216,8 @@ def worst(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def holds(mode: Mode, row: dict[str, float]) -> bool:
-    return all(row[name] <= mode.bound(name) for name in COLUMNS)  # nan does not hold
+    names = row.keys() - {"argmax", "flips"}
+    return all(row[name] <= mode.bound(name) for name in names)  # nan does not hold
 
 
 def play(
@@ -274,7 +293,8 @@ def not_run(chosen: Sequence[Mode]) -> list[str]:
 
 
 def line(mode: Mode, row: dict[str, float], judged: bool) -> str:
-    cells = [f"{row[name]:.0e}" for name in COLUMNS] + [f"{100 * row['argmax']:.0f} %", f"{row['flips']:.0f}"]
+    cells = [f"{value:.0e}" for name, value in row.items() if name not in ("argmax", "flips")]
+    cells += [f"{100 * row['argmax']:.0f} %", f"{row['flips']:.0f}"]
     verdict = ("holds" if holds(mode, row) else "BROKEN") if judged else "–"
     return f"| {mode.name} | {' | '.join(cells)} | {mode.bound('bank'):.0e} | {verdict} |"
 
@@ -305,8 +325,59 @@ def views(name: str, n: int = 8) -> tuple[float, float, float]:
     )
 
 
+def view_table() -> tuple[list[str], bool]:
+    """The lines that compare the views, and whether they all hold their bounds."""
+    lines = [
+        "| view | equal values | within a level of 255 | mean difference in levels | bound | |",
+        "|---|---|---|---|---|---|",
+    ]
+    hold = True
+    for name in ("weak", "moco", "rand", "eval"):
+        equal, near, mean = views(name)
+        fine = near > 0.99 and mean < 0.1
+        hold &= fine
+        lines.append(
+            f"| {name}, device views on against off | {100 * equal:.2f} % | {100 * near:.2f} % | "
+            f"{mean:.4f} | 99 %, 0.1 | {'holds' if fine else 'BROKEN'} |"
+        )
+    return [*lines, "", f"8 images per view. {machine()}."], hold
+
+
+def step_table(
+    method: str, backbone: str, chosen: Sequence[Mode], n: int, free: bool
+) -> tuple[list[str], bool]:
+    """Print and return the lines that compare a method's steps, and whether they all hold their bounds."""
+    names = columns(method)
+    lines = [f"| mode | {' | '.join(names)} | same class | flips | bound | |"]
+    lines.append("|---" * (len(names) + 5) + "|")
+    hold = True
+    print("\n".join([f"{method}:", *lines]), flush=True)
+    for eman, ranks in sorted({(mode.eman, mode.ranks) for mode in chosen}):
+        group = [mode for mode in chosen if (mode.eman, mode.ranks) == (eman, ranks)]  # with the same steps
+        config = settings(backbone, method, eman=eman)
+        steps = trajectory(config, ranks, n) if not all(map(missing, group)) else []
+        for mode in group:
+            if missing(mode):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                row = worst(play(mode, config, steps, Path(folder), free))
+            hold &= free or holds(mode, row)
+            lines.append(line(mode, row, not free))
+            print(lines[-1], flush=True)
+    sides = ", ".join(map(str, PROBLEMS[method].sides))
+    rest = [
+        *not_run(chosen),
+        "",
+        f"{method}, n = {n} steps per row, {backbone}, {SIDE} px (strong views: {sides}), C = 10, K = {K}, "
+        f"D = 16, {B} labeled and {MU * B} unlabeled images per rank. {machine()}.",
+    ]
+    print("\n".join([*rest, ""]))
+    return [*lines, *rest], hold
+
+
 def main() -> None:
     parser = Parser(__doc__ or "")
+    parser.add_argument("--method", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--backbone", default="small_encoder", choices=("small_encoder", "resnet18_encoder"))
     parser.add_argument(
@@ -317,57 +388,35 @@ def main() -> None:
         action="store_true",
         help="do not start every step from the reference's state; bounds are not checked",
     )
-    parser.add_argument("--write", type=Path, help="put the table between its marks in this file")
+    parser.add_argument("--write", type=Path, help="put the tables between their marks in this file")
     args = parser.parse_args()
     if args.steps < 2:
-        raise UserError("--steps must be at least 2: the first step is of the first epoch, without L_in")
-    marks = (MARKS[0].format(args.backbone), MARKS[1].format(args.backbone))
+        raise UserError(
+            "--steps must be at least 2: the first step is of the first epoch, without L_in or L_ne"
+        )
+    marks = {
+        name: (MARKS[0].format(name), MARKS[1].format(name))
+        for name in (*(f"{method}, {args.backbone}" for method in args.method), VIEWS)
+    }
     if args.write:
-        marked_file.check(args.write, marks)
+        for own in marks.values():
+            marked_file.check(args.write, own)
     chosen = [mode for mode in modes() if not args.only or mode.name.partition(", ")[2] in args.only]
     if not chosen:
         raise UserError(
             "--only knows " + "; ".join(dict.fromkeys(mode.name.partition(", ")[2] for mode in modes()))
         )
-    table = [f"| mode | {' | '.join(COLUMNS)} | same class | flips | bound | |"]
-    table.append("|---" * (len(COLUMNS) + 5) + "|")
-    broken = False
-    print("\n".join(table), flush=True)
-    for eman, ranks in sorted({(mode.eman, mode.ranks) for mode in chosen}):
-        group = [mode for mode in chosen if (mode.eman, mode.ranks) == (eman, ranks)]  # with the same steps
-        config = settings(args.backbone, eman=eman)
-        steps = trajectory(config, ranks, args.steps) if not all(map(missing, group)) else []
-        for mode in group:
-            if missing(mode):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                row = worst(play(mode, config, steps, Path(folder), args.free))
-            broken |= not args.free and not holds(mode, row)
-            table.append(line(mode, row, not args.free))
-            print(table[-1], flush=True)
-    lines = [
-        *not_run(chosen),
-        "",
-        "| view | equal values | within a level of 255 | mean difference in levels | bound | |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in ("weak", "moco", "rand", "eval"):
-        equal, near, mean = views(name)
-        fine = near > 0.99 and mean < 0.1
-        broken |= not fine
-        lines.append(
-            f"| {name}, device views on against off | {100 * equal:.2f} % | {100 * near:.2f} % | "
-            f"{mean:.4f} | 99 %, 0.1 | {'holds' if fine else 'BROKEN'} |"
-        )
-    lines += [
-        "",
-        f"n = {args.steps} steps per row, {args.backbone}, {SIDE} px, C = 10, K = {K}, D = 16, {B} labeled "
-        f"and {2 * B} unlabeled images per rank; 8 images per view. {machine()}.",
-    ]
-    print("\n".join(lines))
+    lines, hold = view_table()
+    print("\n".join([*lines, ""]))
+    tables = {VIEWS: lines}
+    for method in args.method:
+        name = f"{method}, {args.backbone}"
+        tables[name], fine = step_table(method, args.backbone, chosen, args.steps, args.free)
+        hold &= fine
     if args.write:
-        marked_file.put(args.write, marks, "\n".join([*table, *lines]))
-    if broken:
+        for name, lines in tables.items():
+            marked_file.put(args.write, marks[name], "\n".join(lines))
+    if not hold:
         raise SystemExit(1)
 
 

@@ -9,7 +9,8 @@ import copy
 import math
 
 import torch
-from reference import SimMatchReference, cosines, cross_entropy, softmax
+
+from tests.reference import SimMatchReference, cosines, cross_entropy, softmax
 
 SMALLEST = torch.finfo(torch.float64).tiny  # the smallest normal number
 
