@@ -138,6 +138,7 @@ def file(root, tmp_path):
 @pytest.mark.slow(15)
 def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command, tmp_path):
     cache = {"SIMMATCH_CACHE": str(tmp_path / "cache")}
+    (file.parent / "v2_best.pth").write_bytes(b"of the published program")
     train = ["train_semi.py", "--checkpoint", file, "--method", "simmatchv2", "--data", root, *SMALL]
     done = command(*train, "--output-dir", tmp_path / "run", env=cache)
     assert done.returncode == 0, done.stderr
@@ -145,7 +146,9 @@ def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command,
     queue = "the checkpoint's queue has 20 rows, but this run's has 16: it starts empty"
     assert queue in lines and f"continues from {file} at step 3: 3 steps to go" in lines
     assert lines[-1].endswith(f"at step 6, chosen on the test images, in {file.parent / 'v2_best.pth'}")
-    assert sorted(os.listdir(file.parent)) == ["v2.pth", "v2.published.pth", "v2_best.pth"]
+    copies = ["v2.published.pth", "v2_best.published.pth"]
+    assert sorted(os.listdir(file.parent)) == sorted(["v2.pth", "v2_best.pth", *copies])
+    assert (file.parent / copies[1]).read_bytes() == b"of the published program"
     state = weights(file.parent, "v2.pth")
     assert state["scaler"] == {**SCALER, "_growth_tracker": 10} and state["step"] == 6
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.001]
