@@ -1,6 +1,7 @@
 """SimMatchV2 as a user runs it: interrupted and resumed, on several ranks, from and to published files."""
 
 import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -135,7 +136,7 @@ def file(root, tmp_path):
     return tmp_path / "files" / "v2.pth"
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(8)
 def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command, tmp_path):
     cache = {"SIMMATCH_CACHE": str(tmp_path / "cache")}
     (file.parent / "v2_best.pth").write_bytes(b"of the published program")
@@ -174,7 +175,7 @@ def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command,
     assert native.stdout.endswith(f"* Acc@1 {best['student_top1']:.3f} Acc@5 {best['student_top5']:.3f}\n")
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow(8)
 def test_a_published_file_is_resumed_as_the_command_line_says(file, root, command, tmp_path):
     """Its scaler must be one that a GradScaler can have, and the options of SGD are those of the settings. A
     name without a slash is a file in checkpoints/.
@@ -201,7 +202,20 @@ def test_a_published_file_is_resumed_as_the_command_line_says(file, root, comman
     assert [saved["state"][k]["momentum_buffer"].shape for k in range(len(order))] == [p.shape for p in order]
 
 
-@pytest.mark.slow(12)
+def test_a_copy_of_a_published_file_that_is_interrupted_is_made_again(file, root, monkeypatch, tmp_path):
+    monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
+    flags = ["--checkpoint", file, "--method", "simmatchv2", "--data", root, *SMALL, "--output-dir"]
+
+    def half(source, target):
+        target.write(source.read(1000))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfileobj", half)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(monkeypatch, *flags, tmp_path / "run")
+    assert os.listdir(file.parent) == ["v2.pth"]
+
+
 def test_cifar_with_two_views(command, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(cifar.CIFAR10, "meta", {**cifar.CIFAR10.meta, "md5": None})
@@ -217,7 +231,7 @@ def test_cifar_with_two_views(command, monkeypatch, capsys, tmp_path):
     check_log_and_reports(tmp_path / "run", command)
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(7)
 def test_own_images_with_multicrop(root, command, tmp_path):
     cache = {"SIMMATCH_CACHE": str(tmp_path / "cache")}
     flags = ["--config", "configs/simmatchv2_folder.yaml", "--data", root, "--labels-per-class", "2"]

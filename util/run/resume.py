@@ -4,6 +4,7 @@ MoCo checkpoint, or from scratch.
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from util import dist_utils
 from util.config import changed_settings
 from util.errors import UserError
-from util.files import special_file, user_path
+from util.files import special_file, user_path, write_atomically
 from util.formats import published_checkpoints, torch_files
 from util.run import checkpoint
 from util.run.checkpoint_schema import FLOATS, METER, check_sgd_state, conforms
@@ -140,10 +141,8 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
     for file in (path, path.with_stem(f"{path.stem}_best")):
         copy = _published_copy(file)
         if dist_utils.rank() == 0 and file.exists() and not copy.exists():
-            try:
-                shutil.copy2(file, copy)
-            except OSError as error:
-                raise UserError(f"cannot copy {file} to {copy}: {error.strerror}") from None
+            with open(file, "rb") as source:
+                write_atomically(copy, partial(shutil.copyfileobj, source))
     return warning
 
 
