@@ -1,6 +1,7 @@
 """SimMatchV2 as a user runs it: interrupted and resumed, on several ranks, from and to published files."""
 
 import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -135,9 +136,10 @@ def file(root, tmp_path):
     return tmp_path / "files" / "v2.pth"
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(8)
 def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command, tmp_path):
     cache = {"SIMMATCH_CACHE": str(tmp_path / "cache")}
+    (file.parent / "v2_best.pth").write_bytes(b"of the published program")
     train = ["train_semi.py", "--checkpoint", file, "--method", "simmatchv2", "--data", root, *SMALL]
     done = command(*train, "--output-dir", tmp_path / "run", env=cache)
     assert done.returncode == 0, done.stderr
@@ -145,7 +147,9 @@ def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command,
     queue = "the checkpoint's queue has 20 rows, but this run's has 16: it starts empty"
     assert queue in lines and f"continues from {file} at step 3: 3 steps to go" in lines
     assert lines[-1].endswith(f"at step 6, chosen on the test images, in {file.parent / 'v2_best.pth'}")
-    assert sorted(os.listdir(file.parent)) == ["v2.pth", "v2.published.pth", "v2_best.pth"]
+    copies = ["v2.published.pth", "v2_best.published.pth"]
+    assert sorted(os.listdir(file.parent)) == sorted(["v2.pth", "v2_best.pth", *copies])
+    assert (file.parent / copies[1]).read_bytes() == b"of the published program"
     state = weights(file.parent, "v2.pth")
     assert state["scaler"] == {**SCALER, "_growth_tracker": 10} and state["step"] == 6
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.001]
@@ -171,7 +175,7 @@ def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command,
     assert native.stdout.endswith(f"* Acc@1 {best['student_top1']:.3f} Acc@5 {best['student_top5']:.3f}\n")
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow(8)
 def test_a_published_file_is_resumed_as_the_command_line_says(file, root, command, tmp_path):
     """Its scaler must be one that a GradScaler can have, and the options of SGD are those of the settings. A
     name without a slash is a file in checkpoints/.
@@ -198,7 +202,20 @@ def test_a_published_file_is_resumed_as_the_command_line_says(file, root, comman
     assert [saved["state"][k]["momentum_buffer"].shape for k in range(len(order))] == [p.shape for p in order]
 
 
-@pytest.mark.slow(12)
+def test_a_copy_of_a_published_file_that_is_interrupted_is_made_again(file, root, monkeypatch, tmp_path):
+    monkeypatch.setenv("SIMMATCH_CACHE", str(tmp_path / "cache"))
+    flags = ["--checkpoint", file, "--method", "simmatchv2", "--data", root, *SMALL, "--output-dir"]
+
+    def half(source, target):
+        target.write(source.read(1000))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfileobj", half)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(monkeypatch, *flags, tmp_path / "run")
+    assert os.listdir(file.parent) == ["v2.pth"]
+
+
 def test_cifar_with_two_views(command, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(cifar.CIFAR10, "meta", {**cifar.CIFAR10.meta, "md5": None})
@@ -214,7 +231,7 @@ def test_cifar_with_two_views(command, monkeypatch, capsys, tmp_path):
     check_log_and_reports(tmp_path / "run", command)
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(7)
 def test_own_images_with_multicrop(root, command, tmp_path):
     cache = {"SIMMATCH_CACHE": str(tmp_path / "cache")}
     flags = ["--config", "configs/simmatchv2_folder.yaml", "--data", root, "--labels-per-class", "2"]

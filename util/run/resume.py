@@ -4,6 +4,7 @@ MoCo checkpoint, or from scratch.
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from util import dist_utils
 from util.config import changed_settings
 from util.errors import UserError
-from util.files import special_file, user_path
+from util.files import special_file, user_path, write_atomically
 from util.formats import published_checkpoints, torch_files
 from util.run import checkpoint
 from util.run.checkpoint_schema import FLOATS, METER, check_sgd_state, conforms
@@ -123,8 +124,8 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
     """Resume training from a published SimMatch or SimMatchV2 checkpoint: weights, bank, prior, teacher,
     optimizer and, in fp16, the scaler. Return a line about what is not restored, or "".
 
-    The file does not contain the settings of its run, so those of the command line are used. A copy of it is
-    kept under another name, because this run saves its checkpoints to `path`.
+    The file does not contain the settings of its run, so those of the command line are used. Copies of it and
+    of NAME_best.pth are kept under other names, because this run may save its checkpoints to both.
     """
     values, optimizer, _, state.step = published_checkpoints.to_training_state(
         content, steps_per_epoch, f"checkpoint {path}"
@@ -137,11 +138,11 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
         if not _is_scaler_state(content["scaler"], state.scaler):
             raise UserError(f"checkpoint {path} cannot be resumed: it has no valid 'scaler'")
         state.scaler.load_state_dict(content["scaler"])
-    if dist_utils.rank() == 0 and not _published_copy(path).exists():
-        try:
-            shutil.copy2(path, _published_copy(path))
-        except OSError as error:
-            raise UserError(f"cannot copy {path} to {_published_copy(path)}: {error.strerror}") from None
+    for file in (path, path.with_stem(f"{path.stem}_best")):
+        copy = _published_copy(file)
+        if dist_utils.rank() == 0 and file.exists() and not copy.exists():
+            with open(file, "rb") as source:
+                write_atomically(copy, partial(shutil.copyfileobj, source))
     return warning
 
 
