@@ -1,4 +1,4 @@
-"""Train SimMatch, FixMatch or a supervised baseline: python train_semi.py --config configs/digits.yaml
+"""Train SimMatch, SimMatchV2 or a baseline: python train_semi.py --config configs/digits.yaml
 [--field value …]
 """
 
@@ -110,13 +110,14 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     fingerprint = data.fingerprint()
     identity = RunIdentity(config, ranks, stream.steps_per_epoch, data.split, data.classes, fingerprint)
     run = Run(identity, data, stream, device, last, config.epochs * stream.steps_per_epoch)
+    more_warnings: list[str] = []
     # 3. Every run is built as a new one, so that a resumed run has the same random numbers ...
     state = new_state(run)
     # 4. ... and is then given the state of this run's checkpoint, else of a published one, else of MoCo's.
     if saved:
         resume(last, saved, identity, state)
     elif found:
-        ranks_warning = resume_published(last, found, stream.steps_per_epoch, state)
+        more_warnings = resume_published(last, found, identity, state)
     elif config.moco_path:
         start_from_moco(Path(config.moco_path), state.method.student, state.method.teacher.net)
     elif config.start_epoch:
@@ -133,7 +134,7 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     best = best_checkpoint(config, last)
     # The output directory, the log and the checkpoint writer. Before this point no file of an earlier run
     # changes, so that a refused start leaves it intact.
-    warnings = [load_warning, ranks_warning]
+    warnings = [load_warning, ranks_warning, *more_warnings]
     if config.checkpoint and found is None:
         warnings.append(f"{last} does not exist: a new run starts and writes it")
     if dist_utils.rank() == 0:
@@ -256,6 +257,11 @@ def open_data(config: Config, ranks: RankLayout, device: torch.device) -> tuple[
         raise UserError(
             f"one step takes {stream.n_u * ranks.processes} unlabeled images, but there are "
             f"{len(data.unlabeled)}: lower --batch-size or --mu"
+        )
+    if len(data.strong_views) > 1 and ranks.batch_size * config.mu == 1:
+        raise UserError(
+            "a further strong view is a batch of its own, of a single image here, for which BN has no "
+            "statistics: use a --batch-size or --mu of 2 or more"
         )
     check_memory(data.sides(), data.channels, stream.n_x, stream.n_u, *memory_of(device))
     if dist_utils.rank() == 0:  # here already, because building the networks takes a second

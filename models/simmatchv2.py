@@ -98,6 +98,11 @@ class SimMatchV2(Method):
         self.threshold, self.t, self.alpha, self.topn = threshold, t, alpha, topn
         self.bn_from_first_view = bn_from_first_view
 
+    def check_views(self, weak: int, *strong: int) -> None:
+        super().check_views(weak, *strong)
+        if self.bn_from_first_view and len(strong) == 1:
+            raise ValueError("bn_from_first_view has no effect with a single strong view: leave it out")
+
     def fit_state(self, values: dict[str, Tensor]) -> str:
         """Replace a queue of another length, which a file of another number of ranks has, by this one. Drop a
         prior that is not used: published files always have one.

@@ -140,6 +140,7 @@ def file(root, tmp_path):
 def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command, tmp_path):
     cache = {"SIMMATCH_CACHE": str(tmp_path / "cache")}
     (file.parent / "v2_best.pth").write_bytes(b"of the published program")
+    (file.parent / "v2.published.pth").write_bytes(b"the copy of another file")
     train = ["train_semi.py", "--checkpoint", file, "--method", "simmatchv2", "--data", root, *SMALL]
     done = command(*train, "--output-dir", tmp_path / "run", env=cache)
     assert done.returncode == 0, done.stderr
@@ -147,9 +148,13 @@ def test_a_published_file_is_resumed_exported_and_evaluated(file, root, command,
     queue = "the checkpoint's queue has 20 rows, but this run's has 16: it starts empty"
     assert queue in lines and f"continues from {file} at step 3: 3 steps to go" in lines
     assert lines[-1].endswith(f"at step 6, chosen on the test images, in {file.parent / 'v2_best.pth'}")
-    copies = ["v2.published.pth", "v2_best.published.pth"]
-    assert sorted(os.listdir(file.parent)) == sorted(["v2.pth", "v2_best.pth", *copies])
-    assert (file.parent / copies[1]).read_bytes() == b"of the published program"
+    copies = {"v2.pth": "v2.published1.pth", "v2_best.pth": "v2_best.published.pth"}
+    for name, copy in copies.items():
+        assert f"a copy of {file.parent / name} is kept in {file.parent / copy}" in lines
+    assert sorted(os.listdir(file.parent)) == sorted([*copies, *copies.values(), "v2.published.pth"])
+    assert (file.parent / copies["v2_best.pth"]).read_bytes() == b"of the published program"
+    assert (file.parent / "v2.published.pth").read_bytes() == b"the copy of another file"
+    assert "the best score counts from this start; that of v2.pth is 71.900 %" in lines
     state = weights(file.parent, "v2.pth")
     assert state["scaler"] == {**SCALER, "_growth_tracker": 10} and state["step"] == 6
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.001]
@@ -200,6 +205,22 @@ def test_a_published_file_is_resumed_as_the_command_line_says(file, root, comman
     parameters = [*simmatchv2(labeled=6, dim=128).main.parameters()]
     order = [p for p in parameters if p.ndim > 1] + [p for p in parameters if p.ndim == 1]
     assert [saved["state"][k]["momentum_buffer"].shape for k in range(len(order))] == [p.shape for p in order]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--method", "simmatch"], "v2.pth is a checkpoint of SimMatchV2: train with --method simmatchv2"),
+        (["--method", "simmatchv2", "--norm-feat", "false"], "a LayerNorm on its feature: add --norm-feat"),
+    ],
+)
+def test_the_flags_that_a_published_file_needs_are_named(file, root, command, flags, words, tmp_path):
+    cache = {"SIMMATCH_CACHE": str(tmp_path / "cache")}
+    small = [flag for flag in SMALL if "simmatchv2" in flags or flag not in ("--topn", "6", "--k", "4")]
+    run = ["train_semi.py", "--checkpoint", file, "--data", root, *small, *flags]
+    done = command(*run, "--output-dir", tmp_path / "run", env=cache)
+    one_line(done.returncode, done.stderr, words)
+    assert os.listdir(file.parent) == ["v2.pth"]
 
 
 def test_a_copy_of_a_published_file_that_is_interrupted_is_made_again(file, root, monkeypatch, tmp_path):

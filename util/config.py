@@ -14,7 +14,16 @@ from typing import Any
 from util.config_file import plain_value, read_mapping, to_text
 from util.effect import ALWAYS_ACCEPTED, without_effect
 from util.errors import Parser, UserError
-from util.fields import DATASETS, FIELDS, MAY_CHANGE_ON_RESUME, METHODS, SHORTHANDS, Config, defaults_of
+from util.fields import (
+    DATASETS,
+    FIELDS,
+    MAY_CHANGE_ON_RESUME,
+    METHODS,
+    SHARED,
+    SHORTHANDS,
+    Config,
+    defaults_of,
+)
 
 TYPE_NAMES: dict[Any, str] = {
     bool: "bool (true or false)",
@@ -167,8 +176,9 @@ def _refuse_without_effect(
     """Raise UserError for a setting that is given, is not the default, and has no effect.
 
     A flag must have an effect in `config`; a value of the file, in `config` or in the file alone, because a
-    flag such as --method may choose something else than the file. With --evaluate all settings are accepted,
-    as the published commands need it.
+    flag such as --method may choose something else than the file. A flag of another method is refused at its
+    default too: without --method, SimMatchV2's published command would train SimMatch. With --evaluate all
+    settings are accepted, as the published commands need it.
     """
     if config.evaluate:
         return
@@ -179,7 +189,8 @@ def _refuse_without_effect(
     defaults = defaults_of(config.method)
     for name, end in ends.items():
         given = name in flags or name in in_file and name in in_file_alone
-        if given and getattr(config, name) != defaults[name]:
+        of_another_method = name in flags and name not in SHARED and name not in METHODS[config.method].uses
+        if of_another_method or given and getattr(config, name) != defaults[name]:
             raise UserError(f"{where[name]} has no effect {end}")
 
 

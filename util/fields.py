@@ -186,7 +186,7 @@ SETTINGS: dict[str, tuple] = {
     "eval_freq": (1, "epochs between two evaluations, each of which also saves a checkpoint",
         "(0, 1_000_000_000]", {"may_change": True}),
     "diagnose_freq": (
-        0, "steps between diagnostics events (three steps' time each); 0: with every evaluation",
+        0, "steps between diagnostics events (a step's time for each loss term); 0: with every evaluation",
         "[0, 1_000_000_000]", {"may_change": True}),
     "save_freq": (0, "steps between two additional checkpoints; 0: none",
         "[0, 1_000_000_000]", {"may_change": True}),

@@ -204,6 +204,13 @@ def test_a_published_simmatchv2_command_is_the_recipe(weight, share, name):
     assert parse([*evaluate.split(), "--checkpoint", "x/y.pth"], "").evaluate
 
 
+def test_a_published_simmatchv2_command_needs_its_method():
+    """All of its values are the defaults at 10 %."""
+    command = V2.format(5, 0.1, "10p").replace("--method simmatchv2 ", "")
+    with pytest.raises(UserError, match="--alpha has no effect with method simmatch: it is for simmatchv2"):
+        parse(command.split(), "")
+
+
 def test_simmatchv2_has_its_published_defaults():
     config = parse("--method simmatchv2 --checkpoint a.pth".split(), "")
     defaults = dict(t=0.1, alpha=0.1, da_m=0.9, k=256, topn=128, lambda_nn=10.0, lambda_ee=5.0, lambda_ne=5.0)

@@ -96,6 +96,13 @@ def test_more_neighbors_than_labeled_images_are_refused():
         small.method_v2(topn=11)
 
 
+def test_a_single_view_has_no_first_view_for_bn():
+    method = small.method_v2(bn_from_first_view=True)
+    method.check_views(6, 6, 5)
+    with pytest.raises(ValueError, match="bn_from_first_view has no effect with a single strong view"):
+        method.check_views(6, 6)
+
+
 def test_the_queue_is_first_in_first_out():
     queue = Queue(5, 2, 3)
     random, filled = queue.z.clone(), []

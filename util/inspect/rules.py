@@ -62,7 +62,7 @@ RULES = (
         "dead loss term",
         "a term other than loss_x is below 1e-6 of the loss in the last 5 train events after warm-up, "
         "although its lambda is above 0 and the term is in use",
-        "for a term of pseudo-labels a lower --threshold; for one of similarities other --tt and --st",
+        "for a term of pseudo-labels a lower --threshold; for one of similarities another temperature",
         train(
             "loss_*",
             "weight and key != 'loss_x' and value < 1e-6 * loss",
@@ -72,9 +72,8 @@ RULES = (
     Rule(
         "mask at 0",
         "mask is below 0.005 in the last 5 train events after warm-up: hardly a pseudo-label reaches the "
-        "threshold, so L_u trains nothing",
-        "a lower --threshold, --c-smooth closer to 1, more steps, or a smaller --ema-m if the teacher is "
-        "behind the student",
+        "threshold, so their loss term trains nothing",
+        "a lower --threshold, more steps, or a smaller --ema-m if the teacher is behind the student",
         train("mask", "value < 0.005", "mask is {value:.2g} in {n} train event{s}"),
     ),
     Rule(
@@ -110,7 +109,7 @@ RULES = (
         "confirmation bias",
         "pseudo_acc, averaged over 3 train events after warm-up and after every loss term is in use, is at "
         "least 0.05 below its highest value, and mask is at least 0.02 above its value at that time",
-        "a higher --threshold, a smaller --lambda-u, or --DA",
+        "a higher --threshold, a smaller weight of the pseudo-labels' loss term, or --DA",
         detectors.confirmation_bias,
     ),
     Rule(
@@ -128,7 +127,7 @@ RULES = (
         "prior far from the labels",
         "prior_kl, or another KL divergence of the method, is above ln(C)/4 in the last 2 diagnostics events "
         "after warm-up: distribution alignment hides that the teacher predicts few classes",
-        "a lower --lr or a smaller --lambda-u; a shorter --da-len if the prior is out of date",
+        "a lower --lr, or a smaller weight of the pseudo-labels' loss term",
         diagnostics("*_kl", "key != 'marginal_kl' and value > ln(C) / 4", "{key} is {value:.2f} nats"),
     ),
     Rule(

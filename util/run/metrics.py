@@ -194,7 +194,9 @@ class Meter:
         return counts
 
     def take_means(self) -> dict[str, float]:
-        """Return the mean of each value over all ranks and the steps since the last call that had it.
+        """Return the mean of each value over all ranks and the steps since the last call. A term that a step
+        has left out counts as 0 there, so that the terms add up to the loss; one that all have left out is
+        missing.
 
         Raises UserError if a value is not finite, with its name and its step, counted from 1 as in the log.
         """
@@ -215,5 +217,6 @@ class Meter:
                     f"{name} is {value} at step {step + 1}; training stops and keeps the last "
                     "checkpoint: try a lower --lr, or check the images of that step"
                 )
-        mean = means.nanmean(dim=0) if means.isnan().any() else means.mean(dim=0)  # [names]
-        return {name: value for name, value in zip(self.names, mean.tolist()) if not math.isnan(value)}
+        left_out = means.isnan().all(dim=0).tolist()  # [names]
+        mean = means.nan_to_num(nan=0.0).mean(dim=0).tolist()  # [names]
+        return {name: value for name, value, out in zip(self.names, mean, left_out) if not out}

@@ -1,7 +1,8 @@
-"""Where training starts: from the run's own last checkpoint, from a published SimMatch checkpoint, from a
-MoCo checkpoint, or from scratch.
+"""Where training starts: from the run's own last checkpoint, from a published checkpoint of SimMatch or
+SimMatchV2, from a MoCo checkpoint, or from scratch.
 """
 
+import filecmp
 import os
 import shutil
 from functools import partial
@@ -16,6 +17,7 @@ from util.config import changed_settings
 from util.errors import UserError
 from util.files import special_file, user_path, write_atomically
 from util.formats import published_checkpoints, torch_files
+from util.formats.published_layouts import LAYOUTS, detect_kind, tensors
 from util.run import checkpoint
 from util.run.checkpoint_schema import FLOATS, METER, check_sgd_state, conforms
 from util.run.train_state import RunIdentity, TrainState
@@ -45,7 +47,7 @@ def load_last(path: Path) -> tuple[dict[str, Any] | None, str]:
             f"{path} is a published checkpoint, but {before} belongs to another run: move the latter away to "
             "resume from the published one"
         )
-    return content, f"{path} is a published checkpoint; a copy is kept in {_published_copy(path)}"
+    return content, f"{path} is a published checkpoint"
 
 
 def is_published(content: Any) -> bool:
@@ -120,17 +122,30 @@ def _check_indices(method: Any, values: dict[str, torch.Tensor], path: Path) -> 
             raise UserError(f"checkpoint {path} is damaged: {name} is not between 0 and {limit - 1}")
 
 
-def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, state: TrainState) -> str:
+def resume_published(
+    path: Path, content: dict[str, Any], identity: RunIdentity, state: TrainState
+) -> list[str]:
     """Resume training from a published SimMatch or SimMatchV2 checkpoint: weights, bank, prior, teacher,
-    optimizer and, in fp16, the scaler. Return a line about what is not restored, or "".
+    optimizer and, in fp16, the scaler. Return lines about what is not restored, and about copies.
 
     The file does not contain the settings of its run, so those of the command line are used. Copies of it and
     of NAME_best.pth are kept under other names, because this run may save its checkpoints to both.
     """
+    config, steps_per_epoch = identity.config, identity.steps_per_epoch
+    kind = detect_kind(content, f"checkpoint {path}")
+    if kind in published_checkpoints.FORMATS and config.method != kind:
+        raise UserError(
+            f"{path} is a checkpoint of {LAYOUTS[kind].program}: train with --method {kind}, or choose "
+            "another --checkpoint"
+        )
+    if (norm_feat := "main.norm.weight" in tensors(content)) != config.norm_feat:
+        advice = "add --norm-feat" if norm_feat else "leave --norm-feat out"
+        has = "a" if norm_feat else "no"
+        raise UserError(f"{path} has a network with {has} LayerNorm on its feature: {advice}")
     values, optimizer, _, state.step = published_checkpoints.to_training_state(
         content, steps_per_epoch, f"checkpoint {path}"
     )
-    warning = state.method.fit_state(values)
+    lines = [state.method.fit_state(values)]
     checkpoint.load_module(state.method, values, path)
     _check_indices(state.method, values, path)
     _load_momentum(state, optimizer["state"])
@@ -138,12 +153,24 @@ def resume_published(path: Path, content: dict[str, Any], steps_per_epoch: int, 
         if not _is_scaler_state(content["scaler"], state.scaler):
             raise UserError(f"checkpoint {path} cannot be resumed: it has no valid 'scaler'")
         state.scaler.load_state_dict(content["scaler"])
-    for file in (path, path.with_stem(f"{path.stem}_best")):
-        copy = _published_copy(file)
-        if dist_utils.rank() == 0 and file.exists() and not copy.exists():
-            with open(file, "rb") as source:
-                write_atomically(copy, partial(shutil.copyfileobj, source))
-    return warning
+    if isinstance(best := content.get("best_acc1"), (int, float)):
+        lines.append(f"the best score counts from this start; that of {path.name} is {best:.3f} %")
+    best_file = path.with_stem(f"{path.stem}_best")
+    if dist_utils.rank() == 0:
+        lines += [_keep_copy(file) for file in (path, best_file) if file.exists()]
+    return lines
+
+
+def _keep_copy(file: Path) -> str:
+    """Copy `file` to a name that no other file has, unless there is a copy already. Return a line about the
+    copy.
+    """
+    names = (file.with_suffix(f".published{n or ''}{file.suffix}") for n in range(10**6))
+    copy = next(name for name in names if not name.exists() or filecmp.cmp(name, file, shallow=False))
+    if not copy.exists():
+        with open(file, "rb") as source:
+            write_atomically(copy, partial(shutil.copyfileobj, source))
+    return f"a copy of {file} is kept in {copy}"
 
 
 def _load_momentum(state: TrainState, momentum: dict[int, Any]) -> None:
@@ -199,7 +226,3 @@ def start_from_moco(path: Path, student: nn.Module, teacher: nn.Module) -> None:
     own = {key: value for key, value in student.state_dict().items() if key.split(".")[0] not in parts}
     checkpoint.load_module(student, {**values, **own}, path)
     teacher.load_state_dict(student.state_dict())
-
-
-def _published_copy(path: Path) -> Path:
-    return path.with_suffix(f".published{path.suffix}")

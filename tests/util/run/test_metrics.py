@@ -51,6 +51,18 @@ def test_take_means_returns_the_means_since_its_last_call():
     assert meter.take_means() == {"loss_x": 7, "loss": 7}
 
 
+def test_the_means_of_terms_add_up_where_a_step_left_one_out():
+    meter = Meter()
+    meter.add(0, {"loss_x": torch.tensor(1.0)}, None, None, None)
+    state = meter.state_dict()
+    meter = Meter()
+    meter.load_state_dict(state)
+    meter.add(1, {"loss_x": torch.tensor(2.0), "loss_ne": torch.tensor(4.0)}, None, None, None)
+    assert meter.take_means() == {"loss_x": 1.5, "loss_ne": 2, "loss": 3.5}
+    meter.add(2, {"loss_x": torch.tensor(1.0)}, None, None, None)
+    assert meter.take_means() == {"loss_x": 1, "loss": 1}
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_term_that_is_not_finite_is_named_with_its_step_as_the_log_counts_it(bad):
     meter = Meter()
