@@ -99,25 +99,26 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
     # Where to start. The order matters:
     # 1. The last checkpoint decides how many ranks a step has, and the ranks which images a process loads.
     found, load_warning = load_last(last)
+    warnings = [load_warning]
     if found:
         config.moco_path = check_moco_path(last, found, config.moco_path)
     saved = found if found and not is_published(found) else None
-    ranks, ranks_warning = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size()), ""
+    ranks = plan_ranks(config.batch_size, config.virtual_ranks, dist_utils.world_size())
     if saved:
-        ranks, ranks_warning = plan_ranks_on_resume(ranks, config.virtual_ranks, config.other_ranks, saved)
+        ranks, warning = plan_ranks_on_resume(ranks, config.virtual_ranks, config.other_ranks, saved)
+        warnings.append(warning)
     # 2. The data decide the number of classes, of steps and of bank rows.
     data, stream = open_data(config, ranks, device)
     fingerprint = data.fingerprint()
     identity = RunIdentity(config, ranks, stream.steps_per_epoch, data.split, data.classes, fingerprint)
     run = Run(identity, data, stream, device, last, config.epochs * stream.steps_per_epoch)
-    more_warnings: list[str] = []
     # 3. Every run is built as a new one, so that a resumed run has the same random numbers ...
     state = new_state(run)
     # 4. ... and is then given the state of this run's checkpoint, else of a published one, else of MoCo's.
     if saved:
         resume(last, saved, identity, state)
     elif found:
-        more_warnings = resume_published(last, found, identity, state)
+        warnings += resume_published(last, found, identity, state)
     elif config.moco_path:
         start_from_moco(Path(config.moco_path), state.method.student, state.method.teacher.net)
     elif config.start_epoch:
@@ -131,10 +132,9 @@ def train(config: Config, device: torch.device, out: Path, last: Path, may_write
         raise UserError(f"{config.epochs} epochs are fewer than the {finished} that are done: raise --epochs")
     check_same_start(identity, start)
 
-    best = best_checkpoint(config, last)
     # The output directory, the log and the checkpoint writer. Before this point no file of an earlier run
     # changes, so that a refused start leaves it intact.
-    warnings = [load_warning, ranks_warning, *more_warnings]
+    best = best_checkpoint(config, last)
     if config.checkpoint and found is None:
         warnings.append(f"{last} does not exist: a new run starts and writes it")
     if dist_utils.rank() == 0:

@@ -116,7 +116,8 @@ class SimMatchV2(Method):
         return f"the checkpoint's queue has {saved:,} rows, but this run's has {rows:,}: it starts empty"
 
     def index_limits(self) -> dict[str, int]:
-        return {"bank.labels": self.queue.p.shape[1], "queue.ptr": len(self.queue.z)}
+        rows, num_classes = self.queue.p.shape
+        return {"bank.labels": num_classes, "queue.ptr": rows}
 
     # fmt: off
     @torch.no_grad()
@@ -154,7 +155,7 @@ class SimMatchV2(Method):
             log_n_s = n_s.clamp_min(torch.finfo(n_s.dtype).tiny).log()      # [V·muB, C]
             losses["loss_ne"] = self.lambda_ne * cross_entropy(p, log_n_s.unflatten(0, (-1, n_u))).mean()
         for_update = {"z_x": targets.z_x, "y": batch.y, "index": batch.index,       # [B, D], [B], [B]
-                      "z_u": targets.z_uw, "p": p}                                  # [muB, D], [muB, C]
+                      "z_uw": targets.z_uw, "p": p}                                 # [muB, D], [muB, C]
         if targets.mean_p is not None:
             for_update["mean_p"] = targets.mean_p[None]                     # [1, C]
         return StepOutput(losses, pseudo_label, mask, for_update)
@@ -209,7 +210,7 @@ class SimMatchV2(Method):
     def update(self, output: StepOutput) -> None:
         own = output.for_update
         self.bank.write(*(dist_utils.all_gather(own[name]) for name in ("index", "z_x", "y")))
-        self.queue.write(*(dist_utils.all_gather(own[name]) for name in ("z_u", "p")))
+        self.queue.write(*(dist_utils.all_gather(own[name]) for name in ("z_uw", "p")))
         if self.prior is not None:
             self.prior.write(own["mean_p"][0])  # the same in all rows
         super().update(output)

@@ -169,7 +169,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_continues_to_the_same_bits(train,
     assert train(tmp_path / "whole", "--epochs", "6", "--workers", "0").returncode == 0
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
         folder = tmp_path / number.name
-        flags = [*DIGITS, folder, "--epochs", "6", "--workers", "2"]
+        # The first checkpoint is early, so that a fast machine is asked long before the end, too.
+        flags = [*DIGITS, folder, "--epochs", "6", "--workers", "2", "--save-freq", "3"]
         run = start_python("train_semi.py", *flags, start_new_session=True)
         wait_for(folder / "last.pth", run)
         os.killpg(run.pid, number)  # to its workers too, as Slurm does
