@@ -3,7 +3,8 @@
 It trains every method for a few steps from this checkout and from DIR (`git worktree add DIR COMMIT`), on the
 digits, on made-up files in CIFAR's format and on a tree of JPEG files, with one and with two virtual ranks,
 on a CPU with one thread, and compares logs and checkpoints bit by bit (benchmark/same_run.py). It also loads
-DIR's checkpoints of SimMatch here. Exit code 0: all runs are the same; 1: a run differs.
+DIR's checkpoints of SimMatch here. A method that DIR does not have is left out. Exit code 0: all runs are the
+same; 1: a run differs.
 """
 
 import os
@@ -55,11 +56,13 @@ class Case(NamedTuple):
     flags: list[str]
 
 
-def cases(folder: Path) -> list[Case]:
-    """folder: with the made-up files of CIFAR and the tree of JPEG files."""
+def cases(folder: Path, checkout: Path) -> list[Case]:
+    """folder: with the made-up files of CIFAR and the tree of JPEG files. checkout: of the methods to run."""
     found = []
+    known = (checkout / "models" / "__init__.py").read_text(encoding="utf-8")
+    methods = [flags for flags in METHODS if f'"{flags.split()[1]}"' in known]
     for data, more in DATA.items():
-        for method in METHODS:
+        for method in methods:
             for ranks in ("", "--virtual-ranks 2"):
                 flags = f"{more} {COMMON} {method} {ranks}".split()
                 if data != "digits":
@@ -90,7 +93,7 @@ def main() -> None:
         folder = Path(name)
         trees.cifar10(folder / "cifar")
         trees.imagenet(folder / "jpeg")
-        for number, case in enumerate(case for case in cases(folder) if args.only in case.name):
+        for number, case in enumerate(c for c in cases(folder, args.checkout) if args.only in c.name):
             other, own = folder / f"{number}-other", folder / f"{number}-own"
             train(args.checkout, other, case.flags)
             train(ROOT, own, case.flags)
