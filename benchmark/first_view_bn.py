@@ -2,8 +2,8 @@
 
 The digits, as image files of 32×32 pixels in folders, with strong views of 32, 27 and 14 px (multicrop_224,
 multicrop_192 and multicrop_96 at --image-size 32), 10 labels a class. Each seed is trained with and without
-the flag: BN's running statistics, which the evaluation at 32 px reads, come from the first view alone, or lean
-to the last and smallest one. It prints the top-1 of the last epoch of student and teacher.
+the flag: BN's running statistics, which the evaluation at 32 px reads, come from the first view alone, or
+lean to the last and smallest one. It prints the top-1 of the last epoch of student and teacher.
 """
 
 import os
@@ -73,8 +73,8 @@ def main() -> None:
     first, every = ([student for student, _ in scores[kind]] for kind in ("the first view", "every view"))
     difference = statistics.mean(a - b for a, b in zip(first, every))
     print(
-        f"\nThe first view alone: {difference:+.2f} points of the student's top-1, mean of {len(first)} seeds; "
-        f"{args.epochs} epochs; {machine()}"
+        f"\nThe first view alone: {difference:+.2f} points of the student's top-1, mean of {len(first)} "
+        f"seeds; {args.epochs} epochs; {machine()}"
     )
 
 
