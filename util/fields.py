@@ -1,7 +1,7 @@
 """All settings of a run, each with its default, its meaning and its valid values.
 
 Those that every method and data set share are in SETTINGS below. A method declares its own in its file in
-models/, and a data set in its file in dataset/, as literals at the top, which are read from the source here:
+models/, and a data set in its file in dataset/, as literals, which are read from the source here:
 importing such a file would import PyTorch, which takes seconds, and --help and mistakes in the command line
 do not wait for it. The literals are
 

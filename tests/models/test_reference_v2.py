@@ -21,22 +21,7 @@ from reference_v2 import (
 from tests.models import small
 
 LN3 = math.log(3)  # with t = 1/ln 3, exp(similarity/t) is 3 for equal unit rows and 1 for orthogonal ones
-SETTINGS = dict(
-    lambda_nn=10.0,
-    lambda_ee=5.0,
-    lambda_ne=3.0,
-    threshold=0.4,
-    t=0.1,
-    alpha=0.3,
-    topn=4,
-    k=2,
-    da_m=0.9,
-    ema_m=0.9,
-    lr=0.05,
-    momentum=0.9,
-    wd=1e-4,
-    nesterov=True,
-)
+SETTINGS = {**small.V2, "lr": 0.05, "momentum": 0.9, "wd": 1e-4, "nesterov": True}
 
 
 def test_one_neighbor_moves_a_pseudo_label_by_alpha():
@@ -96,7 +81,7 @@ def test_steps_of_two_ranks_write_bank_queue_prior_and_teacher(bn_mode, DA):
         for rows in (small.K, SETTINGS["k"] * world * n)
     )
     slow = SimMatchV2Reference(
-        net, bank, small.LABELS, small.C, queue=queue, bn_mode=bn_mode, DA=DA, **SETTINGS
+        net, bank, small.LABELS, small.C, queue=queue, bn_mode=bn_mode, **{**SETTINGS, "DA": DA}
     )
     masks = []
     for step in range(3):
